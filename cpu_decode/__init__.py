@@ -1,0 +1,1 @@
+"""The llama.cpp side: KV chunks become sequence state, sequences decode in one batch."""

@@ -1,0 +1,1 @@
+"""The vLLM side: a KV connector that exports each prompt's blocks while they are computed."""

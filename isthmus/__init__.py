@@ -1,0 +1,1 @@
+"""The command. Imports the nodes lazily; nobody imports it."""

@@ -1,0 +1,1 @@
+"""What two nodes must agree on: geometry, layout, codecs, frames, messages, errors, configuration."""

@@ -1,0 +1,169 @@
+"""The codec table: how KV elements become payload bytes and land in cells.
+
+Elements are the 16-bit values that vLLM holds (bf16 or f16). A codec encodes a frame's elements, a flat array in the
+order of ``transfer/layout.py``, and decodes a payload straight into the decode node's cells (f16 or bf16), given as
+consecutive destination arrays. Conversions round to nearest even. An infinity or NaN is refused on both sides:
+llama.cpp reads masked cells too, so one of them poisons every token.
+
+========  ==  =========================================================================  =============
+name      id  payload for N elements                                                     bits / element
+========  ==  =========================================================================  =============
+``raw``   1   the elements, little endian                                                16
+``lz4``   2   u32 length L; N bytes low plane; L bytes LZ4 block of the N-byte high      13 to 14, bf16
+              plane. bf16: high = exponent, low = sign and mantissa. f16: high and low
+              byte. Lossless.
+``q8``    3   fp16 scale of every 32 elements; then N int8 codes. scale = amax / 127,    8.5
+              code = round half away(x / scale): llama.cpp's ``quantize_row_q8_0_ref``
+              (ggml/src/ggml-quants.c), stored as two planes. N must divide by 32.
+========  ==  =========================================================================  =============
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import lz4.block
+import numpy as np
+import numpy.typing as npt
+
+from transfer import kernels
+from transfer.errors import CodecError
+from transfer.frames import Element
+from transfer.layout import Elements
+
+Payload = bytes | bytearray | memoryview
+Bytes = npt.NDArray[np.uint8]
+
+Q8_BLOCK = 32
+_LENGTH = struct.Struct("<I")
+
+
+class Codec(NamedTuple):
+    """One row of the table.
+
+    ``encode(elements, element)`` returns the payload. ``decode(payload, element, cells, outs)`` fills ``outs``,
+    consecutive uint16 arrays of cell type ``cells``. Both raise :class:`CodecError`.
+    """
+
+    name: str
+    wire_id: int
+    encode: Callable[[Elements, Element], Payload]
+    decode: Callable[[Payload, Element, Element, Sequence[Elements]], None]
+
+
+def _finite(largest: int, kind: Element) -> None:
+    if largest >= (0x7F80 if kind == Element.BF16 else 0x7C00):
+        raise CodecError(f"KV holds an infinity, a NaN or a value too large for {kind.name.lower()}")
+
+
+def _count(outs: Sequence[Elements]) -> int:
+    return sum(out.size for out in outs)
+
+
+def _expect(payload: Payload, expected_bytes: int) -> None:
+    if len(payload) != expected_bytes:
+        raise CodecError(f"payload has {len(payload)} bytes, its elements need {expected_bytes}")
+
+
+def _encode_raw(elements: Elements, element: Element) -> Payload:
+    _finite(kernels.largest(elements), element)
+    return elements.view(np.uint8).data
+
+
+def _decode_raw(payload: Payload, element: Element, cells: Element, outs: Sequence[Elements]) -> None:
+    _expect(payload, 2 * _count(outs))
+    source = np.frombuffer(payload, np.dtype("<u2"))
+    at = 0
+    for out in outs:
+        _finite(kernels.convert(source[at : at + out.size], out, element, cells), cells)
+        at += out.size
+
+
+def _encode_lz4(elements: Elements, element: Element) -> Payload:
+    count = elements.size
+    planes = np.empty((2, count), np.uint8)
+    _finite(kernels.split(elements, planes[0], planes[1], element), element)
+    high = lz4.block.compress(planes[0].data, store_size=False)
+    payload = bytearray(_LENGTH.size + count + len(high))
+    _LENGTH.pack_into(payload, 0, len(high))
+    payload[_LENGTH.size : _LENGTH.size + count] = planes[1].data
+    payload[_LENGTH.size + count :] = high
+    return payload
+
+
+def _decode_lz4(payload: Payload, element: Element, cells: Element, outs: Sequence[Elements]) -> None:
+    count = _count(outs)
+    if len(payload) < _LENGTH.size + count:
+        raise CodecError(f"lz4 payload of {len(payload)} bytes is too short for {count} elements")
+    (length,) = _LENGTH.unpack_from(payload)
+    _expect(payload, _LENGTH.size + count + length)
+    view = memoryview(payload)
+    try:
+        high = lz4.block.decompress(view[_LENGTH.size + count :], uncompressed_size=count)
+    except lz4.block.LZ4BlockError as error:
+        raise CodecError(f"lz4 plane is corrupt: {error}") from None
+    if len(high) != count:
+        raise CodecError(f"lz4 plane decodes to {len(high)} bytes, not {count}")
+    high_plane = np.frombuffer(high, np.uint8)
+    low_plane = np.frombuffer(view[_LENGTH.size : _LENGTH.size + count], np.uint8)
+    at = 0
+    for out in outs:
+        span = slice(at, at + out.size)
+        _finite(kernels.merge(high_plane[span], low_plane[span], out, element, cells), cells)
+        at += out.size
+
+
+def _encode_q8(elements: Elements, element: Element) -> Payload:
+    count = elements.size
+    if count % Q8_BLOCK:
+        raise CodecError(f"q8 needs a multiple of {Q8_BLOCK} elements, not {count}")
+    scale_bytes = 2 * (count // Q8_BLOCK)
+    payload = np.empty(scale_bytes + count, np.uint8)
+    scales, codes = payload[:scale_bytes].view(np.uint16), payload[scale_bytes:].view(np.int8)
+    _finite(kernels.quantize_q8(elements, scales, codes, element), Element.F16)
+    return payload.data
+
+
+def _decode_q8(payload: Payload, _element: Element, cells: Element, outs: Sequence[Elements]) -> None:
+    count = _count(outs)
+    if count % Q8_BLOCK or any(out.size % Q8_BLOCK for out in outs):
+        raise CodecError(f"q8 needs planes that are multiples of {Q8_BLOCK} elements")
+    scale_bytes = 2 * (count // Q8_BLOCK)
+    _expect(payload, scale_bytes + count)
+    view = memoryview(payload)
+    scales = np.frombuffer(view[:scale_bytes], np.dtype("<u2"))
+    codes = np.frombuffer(view[scale_bytes:], np.int8)
+    _finite(kernels.largest(scales), Element.F16)
+    at = 0
+    for out in outs:
+        end = at + out.size
+        largest = kernels.dequantize_q8(scales[at // Q8_BLOCK : end // Q8_BLOCK], codes[at:end], out, cells)
+        _finite(largest, cells)
+        at = end
+
+
+CODECS: dict[str, Codec] = {
+    codec.name: codec
+    for codec in (
+        Codec("raw", 1, _encode_raw, _decode_raw),
+        Codec("lz4", 2, _encode_lz4, _decode_lz4),
+        Codec("q8", 3, _encode_q8, _decode_q8),
+    )
+}
+_BY_WIRE_ID = {codec.wire_id: codec for codec in CODECS.values()}
+
+
+def by_name(name: str) -> Codec:
+    """The codec called ``name``; :class:`CodecError` lists the known ones."""
+    if name not in CODECS:
+        raise CodecError(f"unknown codec {name!r}; this node has {', '.join(CODECS)}")
+    return CODECS[name]
+
+
+def by_wire_id(wire_id: int) -> Codec:
+    """The codec with ``wire_id``; :class:`CodecError` if there is none."""
+    if wire_id not in _BY_WIRE_ID:
+        raise CodecError(f"unknown codec number {wire_id}; this node has {sorted(_BY_WIRE_ID)}")
+    return _BY_WIRE_ID[wire_id]

@@ -1,0 +1,122 @@
+"""The cluster file: one TOML that every node reads, parsed once into a frozen, validated object."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from transfer.codecs import CODECS
+from transfer.errors import ConfigError
+from transfer.layout import ElementType
+
+Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of the file's tables: unknown keys are refused by name."""
+
+
+class Pair(Section, frozen=True, kw_only=True):
+    """The model pair: one set of weights as a Hugging Face directory for vLLM and a GGUF for llama.cpp."""
+
+    name: str
+    hf_dir: str
+    gguf: str
+
+
+class Prefill(Section, frozen=True, kw_only=True):
+    """The vLLM node. ``kv_cache_gib`` is vLLM's cache on a CPU; on a GPU ``gpu_memory_utilization`` rules.
+
+    ``max_step_tokens`` is vLLM's ``max_num_batched_tokens``. ``sender_mib`` bounds the KV that waits for the wire: at
+    half of it vLLM defers new requests, at all of it a transfer fails.
+    """
+
+    host: str = "127.0.0.1"
+    port: Port = 8101
+    max_model_len: Count = 4096
+    max_step_tokens: Count = 2048
+    kv_cache_gib: Count = 1
+    gpu_memory_utilization: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.9
+    prefix_caching: bool = True
+    sender_mib: Count = 1024
+    extra_args: tuple[str, ...] = ()
+
+
+class Decode(Section, frozen=True, kw_only=True):
+    """The llama.cpp node. ``advertise_host`` is the name under which the prefill node reaches it.
+
+    ``threads`` 0 takes every physical core the process may use. ``landing_mib`` bounds chunks that wait for injection.
+    """
+
+    host: str = "127.0.0.1"
+    advertise_host: str = "127.0.0.1"
+    control_port: Port = 8102
+    kv_port: Port = 8103
+    num_cells: Count = 16384
+    max_sequences: Annotated[int, msgspec.Meta(ge=1, le=255)] = 16
+    cell_type: ElementType = "f16"
+    threads: Annotated[int, msgspec.Meta(ge=0)] = 0
+    prefill_batch_tokens: Count = 512
+    landing_mib: Count = 1024
+
+
+class Proxy(Section, frozen=True, kw_only=True):
+    """The HTTP endpoint. At most ``max_running`` requests run and ``max_queued`` wait; more get 503."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8100
+    max_running: Count = 16
+    max_queued: Count = 256
+    ledger_entries: Count = 1000
+
+
+class Link(Section, frozen=True, kw_only=True):
+    """The KV plane between prefill and decode."""
+
+    codec: str = "raw"
+    chunk_tokens: Count = 512
+    credit_chunks: Count = 4
+    frame_mib: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
+    transfer_deadline_s: Seconds = 60.0
+
+
+class Cluster(Section, frozen=True, kw_only=True):
+    """The whole file."""
+
+    pair: Pair
+    prefill: Prefill = Prefill()
+    decode: Decode = Decode()
+    proxy: Proxy = Proxy()
+    link: Link = Link()
+
+
+def load(path: Path) -> Cluster:
+    """Read a cluster file. Relative paths in ``[pair]`` are taken from the file's folder.
+
+    Raises :class:`ConfigError` naming the file, the key and what is wrong with it.
+    """
+    try:
+        cluster = msgspec.toml.decode(path.read_bytes(), type=Cluster)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if cluster.link.codec not in CODECS:
+        raise ConfigError(f"{path}: codec {cluster.link.codec!r} is not one of {', '.join(CODECS)} - at `$.link.codec`")
+    base = path.resolve().parent
+    pair = msgspec.structs.replace(
+        cluster.pair, hf_dir=str(base / cluster.pair.hf_dir), gguf=str(base / cluster.pair.gguf)
+    )
+    for key, found in (("hf_dir", Path(pair.hf_dir).is_dir()), ("gguf", Path(pair.gguf).is_file())):
+        if not found:
+            raise ConfigError(f"{path}: {getattr(pair, key)} does not exist - at `$.pair.{key}`")
+    return msgspec.structs.replace(cluster, pair=pair)
+
+
+def dump(cluster: Cluster) -> bytes:
+    """The cluster as TOML that :func:`load` reads back."""
+    return msgspec.toml.encode(cluster)

@@ -1,0 +1,247 @@
+"""Control messages: what proxy, prefill node and decode worker say to each other, as tagged msgpack structs.
+
+Two conversations use them, both over ZeroMQ DEALER (client) to ROUTER (decode worker), one message a ZeroMQ frame:
+
+=========  ==========================================  ==============================================
+plane      client to worker                            worker to client
+=========  ==========================================  ==============================================
+control    Hello, Reserve, Start, Abort, Ping          Welcome, Ticket, Tokens, Failure, Status
+KV         SenderHello, then frames (``frames.py``)    SenderWelcome, Credit, Cancel, Failure
+=========  ==========================================  ==============================================
+
+Rules of change: new fields get defaults; a field never changes its meaning or type; a new message is a new tag, which
+older peers refuse by name. Raise ``PROTOCOL`` when an old peer could misunderstand, not merely miss, what is said.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeVar
+
+import msgspec
+
+from transfer.errors import ProtocolError
+from transfer.geometry import KVGeometry
+from transfer.layout import ElementType, RopeOrder
+from transfer.stages import DecodeReport
+
+PROTOCOL = 1
+MAX_MESSAGE_BYTES = 8 << 20
+TICKET_BYTES = 16
+
+FinishReason = Literal["stop", "length"]
+T = TypeVar("T")
+
+
+class Landing(msgspec.Struct, frozen=True, kw_only=True):
+    """The form in which a decode worker wants KV: what its cells hold and how it pairs rotary elements."""
+
+    cell_type: ElementType
+    rope_order: RopeOrder
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How to pick tokens; OpenAI's names, plus top_k, min_p, repetition_penalty and ignore_eos as vLLM spells them.
+
+    ``top_k`` 0 is off. ``seed`` None means unseeded.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Base of all messages; the tag is the class name."""
+
+
+class Hello(Message, frozen=True, kw_only=True):
+    """Opens a control conversation. ``geometry`` is compared when the client knows the model (the proxy does not)."""
+
+    protocol: int = PROTOCOL
+    geometry: KVGeometry | None = None
+
+
+class Welcome(Message, frozen=True, kw_only=True):
+    """The worker's answer to Hello: who it is, what it holds and what it can take."""
+
+    worker: str
+    geometry: KVGeometry
+    landing: Landing
+    codecs: tuple[str, ...]
+    kv_endpoint: str
+    num_cells: int
+    max_sequences: int
+    protocol: int = PROTOCOL
+
+
+class Reserve(Message, frozen=True, kw_only=True):
+    """Pin cells for a request. ``source`` says where the prompt's KV will come from: the wire, or a local prefill."""
+
+    request_id: str
+    prompt: list[int]
+    sampling: Sampling
+    source: Literal["kv", "local"]
+    codec: str = "raw"
+    deadline_ms: int = 60_000
+
+
+class Ticket(Message, frozen=True, kw_only=True):
+    """A reserved landing place. The proxy hands it to the prefill node as ``kv_transfer_params["isthmus"]``.
+
+    ``ticket`` is 32 hex digits. The sender may have ``credit_chunks`` chunks of at most ``chunk_tokens`` tokens in
+    flight until a Credit raises the number. Tokens before ``reused_tokens`` are already in the worker's cells.
+    """
+
+    request_id: str
+    ticket: str
+    kv_endpoint: str
+    codec: str
+    landing: Landing
+    chunk_tokens: int
+    credit_chunks: int
+    deadline_ms: int
+    reused_tokens: int = 0
+
+
+class Start(Message, frozen=True, kw_only=True):
+    """Prefill is done; join the batch when the KV is complete.
+
+    With ``first_token`` the worker continues after it; without, it samples the first token itself. If
+    ``first_text_sent``, the client has that token's text already and the worker streams only what follows.
+    """
+
+    request_id: str
+    first_token: int | None = None
+    first_text_sent: bool = False
+
+
+class Abort(Message, frozen=True, kw_only=True):
+    """Forget a request: cells and buffers are released within one step."""
+
+    request_id: str
+
+
+class Tokens(Message, frozen=True, kw_only=True):
+    """Newly sampled tokens and the text they complete; the last message carries ``finish_reason`` and ``report``."""
+
+    request_id: str
+    token_ids: list[int]
+    text: str
+    finish_reason: FinishReason | None = None
+    report: DecodeReport | None = None
+
+
+class Failure(Message, frozen=True, kw_only=True):
+    """A request or handshake failed; ``code`` is an error class's code (``transfer/errors.py``)."""
+
+    code: str
+    message: str
+    request_id: str = ""
+
+
+class Ping(Message, frozen=True, kw_only=True):
+    """Asks for a Status; doubles as the heartbeat."""
+
+
+class Status(Message, frozen=True, kw_only=True):
+    """The worker's load, and how fast it prefills on its own (tokens per second, with the sample behind it)."""
+
+    worker: str
+    used_cells: int
+    num_cells: int
+    running_sequences: int
+    reserved_sequences: int
+    max_sequences: int
+    landing_bytes: int
+    prefill_tokens_per_s: float
+    prefill_basis: str
+
+
+class SenderHello(Message, frozen=True, kw_only=True):
+    """Opens a KV conversation: the prefill node's geometry and the codecs it can encode."""
+
+    geometry: KVGeometry
+    codecs: tuple[str, ...]
+    protocol: int = PROTOCOL
+
+
+class SenderWelcome(Message, frozen=True, kw_only=True):
+    """The worker accepts this sender's frames; none may be larger than ``max_frame_bytes``."""
+
+    max_frame_bytes: int
+    protocol: int = PROTOCOL
+
+
+class Credit(Message, frozen=True, kw_only=True):
+    """The sender may have sent ``chunks`` chunks in total on ``ticket``."""
+
+    ticket: str
+    chunks: int
+
+
+class Cancel(Message, frozen=True, kw_only=True):
+    """The worker no longer wants ``ticket``; drop what is queued for it."""
+
+    ticket: str
+    reason: str
+
+
+ToWorker = Hello | Reserve | Start | Abort | Ping
+FromWorker = Welcome | Ticket | Tokens | Failure | Status
+ToReceiver = SenderHello
+FromReceiver = SenderWelcome | Credit | Cancel | Failure
+
+_encoder = msgspec.msgpack.Encoder()
+_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+_from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+_to_receiver: msgspec.msgpack.Decoder[ToReceiver] = msgspec.msgpack.Decoder(ToReceiver)
+_from_receiver: msgspec.msgpack.Decoder[FromReceiver] = msgspec.msgpack.Decoder(FromReceiver)
+
+
+def encode(message: Message) -> bytes:
+    """One message as msgpack."""
+    return _encoder.encode(message)
+
+
+def decode_to_worker(data: bytes | memoryview) -> ToWorker:
+    """Parse what a control client sent; :class:`ProtocolError` if it is not one of ``ToWorker``."""
+    return _decode(_to_worker, data)
+
+
+def decode_from_worker(data: bytes | memoryview) -> FromWorker:
+    """Parse what a worker sent on its control socket; :class:`ProtocolError` if it is not one of ``FromWorker``."""
+    return _decode(_from_worker, data)
+
+
+def decode_to_receiver(data: bytes | memoryview) -> ToReceiver:
+    """Parse a sender's message on the KV plane; :class:`ProtocolError` if it is not one of ``ToReceiver``."""
+    return _decode(_to_receiver, data)
+
+
+def decode_from_receiver(data: bytes | memoryview) -> FromReceiver:
+    """Parse a worker's message on the KV plane; :class:`ProtocolError` if it is not one of ``FromReceiver``."""
+    return _decode(_from_receiver, data)
+
+
+def require_protocol(theirs: int) -> None:
+    """Refuse a peer of another protocol version."""
+    if theirs != PROTOCOL:
+        raise ProtocolError(f"protocol version differs: {PROTOCOL} here, {theirs} there; upgrade the older node")
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[T], data: bytes | memoryview) -> T:
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"message of {len(data)} bytes is over the limit of {MAX_MESSAGE_BYTES}")
+    try:
+        return decoder.decode(data)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"message does not parse: {error}") from None
