@@ -31,20 +31,21 @@ import numpy.typing as npt
 from transfer import kernels
 from transfer.errors import CodecError
 from transfer.frames import Element
+from transfer.kernels import Q8_BLOCK
 from transfer.layout import Elements
 
 Payload = bytes | bytearray | memoryview
 Bytes = npt.NDArray[np.uint8]
 
-Q8_BLOCK = 32
 _LENGTH = struct.Struct("<I")
 
 
 class Codec(NamedTuple):
     """One row of the table.
 
-    ``encode(elements, element)`` returns the payload. ``decode(payload, element, cells, outs)`` fills ``outs``,
-    consecutive uint16 arrays of cell type ``cells``. Both raise :class:`CodecError`.
+    ``encode(elements, element)`` returns the payload of ``elements``, contiguous uint16 ``[n]``; ``raw``'s payload is
+    a view of them. ``decode(payload, element, cells, outs)`` fills ``outs``, consecutive contiguous uint16 arrays of
+    cell type ``cells``. Both raise :class:`CodecError`; a failed decode leaves ``outs`` partly written.
     """
 
     name: str
@@ -167,3 +168,13 @@ def by_wire_id(wire_id: int) -> Codec:
     if wire_id not in _BY_WIRE_ID:
         raise CodecError(f"unknown codec number {wire_id}; this node has {sorted(_BY_WIRE_ID)}")
     return _BY_WIRE_ID[wire_id]
+
+
+def warm_up() -> None:
+    """Compile every codec's kernels now (milliseconds when numba's cache is warm), not on the first request."""
+    elements = np.zeros(Q8_BLOCK, np.uint16)
+    for codec in CODECS.values():
+        for element in (Element.BF16, Element.F16):
+            payload = codec.encode(elements, element)
+            for cells in (Element.BF16, Element.F16):
+                codec.decode(payload, element, cells, [np.empty_like(elements)])
