@@ -1,0 +1,82 @@
+"""The codecs again, in numpy: slow, and plain enough to be checked by eye against the table in ``transfer/codecs.py``.
+
+Elements are uint16 bit patterns; ``kind`` is ``"bf16"`` or ``"f16"``. Only finite input is defined here.
+"""
+
+import struct
+
+import lz4.block
+import numpy as np
+
+
+def to_float(elements, kind):
+    """Elements as float32, exactly."""
+    if kind == "bf16":
+        return (elements.astype(np.uint32) << 16).view(np.float32)
+    return elements.view(np.float16).astype(np.float32)
+
+
+def from_float(values, kind):
+    """float32 as elements, rounded to the nearest, ties to the even bit pattern."""
+    if kind == "f16":
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16).view(np.uint16)
+    bits = values.view(np.uint32)
+    toward_zero = (bits >> 16).astype(np.uint16)
+    away = toward_zero + np.uint16(1)
+    exact = values.astype(np.float64)
+    below = np.abs(exact - to_float(toward_zero, "bf16"))
+    above = np.abs(to_float(away, "bf16").astype(np.float64) - exact)
+    take_away = (above < below) | ((above == below) & (toward_zero % 2 == 1))
+    return np.where(take_away, away, toward_zero)
+
+
+def encode_raw(elements, _kind):
+    return elements.astype("<u2").tobytes()
+
+
+def decode_raw(payload, kind, cells):
+    elements = np.frombuffer(payload, "<u2")
+    return elements if kind == cells else from_float(to_float(elements, kind), cells)
+
+
+def encode_lz4(elements, kind):
+    if kind == "bf16":
+        sign, exponent, mantissa = elements >> 15, (elements >> 7) & 0xFF, elements & 0x7F
+        high, low = exponent, sign << 7 | mantissa
+    else:
+        high, low = elements >> 8, elements & 0xFF
+    packed = lz4.block.compress(high.astype(np.uint8).tobytes(), store_size=False)
+    return struct.pack("<I", len(packed)) + low.astype(np.uint8).tobytes() + packed
+
+
+def decode_lz4(payload, kind, cells):
+    (length,) = struct.unpack_from("<I", payload)
+    count = len(payload) - 4 - length
+    low = np.frombuffer(payload, np.uint8, count, 4).astype(np.uint16)
+    high = lz4.block.decompress(payload[4 + count :], uncompressed_size=count)
+    high = np.frombuffer(high, np.uint8).astype(np.uint16)
+    elements = (low >> 7) << 15 | high << 7 | low & 0x7F if kind == "bf16" else high << 8 | low
+    return decode_raw(elements.tobytes(), kind, cells)
+
+
+def encode_q8(elements, kind):
+    blocks = to_float(elements, kind).reshape(-1, 32)
+    scale = np.abs(blocks).max(axis=1, initial=0) / np.float32(127)
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.float32(1) / scale
+    inverse[np.isinf(inverse)] = 0
+    scaled = (blocks * inverse[:, None]).astype(np.float64)
+    codes = np.trunc(scaled + np.copysign(0.5, scaled)).astype(np.int8)
+    return from_float(scale, "f16").tobytes() + codes.tobytes()
+
+
+def decode_q8(payload, _kind, cells):
+    blocks = len(payload) // 34
+    scale = to_float(np.frombuffer(payload, np.uint16, blocks), "f16")
+    codes = np.frombuffer(payload, np.int8, offset=2 * blocks).reshape(blocks, 32)
+    return from_float((scale[:, None] * codes.astype(np.float32)).reshape(-1), cells)
+
+
+ENCODE = {"raw": encode_raw, "lz4": encode_lz4, "q8": encode_q8}
+DECODE = {"raw": decode_raw, "lz4": decode_lz4, "q8": decode_q8}

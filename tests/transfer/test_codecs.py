@@ -1,0 +1,289 @@
+import ctypes
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from tests.transfer import codec_reference as reference
+from transfer.codecs import CODECS, by_name, by_wire_id
+from transfer.errors import CodecError
+from transfer.frames import Element
+
+KINDS = {"bf16": Element.BF16, "f16": Element.F16}
+INFINITY = {"bf16": 0x7F80, "f16": 0x7C00}
+EVERY_PATTERN = np.arange(1 << 16, dtype=np.uint16)
+
+codec_names = pytest.mark.parametrize("name", CODECS)
+source_kinds = pytest.mark.parametrize("kind", KINDS)
+cell_kinds = pytest.mark.parametrize("cells", KINDS)
+
+
+def encode(name, elements, kind):
+    return bytes(CODECS[name].encode(elements, KINDS[kind]))
+
+
+def decode(name, payload, kind, cells, sizes):
+    outs = [np.full(size, 0xDEAD, np.uint16) for size in sizes]
+    CODECS[name].decode(payload, KINDS[kind], KINDS[cells], outs)
+    return np.concatenate(outs) if outs else np.empty(0, np.uint16)
+
+
+def is_finite(elements, kind):
+    return elements & 0x7FFF < INFINITY[kind]
+
+
+def finite_patterns(kind):
+    return EVERY_PATTERN[is_finite(EVERY_PATTERN, kind)]
+
+
+def fits(elements, kind, cells):
+    """Whether each element is finite after rounding to ``cells``."""
+    return is_finite(reference.decode_raw(elements.tobytes(), kind, cells), cells)
+
+
+@st.composite
+def elements_of(draw, kind, multiple_of=1):
+    """Finite elements; runs of one exponent are as likely as wild ones."""
+    count = draw(st.integers(0, 8)) * 32 if multiple_of == 32 else draw(st.integers(0, 300))
+    largest = draw(st.sampled_from([INFINITY[kind] - 1, 0x4000, 0x3C00, 0x0040, 0]))
+    magnitudes = draw(hnp.arrays(np.uint16, count, elements=st.integers(0, largest)))
+    signs = draw(hnp.arrays(np.uint16, count, elements=st.sampled_from([0, 0x8000])))
+    return magnitudes | signs
+
+
+def random_elements(kind, count, seed=0):
+    values = np.random.default_rng(seed).standard_normal(count).astype(np.float32)
+    return reference.from_float(values, kind)
+
+
+@codec_names
+@source_kinds
+@given(data=st.data())
+def test_encode_equals_the_reference(name, kind, data):
+    elements = data.draw(elements_of(kind, 32 if name == "q8" else 1))
+    try:
+        payload = encode(name, elements, kind)
+    except CodecError:  # a q8 scale that f16 cannot hold
+        assert name == "q8"
+        assert np.abs(reference.to_float(elements, kind)).max() / 127 >= 65520
+        return
+    assert payload == reference.ENCODE[name](elements, kind)
+
+
+@codec_names
+@source_kinds
+@cell_kinds
+@given(data=st.data())
+def test_decode_equals_the_reference(name, kind, cells, data):
+    elements = data.draw(elements_of(kind, 32 if name == "q8" else 1))
+    elements = elements[fits(elements, kind, cells)] if name != "q8" else elements & 0xBFFF
+    payload = reference.ENCODE[name](elements, kind)
+    expected = reference.DECODE[name](payload, kind, cells)
+    assert np.array_equal(decode(name, payload, kind, cells, [elements.size]), expected)
+
+
+@pytest.mark.parametrize("name", ["raw", "lz4"])
+@source_kinds
+@cell_kinds
+def test_every_finite_pattern_is_converted_like_the_reference(name, kind, cells):
+    elements = finite_patterns(kind)
+    elements = elements[fits(elements, kind, cells)]
+    payload = encode(name, elements, kind)
+    expected = reference.decode_raw(elements.tobytes(), kind, cells)
+    assert np.array_equal(decode(name, payload, kind, cells, [elements.size]), expected)
+
+
+@source_kinds
+@cell_kinds
+def test_conversion_equals_torch(kind, cells):
+    torch = pytest.importorskip("torch")
+    types = {"bf16": torch.bfloat16, "f16": torch.float16}
+    elements = finite_patterns(kind)
+    elements = elements[fits(elements, kind, cells)]
+    theirs = torch.from_numpy(elements.view(np.int16)).view(types[kind]).to(types[cells])
+    ours = decode("raw", elements.tobytes(), kind, cells, [elements.size])
+    assert np.array_equal(ours, theirs.view(torch.int16).numpy().view(np.uint16))
+
+
+@pytest.mark.parametrize("name", ["raw", "lz4"])
+@source_kinds
+@cell_kinds
+def test_every_pattern_without_a_finite_value_is_refused(name, kind, cells):
+    patterns = EVERY_PATTERN[~is_finite(EVERY_PATTERN, kind)]
+    finite = finite_patterns(kind)
+    too_large = finite[~fits(finite, kind, cells)]
+    for pattern in np.concatenate([patterns, too_large[:: max(1, too_large.size // 500)], too_large[:1]]):
+        elements = np.array([0, pattern, 0], np.uint16)
+        with pytest.raises(CodecError, match="infinity"):
+            decode(name, reference.ENCODE[name](elements, kind), kind, cells, [3])
+
+
+@codec_names
+@source_kinds
+def test_encode_refuses_every_infinity_and_nan(name, kind):
+    for pattern in EVERY_PATTERN[~is_finite(EVERY_PATTERN, kind)]:
+        elements = np.zeros(64, np.uint16)
+        elements[40] = pattern
+        with pytest.raises(CodecError, match="infinity"):
+            encode(name, elements, kind)
+
+
+@pytest.mark.parametrize("name", ["raw", "lz4"])
+@source_kinds
+@given(data=st.data())
+def test_raw_and_lz4_are_lossless(name, kind, data):
+    elements = data.draw(elements_of(kind))
+    assert np.array_equal(decode(name, encode(name, elements, kind), kind, kind, [elements.size]), elements)
+
+
+@source_kinds
+@given(data=st.data())
+def test_q8_is_within_half_a_step_of_every_element(kind, data):
+    elements = data.draw(elements_of(kind, 32)) & 0xBFFF
+    values = reference.to_float(elements, kind).astype(np.float64)
+    decoded = decode("q8", encode("q8", elements, kind), kind, "bf16", [elements.size])
+    error = np.abs(reference.to_float(decoded, "bf16") - values).reshape(-1, 32)
+    amax = np.abs(values).reshape(-1, 32).max(axis=1, keepdims=True)
+    # Half a step; the f16 scale's rounding (at least half its smallest subnormal) times the code; bf16's rounding.
+    bound = amax / 254 + np.maximum(amax * 2**-11, 127 * 2**-25) + amax * 2**-8
+    assert (error <= bound * (1 + 1e-6)).all()
+
+
+@source_kinds
+@cell_kinds
+def test_q8_keeps_zeros_and_signs(kind, cells):
+    elements = np.zeros(64, np.uint16)
+    elements[3], elements[4] = reference.from_float(np.array([127.0, -127.0], np.float32), kind)
+    decoded = reference.to_float(decode("q8", encode("q8", elements, kind), kind, cells, [64]), cells)
+    assert decoded[3] == 127
+    assert decoded[4] == -127
+    assert np.count_nonzero(decoded) == 2
+
+
+@source_kinds
+def test_q8_equals_the_reference_for_every_element_under_every_amax(kind):
+    # One octave of amax stands for all: scale and element shift together. Nine octaves below it round to 0.
+    one, octave = {"bf16": (0x3F80, 128), "f16": (0x3C00, 1024)}[kind]
+    for amax in range(one, one + octave):
+        smaller = np.arange(amax - 9 * octave, amax + 1, dtype=np.uint16)
+        smaller = np.pad(smaller, (0, -smaller.size % 31)).reshape(-1, 31)
+        elements = np.insert(smaller, 0, amax, axis=1)
+        elements[:, 1::2] |= 0x8000
+        assert encode("q8", elements.reshape(-1), kind) == reference.encode_q8(elements.reshape(-1), kind)
+
+
+def test_q8_equals_ggml():
+    llama_cpp = pytest.importorskip("llama_cpp")
+    ggml = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so.0"))
+    rng = np.random.default_rng(1)
+    # Blocks of every size whose values fit f16, magnitudes spread over each block.
+    values = rng.standard_normal((4096, 32)) * np.exp2(rng.uniform(-20, 12, (4096, 1)))
+    elements = reference.from_float(values.astype(np.float32).reshape(-1), "bf16")
+    floats = reference.to_float(elements, "bf16")
+    theirs = np.empty(4096 * 34, np.uint8)
+    ggml.quantize_row_q8_0_ref(
+        floats.ctypes.data_as(ctypes.c_void_p), theirs.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(floats.size)
+    )
+    theirs = theirs.reshape(4096, 34)
+    payload = np.frombuffer(encode("q8", elements, "bf16"), np.uint8)
+    assert np.array_equal(payload[:8192].reshape(4096, 2), theirs[:, :2])
+    assert np.array_equal(payload[8192:].reshape(4096, 32), theirs[:, 2:])
+    back = np.empty(floats.size, np.float32)
+    ggml.dequantize_row_q8_0(
+        theirs.ctypes.data_as(ctypes.c_void_p), back.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(back.size)
+    )
+    ours = decode("q8", payload.data, "bf16", "f16", [floats.size])
+    assert np.array_equal(ours, back.astype(np.float16).view(np.uint16))
+
+
+@codec_names
+@source_kinds
+@cell_kinds
+@example(payload=b"", sizes=[])
+@given(payload=st.binary(max_size=400), sizes=st.lists(st.integers(0, 4).map(lambda blocks: 32 * blocks), max_size=4))
+def test_arbitrary_payloads_decode_or_raise_codec_error(name, kind, cells, payload, sizes):
+    try:
+        decoded = decode(name, payload, kind, cells, sizes)
+    except CodecError:
+        return
+    assert is_finite(decoded, cells).all()
+
+
+@codec_names
+@source_kinds
+@cell_kinds
+@given(flips=st.lists(st.tuples(st.integers(0, 10_000), st.integers(1, 255)), min_size=1, max_size=8))
+def test_damaged_payloads_decode_or_raise_codec_error(name, kind, cells, flips):
+    payload = bytearray(encode(name, random_elements(kind, 256), kind))
+    for at, mask in flips:
+        payload[at % len(payload)] ^= mask
+    try:
+        decoded = decode(name, payload, kind, cells, [256])
+    except CodecError:
+        return
+    assert is_finite(decoded, cells).all()
+
+
+@codec_names
+@cell_kinds
+@pytest.mark.parametrize("change", [-1, 1, 7])
+def test_payloads_of_another_length_are_refused(name, cells, change):
+    payload = encode(name, random_elements("bf16", 64), "bf16")
+    with pytest.raises(CodecError):
+        decode(name, payload + bytes(change) if change > 0 else payload[:change], "bf16", cells, [64])
+
+
+@codec_names
+@cell_kinds
+@given(cuts=st.lists(st.integers(0, 8), max_size=4))
+def test_destinations_may_be_split(name, cells, cuts):
+    payload = encode(name, random_elements("bf16", 256), "bf16")
+    edges = [0, *sorted(32 * cut for cut in cuts), 256]
+    sizes = np.diff(edges)
+    assert np.array_equal(decode(name, payload, "bf16", cells, sizes), decode(name, payload, "bf16", cells, [256]))
+
+
+@codec_names
+@cell_kinds
+def test_payloads_may_be_read_only_and_unaligned(name, cells):
+    payload = encode(name, random_elements("bf16", 64), "bf16")
+    expected = decode(name, payload, "bf16", cells, [64])
+    shifted = memoryview(b"x" + payload)[1:]
+    assert np.array_equal(decode(name, shifted, "bf16", cells, [64]), expected)
+
+
+@pytest.mark.parametrize("count", [1, 31, 33, 63])
+def test_q8_refuses_sizes_that_are_no_multiple_of_32(count):
+    with pytest.raises(CodecError, match="32"):
+        encode("q8", np.zeros(count, np.uint16), "bf16")
+    with pytest.raises(CodecError, match="32"):
+        decode("q8", bytes(68), "bf16", "f16", [count, 64 - count])
+
+
+def test_q8_refuses_a_scale_beyond_f16():
+    elements = reference.from_float(np.full(32, 127 * 65536.0, np.float32), "bf16")
+    with pytest.raises(CodecError, match="too large"):
+        encode("q8", elements, "bf16")
+
+
+def test_raw_payload_is_a_view():
+    elements = random_elements("bf16", 64)
+    assert np.shares_memory(np.frombuffer(CODECS["raw"].encode(elements, Element.BF16), np.uint16), elements)
+
+
+def test_lz4_shrinks_real_looking_bf16():
+    elements = random_elements("bf16", 1 << 14)
+    assert len(encode("lz4", elements, "bf16")) < 0.9 * elements.nbytes
+
+
+def test_codecs_are_found_by_name_and_number():
+    for codec in CODECS.values():
+        assert by_name(codec.name) is codec
+        assert by_wire_id(codec.wire_id) is codec
+    with pytest.raises(CodecError, match="raw, lz4, q8"):
+        by_name("zstd")
+    with pytest.raises(CodecError, match="99"):
+        by_wire_id(99)
