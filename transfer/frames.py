@@ -114,6 +114,8 @@ def parse(head: bytes | memoryview, payload: bytes | memoryview, max_payload_byt
     kind, codec, element, ticket, sequence, start_token, num_tokens, first_layer, num_layers = fields
     if kind not in Kind.__members__.values() or element not in Element.__members__.values():
         raise ProtocolError(f"frame kind {kind} with element type {element} is unknown")
+    if (codec > 0, element > 0) != (kind == Kind.DATA, kind == Kind.DATA):
+        raise ProtocolError(f"frame kind {kind} does not go with codec {codec} and element type {element}")
     limit = max_payload_bytes if kind == Kind.DATA else MAX_CONTROL_PAYLOAD_BYTES
     if payload_bytes > limit:
         raise ProtocolError(f"frame payload of {payload_bytes} bytes is over the limit of {limit}")
