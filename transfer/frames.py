@@ -41,7 +41,7 @@ from transfer.errors import ProtocolError
 
 MAGIC = b"ISTH"
 VERSION = 1
-HEADER = struct.Struct("<4sHBBB3x16sIIIIHHIQ")
+HEADER = struct.Struct("<4sHBBB3x16sIIIHHIQ")
 HEADER_BYTES = HEADER.size + 8
 MAX_CONTROL_PAYLOAD_BYTES = 1024
 
