@@ -103,7 +103,7 @@ def load(path: Path) -> Cluster:
         cluster = msgspec.toml.decode(path.read_bytes(), type=Cluster)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
     if cluster.link.codec not in CODECS:
         raise ConfigError(f"{path}: codec {cluster.link.codec!r} is not one of {', '.join(CODECS)} - at `$.link.codec`")
