@@ -1,0 +1,35 @@
+"""``python -m tests.golden.freeze`` adds the bytes of new examples to the frozen files.
+
+A line that exists is never touched: if the protocol changed on purpose, delete the line by hand in the commit that
+raises the version. The tests only read the files.
+"""
+
+from pathlib import Path
+
+from tests.golden import examples
+from transfer import frames, messages
+
+FOLDER = Path(__file__).parent
+FRAMES = FOLDER / "frames.hex"
+MESSAGES = FOLDER / "messages.hex"
+
+
+def read(path: Path) -> dict[str, list[bytes]]:
+    """The file's lines, ``name hex [hex]``, by name."""
+    rows = (line.split() for line in path.read_text().splitlines() if line)
+    return {name: [bytes.fromhex(part) for part in parts] for name, *parts in rows}
+
+
+def add(path: Path, rows: dict[str, list[bytes]]) -> None:
+    """Append the rows whose names the file lacks."""
+    known = read(path) if path.exists() else {}
+    with path.open("a") as file:
+        for name, parts in rows.items():
+            if name not in known:
+                file.write(" ".join([name, *(part.hex() for part in parts)]) + "\n")
+
+
+if __name__ == "__main__":
+    packed = {name: [frames.pack(header, payload), payload] for name, (header, payload) in examples.frames().items()}
+    add(FRAMES, packed)
+    add(MESSAGES, {type(message).__name__: [messages.encode(message)] for message in examples.MESSAGES})

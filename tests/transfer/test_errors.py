@@ -1,0 +1,44 @@
+import pytest
+
+from transfer import errors
+
+
+def tree(kind=errors.IsthmusError):
+    yield kind
+    for child in kind.__subclasses__():
+        yield from tree(child)
+
+
+def test_codes_are_unique():
+    codes = [kind.code for kind in tree()]
+    assert len(codes) == len(set(codes))
+
+
+def test_the_docstring_draws_every_error():
+    for kind in tree():
+        assert kind.__name__ in errors.__doc__
+
+
+@pytest.mark.parametrize("kind", [kind for kind in tree() if kind not in (errors.IsthmusError, errors.GeometryError)])
+def test_an_error_survives_the_wire(kind):
+    rebuilt = errors.from_wire(kind.code, "what went wrong")
+    assert type(rebuilt) is kind
+    assert str(rebuilt) == "what went wrong"
+
+
+@pytest.mark.parametrize("code", ["geometry_mismatch", "internal_error", "from_the_future", ""])
+def test_a_code_that_cannot_be_rebuilt_is_kept_in_the_message(code):
+    rebuilt = errors.from_wire(code, "what went wrong")
+    assert type(rebuilt) is errors.EngineError
+    assert str(rebuilt) == f"{code}: what went wrong"
+
+
+def test_a_request_error_names_its_field():
+    assert errors.RequestError("too long", "prompt").param == "prompt"
+    assert errors.RequestError("too long").param is None
+
+
+def test_a_geometry_error_names_the_field_and_both_values():
+    error = errors.GeometryError("num_layers", 30, 32)
+    assert error.field == "num_layers"
+    assert str(error) == "model geometry differs in num_layers: 30 here, 32 there"
