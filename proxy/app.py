@@ -1,0 +1,160 @@
+"""The FastAPI application: endpoints, and errors in OpenAI's form wherever they arise."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+import msgspec
+import structlog
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+
+from proxy.answer import REQUEST_ID_HEADER, Answer
+from proxy.failures import BodySizeError, describe, error_body
+from proxy.gateway import Call, Gateway
+from proxy.openai import B, ChatBody, CompletionBody, parse
+from proxy.router import HEADER as ROUTE_HEADER
+from proxy.router import parse_route
+from transfer.codecs import CODECS
+from transfer.config import Cluster
+from transfer.errors import IsthmusError, RequestError
+
+CODEC_HEADER = "X-Isthmus-Codec"
+MAX_BODY_BYTES = 8 << 20
+BODY_S = 30.0
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+
+log = structlog.get_logger()
+
+
+def create_app(cluster: Cluster) -> FastAPI:
+    """The proxy of ``cluster``; its clients to both nodes live as long as the application runs."""
+    gateway = Gateway(cluster)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        async with gateway.open():
+            yield
+
+    app = FastAPI(title="Isthmus", lifespan=lifespan)
+    app.state.gateway = gateway
+    _add_inference(app, gateway)
+    _add_views(app, gateway)
+    _add_errors(app, gateway)
+    return app
+
+
+def _add_inference(app: FastAPI, gateway: Gateway) -> None:
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return Answer(gateway, await _read_call(request, ChatBody, gateway))
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return Answer(gateway, await _read_call(request, CompletionBody, gateway))
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        model = {
+            "id": gateway.model,
+            "object": "model",
+            "created": 0,
+            "owned_by": "isthmus",
+            "max_model_len": gateway.cluster.prefill.max_model_len,
+        }
+        return {"object": "list", "data": [model]}
+
+
+def _add_views(app: FastAPI, gateway: Gateway) -> None:
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        up = {"prefill": gateway.prefill.up, "decode": gateway.decode.up}
+        some = any(up.values())
+        body = {"status": "ok" if some else "down"} | {node: "up" if is_up else "down" for node, is_up in up.items()}
+        return JSONResponse(body, 200 if some else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(gateway.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/ledger")
+    async def ledger(last: Annotated[int, Query(ge=1, le=1_000_000)] = 100) -> Response:
+        entries = msgspec.json.encode({"entries": gateway.ledger.last(last)})
+        return Response(entries, media_type="application/json")
+
+    @app.get("/nodes")
+    async def nodes() -> Response:
+        prefill, decode = gateway.prefill, gateway.decode
+        view = {
+            "prefill": {"url": prefill.url, "up": prefill.up, "down_reason": prefill.down_reason},
+            "decode": {
+                "endpoint": decode.endpoint,
+                "up": decode.up,
+                "down_reason": decode.down_reason,
+                "welcome": decode.welcome,
+                "status": decode.status,
+            },
+        }
+        return Response(msgspec.json.encode(view), media_type="application/json")
+
+
+def _add_errors(app: FastAPI, gateway: Gateway) -> None:
+    @app.exception_handler(IsthmusError)
+    async def planned(request: Request, error: IsthmusError) -> JSONResponse:
+        failed = describe(error)
+        gateway.metrics.refused(failed.code)
+        request_id = request.headers.get(REQUEST_ID_HEADER, "")
+        echo = {REQUEST_ID_HEADER: request_id} if _REQUEST_ID.fullmatch(request_id) else {}
+        return JSONResponse(failed.body, failed.status, failed.headers | echo)
+
+    @app.exception_handler(Exception)
+    async def unplanned(_request: Request, error: Exception) -> JSONResponse:
+        log.error("request failed unexpectedly", exc_info=error)
+        failed = describe(error)
+        gateway.metrics.refused(failed.code)
+        return JSONResponse(failed.body, failed.status)
+
+    @app.exception_handler(HTTPException)
+    async def unknown_path(request: Request, error: HTTPException) -> JSONResponse:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        body = error_body(message, "invalid_request_error", None, str(error.detail).lower().replace(" ", "_"))
+        return JSONResponse(body, error.status_code, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def bad_query(_request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        return JSONResponse(describe(RequestError(f"{first['loc'][-1]}: {first['msg']}", first["loc"][-1])).body, 400)
+
+
+async def _read_call(request: Request, kind: type[B], gateway: Gateway) -> Call:
+    """Everything the client says, checked; :class:`RequestError` names what is wrong."""
+    request_id = request.headers.get(REQUEST_ID_HEADER) or uuid.uuid4().hex
+    if not _REQUEST_ID.fullmatch(request_id):
+        raise RequestError("the request id is 1 to 64 letters, digits, or . _ : -", REQUEST_ID_HEADER)
+    codec = request.headers.get(CODEC_HEADER, gateway.cluster.link.codec)
+    if codec not in CODECS:
+        raise RequestError(f"{CODEC_HEADER} is {codec!r}; use one of {', '.join(CODECS)}", CODEC_HEADER)
+    forced_route = parse_route(request.headers.get(ROUTE_HEADER))
+    body = parse(kind, await _read_body(request), gateway.model)
+    return Call(request_id, body, forced_route, codec)
+
+
+async def _read_body(request: Request) -> bytes:
+    data = bytearray()
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for part in request.stream():
+                data += part
+                if len(data) > MAX_BODY_BYTES:
+                    raise BodySizeError(f"the request body is over {MAX_BODY_BYTES} bytes")
+    except TimeoutError:
+        raise RequestError(f"the request body did not arrive within {BODY_S:g} s") from None
+    return bytes(data)

@@ -1,0 +1,246 @@
+"""The client to the decode worker: one DEALER socket, a heartbeat, and a conversation for every request.
+
+A session is one socket's life: connect, Hello, Welcome, then traffic. When it ends, for whatever reason, every
+conversation in it fails at once, the socket goes with all that was queued on it, and a new session begins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import structlog
+import zmq
+import zmq.asyncio
+from zmq.utils.monitor import recv_monitor_message
+
+from transfer.errors import IsthmusError, LinkError, ProtocolError, from_wire
+from transfer.messages import (
+    MAX_MESSAGE_BYTES,
+    Abort,
+    Failure,
+    Hello,
+    Message,
+    Ping,
+    Reserve,
+    Start,
+    Status,
+    Ticket,
+    Tokens,
+    Welcome,
+    decode_from_worker,
+    encode,
+    require_protocol,
+)
+
+HEARTBEAT_S = 1.0
+SILENCE_S = 3.0
+RETRY_S = 0.5
+_HIGH_WATER_MESSAGES = 10_000
+
+T = TypeVar("T")
+log = structlog.get_logger()
+
+
+class Conversation:
+    """One request's exchange with the worker: what it says arrives here until the request ends."""
+
+    def __init__(self, node: DecodeNode, request_id: str, max_messages: int) -> None:
+        self._node = node
+        self._request_id = request_id
+        self._max_messages = max_messages
+        self._inbox: asyncio.Queue[Ticket | Tokens | IsthmusError] = asyncio.Queue()
+        self._failed: asyncio.Future[IsthmusError] = asyncio.get_running_loop().create_future()
+        self.finished = False
+
+    async def reserve(self, reserve: Reserve, timeout_s: float) -> Ticket:
+        """Ask for cells; raises what the worker answers if it refuses, and :class:`LinkError` if it is silent."""
+        await self._node.send(reserve)
+        answer = await self._receive(timeout_s)
+        if not isinstance(answer, Ticket):
+            raise ProtocolError("the decode worker sent Tokens before a Ticket")
+        return answer
+
+    async def start(self, first_token: int | None, *, first_text_sent: bool) -> None:
+        """Tell the worker that prefill is done."""
+        await self._node.send(
+            Start(request_id=self._request_id, first_token=first_token, first_text_sent=first_text_sent)
+        )
+
+    async def tokens(self, timeout_s: float) -> Tokens:
+        """The next tokens; raises what the worker reports, and :class:`LinkError` after ``timeout_s`` of silence."""
+        answer = await self._receive(timeout_s)
+        if not isinstance(answer, Tokens):
+            raise ProtocolError("the decode worker sent a second Ticket")
+        self.finished = answer.finish_reason is not None
+        return answer
+
+    async def guard(self, work: Coroutine[Any, Any, T]) -> T:
+        """Wait for ``work``, but give it up as soon as the worker fails the request or is lost."""
+        task = asyncio.ensure_future(work)
+        try:
+            either: set[asyncio.Future[Any]] = {task, self._failed}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise self._failed.result()
+            return task.result()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _receive(self, timeout_s: float) -> Ticket | Tokens:
+        try:
+            async with asyncio.timeout(timeout_s):
+                message = await self._inbox.get()
+        except TimeoutError:
+            raise LinkError(f"the decode worker said nothing about this request for {timeout_s:g} s") from None
+        if isinstance(message, IsthmusError):
+            raise message
+        return message
+
+    def deliver(self, message: Ticket | Tokens) -> None:
+        """Take in what the worker says; more messages than tokens were asked for are a failure."""
+        if self._inbox.qsize() < self._max_messages:
+            self._inbox.put_nowait(message)
+        else:
+            self.fail(ProtocolError("the decode worker sent more messages than tokens were asked for"))
+
+    def fail(self, error: IsthmusError) -> None:
+        """End the conversation with ``error``; what was delivered before can still be read."""
+        if not self._failed.done():
+            self._failed.set_result(error)
+            self._inbox.put_nowait(error)
+
+
+class DecodeNode:
+    """The worker at ``endpoint``. ``up`` while a session stands; ``welcome`` and ``status`` are its last words."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self.up = False
+        self.welcome: Welcome | None = None
+        self.status: Status | None = None
+        self.down_reason = "not connected yet"
+        self.conversations: dict[str, Conversation] = {}
+        self._context = zmq.asyncio.Context()
+        self._socket: zmq.asyncio.Socket | None = None
+        self._heard_ns = 0
+
+    @asynccontextmanager
+    async def conversation(self, request_id: str, max_tokens: int) -> AsyncIterator[Conversation]:
+        """Talk about one request. Unless its last tokens have arrived, leaving the body aborts it on the worker."""
+        if not self.up:
+            raise LinkError(f"the decode node is down: {self.down_reason}")
+        conversation = Conversation(self, request_id, max_messages=max_tokens + 2)
+        self.conversations[request_id] = conversation
+        try:
+            yield conversation
+        finally:
+            del self.conversations[request_id]
+            if not conversation.finished and self.up:
+                await self._abort(request_id)
+
+    async def send(self, message: Message) -> None:
+        """Queue ``message`` for the worker; :class:`LinkError` if there is no session or its queue is full."""
+        if self._socket is None:
+            raise LinkError(f"the decode node is down: {self.down_reason}")
+        data = encode(message)
+        if len(data) > MAX_MESSAGE_BYTES:
+            raise ProtocolError(f"message of {len(data)} bytes is over the limit of {MAX_MESSAGE_BYTES}")
+        try:
+            await self._socket.send(data, zmq.NOBLOCK)
+        except zmq.Again:
+            raise LinkError("the decode worker does not take messages") from None
+
+    async def run(self) -> None:
+        """Keep a session with the worker until cancelled."""
+        try:
+            while True:
+                await self._session()
+                await asyncio.sleep(RETRY_S)
+        finally:
+            self._context.destroy(linger=0)
+
+    async def _session(self) -> None:
+        socket = self._context.socket(zmq.DEALER)
+        socket.linger = 0
+        socket.set_hwm(_HIGH_WATER_MESSAGES)
+        socket.maxmsgsize = MAX_MESSAGE_BYTES
+        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        reason: IsthmusError = LinkError("the proxy is stopping")
+        try:
+            socket.connect(self.endpoint)
+            self._socket = socket
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._read(socket))
+                tasks.create_task(self._beat())
+                tasks.create_task(self._watch(monitor))
+        except* IsthmusError as group:
+            reason = next(error for error in group.exceptions if isinstance(error, IsthmusError))
+        finally:
+            self._lost(reason)
+            socket.disable_monitor()
+            monitor.close(linger=0)
+            socket.close(linger=0)
+
+    async def _read(self, socket: zmq.asyncio.Socket) -> None:
+        await self.send(Hello())
+        while True:
+            message = decode_from_worker(await socket.recv())
+            self._heard_ns = time.monotonic_ns()
+            match message:
+                case Welcome():
+                    self._welcomed(message)
+                case Status():
+                    self.status = message
+                case Failure(request_id=""):
+                    raise from_wire(message.code, message.message)
+                case _:
+                    self._deliver(message)
+
+    def _welcomed(self, welcome: Welcome) -> None:
+        require_protocol(welcome.protocol)
+        self.welcome = welcome
+        self.up = True
+        log.info("decode node is up", endpoint=self.endpoint, worker=welcome.worker)
+
+    def _deliver(self, message: Ticket | Tokens | Failure) -> None:
+        conversation = self.conversations.get(message.request_id)
+        if conversation is None:
+            log.debug("message about a closed request", request_id=message.request_id, kind=type(message).__name__)
+        elif isinstance(message, Failure):
+            conversation.fail(from_wire(message.code, message.message))
+        else:
+            conversation.deliver(message)
+
+    async def _beat(self) -> None:
+        self._heard_ns = time.monotonic_ns()
+        while True:
+            if time.monotonic_ns() - self._heard_ns > SILENCE_S * 1e9:
+                raise LinkError(f"the decode worker was silent for {SILENCE_S:g} s")
+            if self.up:
+                await self.send(Ping())
+            await asyncio.sleep(HEARTBEAT_S)
+
+    async def _watch(self, monitor: zmq.asyncio.Socket) -> None:
+        await recv_monitor_message(monitor)
+        raise LinkError("the decode worker closed the connection")
+
+    async def _abort(self, request_id: str) -> None:
+        try:
+            await self.send(Abort(request_id=request_id))
+        except LinkError as error:
+            log.warning("abort did not go out", request_id=request_id, error=str(error))
+
+    def _lost(self, reason: IsthmusError) -> None:
+        if self.up or str(reason) != self.down_reason:
+            log.warning("decode node is down", endpoint=self.endpoint, reason=str(reason))
+        self.up = False
+        self.status = None
+        self._socket = None
+        self.down_reason = str(reason)
+        for conversation in self.conversations.values():
+            conversation.fail(LinkError(f"the decode node was lost: {reason}"))

@@ -1,0 +1,122 @@
+"""What the proxy owns, and the part of a request's life that every route shares."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
+from typing import NamedTuple
+
+import structlog
+
+from proxy import costs, handoff, router
+from proxy.decode_node import DecodeNode
+from proxy.handoff import Job, Pieces
+from proxy.ledger import Account, Entry, Ledger
+from proxy.limits import Admission
+from proxy.metrics import Metrics
+from proxy.openai import Body, ChatBody
+from proxy.prefill_node import PrefillNode
+from proxy.render import Renderer
+from proxy.router import Route
+from transfer.config import Cluster
+
+log = structlog.get_logger()
+
+
+class Call(NamedTuple):
+    """A parsed request: its body and what its headers ask for."""
+
+    request_id: str
+    body: Body
+    forced_route: Route | None
+    codec: str
+
+
+class Gateway:
+    """Clients to both nodes, tokenizer, slots, ledger and metrics of one proxy."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.model = cluster.pair.name
+        self.prefill = PrefillNode(
+            f"http://{cluster.prefill.host}:{cluster.prefill.port}", self.model, cluster.proxy.max_running
+        )
+        self.decode = DecodeNode(f"tcp://{cluster.decode.host}:{cluster.decode.control_port}")
+        self.renderer = Renderer(cluster.pair.hf_dir)
+        self.admission = Admission(cluster.proxy.max_running, cluster.proxy.max_queued)
+        self.ledger = Ledger(cluster.proxy.ledger_entries)
+        self.metrics = Metrics(
+            running=lambda: self.admission.running,
+            queued=lambda: self.admission.queued,
+            prefill_up=lambda: self.prefill.up,
+            decode_up=lambda: self.decode.up,
+        )
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
+        """Load the tokenizer and stay in touch with both nodes for the body."""
+        await self.renderer.load()
+        clients = [asyncio.create_task(self.prefill.run()), asyncio.create_task(self.decode.run())]
+        try:
+            yield
+        finally:
+            for client in clients:
+                client.cancel()
+                with suppress(asyncio.CancelledError):
+                    await client
+            self.renderer.close()
+
+    async def pieces(self, call: Call, account: Account) -> Pieces:
+        """The answer to ``call``: wait for a slot, tokenize, route, hand off. Closing it gives everything back."""
+        async with AsyncExitStack() as held:
+            with account.meter.stage("queue"):
+                await held.enter_async_context(self.admission.slot(call.request_id))
+            with account.meter.stage("tokenize"):
+                prompt = await self._tokenize(call.body)
+            with account.meter.stage("route"):
+                job = self._plan(call, prompt, account)
+            pieces = await held.enter_async_context(aclosing(self._take(job, account)))
+            async for piece in pieces:
+                yield piece
+
+    def close(self, account: Account, status: str) -> Entry:
+        """Enter a request that ended with ``status`` into the ledger and the metrics."""
+        entry = account.close(status)
+        self.ledger.add(entry)
+        self.metrics.finished(entry)
+        log.info(
+            "request closed",
+            request_id=entry.request_id,
+            status=status,
+            route=entry.route,
+            prompt_tokens=entry.prompt_tokens,
+            completion_tokens=entry.completion_tokens,
+            total_ns=entry.total_ns,
+        )
+        return entry
+
+    async def _tokenize(self, body: Body) -> list[int]:
+        if isinstance(body, ChatBody):
+            return await self.renderer.chat(body.turns())
+        return await self.renderer.completion(body.prompt)
+
+    def _plan(self, call: Call, prompt: list[int], account: Account) -> Job:
+        account.prompt_tokens = len(prompt)
+        route, reason = router.choose(call.forced_route, prefill_up=self.prefill.up, decode_up=self.decode.up)
+        max_tokens = router.fit(len(prompt), call.body.token_limit, router.context_tokens(route, self.cluster))
+        account.route, account.reason = route, reason
+        account.codec = call.codec if route == "split" else None
+        account.alternative = costs.cpu_prefill(len(prompt), self.decode.status)
+        return Job(
+            call.request_id, prompt, call.body.sampling(max_tokens), call.codec, self.cluster.link.transfer_deadline_s
+        )
+
+    def _take(self, job: Job, account: Account) -> Pieces:
+        match account.route:
+            case "gpu":
+                return handoff.gpu(job, self.prefill, account)
+            case "cpu":
+                return handoff.cpu(job, self.decode, account)
+            case _:
+                return handoff.split(job, self.prefill, self.decode, account)

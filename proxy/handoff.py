@@ -1,0 +1,142 @@
+"""A request's way through each route: reserve, prefill, start, stream.
+
+Each route is an async generator of :class:`Piece`; closing it, at whatever point, releases what the request holds on
+both nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import NamedTuple
+
+import structlog
+
+from proxy.decode_node import Conversation, DecodeNode
+from proxy.ledger import Account
+from proxy.prefill_node import STREAM_SILENCE_S, FirstToken, PrefillNode
+from transfer.errors import EngineError
+from transfer.messages import FinishReason, Reserve, Sampling
+
+RESERVE_S = 10.0
+_REPLACEMENT = "\ufffd"
+
+log = structlog.get_logger()
+
+
+class Piece(NamedTuple):
+    """Text for the client; the last piece has a ``finish_reason``."""
+
+    text: str
+    finish_reason: FinishReason | None = None
+
+
+Pieces = AsyncGenerator[Piece, None]
+
+
+class Job(NamedTuple):
+    """A request once its route is known. ``deadline_s`` bounds prefill and, after it, the wait for KV."""
+
+    request_id: str
+    prompt: list[int]
+    sampling: Sampling
+    codec: str
+    deadline_s: float
+
+
+async def split(job: Job, prefill: PrefillNode, decode: DecodeNode, account: Account) -> Pieces:
+    """Prefill in vLLM, decode in llama.cpp."""
+    async with decode.conversation(job.request_id, job.sampling.max_tokens) as conversation:
+        with account.meter.stage("reserve"):
+            ticket = await conversation.reserve(_reserve(job, kv=True), RESERVE_S)
+        with account.meter.stage("prefill"):
+            first = await conversation.guard(
+                prefill.prefill(job.request_id, job.prompt, job.sampling, ticket, job.deadline_s)
+            )
+        account.cached_tokens = max(first.cached_tokens, ticket.reused_tokens)
+        log.info("prefilled", request_id=job.request_id, ticket=ticket.ticket, cached_tokens=first.cached_tokens)
+        keep = not _decoder_samples(job.sampling)
+        if keep and (first.finish_reason == "stop" or job.sampling.max_tokens == 1):
+            account.completion_tokens = 1
+            yield Piece(first.text, first.finish_reason)
+            return
+        if first.export_error:
+            raise EngineError(f"the KV was not exported: {first.export_error}")
+        sent = keep and _can_send(first, job.sampling)
+        await conversation.start(first.token if keep else None, first_text_sent=sent)
+        if sent:
+            account.completion_tokens = 1
+            yield Piece(first.text)
+        async with aclosing(_decoded(conversation, account, job.deadline_s)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+
+async def cpu(job: Job, decode: DecodeNode, account: Account) -> Pieces:
+    """Prefill and decode in llama.cpp."""
+    async with decode.conversation(job.request_id, job.sampling.max_tokens) as conversation:
+        with account.meter.stage("reserve"):
+            ticket = await conversation.reserve(_reserve(job, kv=False), RESERVE_S)
+        account.cached_tokens = ticket.reused_tokens
+        await conversation.start(None, first_text_sent=False)
+        async with aclosing(_decoded(conversation, account, STREAM_SILENCE_S)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+
+async def gpu(job: Job, prefill: PrefillNode, account: Account) -> Pieces:
+    """Prefill and decode in vLLM."""
+    async with aclosing(prefill.stream(job.request_id, job.prompt, job.sampling)) as deltas:
+        with account.meter.stage("prefill"):
+            delta = await anext(deltas)
+        while True:
+            if delta.finish_reason:
+                account.completion_tokens = delta.completion_tokens
+                account.cached_tokens = delta.cached_tokens
+            yield Piece(delta.text, delta.finish_reason)
+            if delta.finish_reason:
+                return
+            with account.meter.stage("decode"):
+                delta = await anext(deltas)
+
+
+async def _decoded(conversation: Conversation, account: Account, first_wait_s: float) -> Pieces:
+    """What the worker streams; ``first_wait_s`` bounds the wait for KV or a local prefill."""
+    wait_s = first_wait_s
+    while True:
+        tokens = await conversation.tokens(wait_s)
+        wait_s = STREAM_SILENCE_S
+        if tokens.report:
+            account.report = tokens.report
+            account.completion_tokens = tokens.report.completion_tokens
+            account.cached_tokens = max(account.cached_tokens, tokens.report.kv_reused_tokens)
+        yield Piece(tokens.text, tokens.finish_reason)
+        if tokens.finish_reason:
+            return
+
+
+def _reserve(job: Job, *, kv: bool) -> Reserve:
+    return Reserve(
+        request_id=job.request_id,
+        prompt=job.prompt,
+        sampling=job.sampling,
+        source="kv" if kv else "local",
+        codec=job.codec,
+        deadline_ms=round(job.deadline_s * 1000),
+    )
+
+
+def _decoder_samples(sampling: Sampling) -> bool:
+    """A seeded draw cannot start in vLLM's random numbers and go on in llama.cpp's; greedy picking draws nothing."""
+    return sampling.seed is not None and sampling.temperature > 0
+
+
+def _can_send(first: FirstToken, sampling: Sampling) -> bool:
+    """Whether the first token's text is final: not empty, whole characters, and no stop string begins in it."""
+    if not first.text or _REPLACEMENT in first.text:
+        return False
+    return not any(
+        first.text.endswith(stop[:length])
+        for stop in sampling.stop
+        for length in range(1, min(len(stop), len(first.text)) + 1)
+    )

@@ -1,0 +1,142 @@
+"""What every request cost, stage by stage."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+import msgspec
+
+from proxy.costs import Estimate
+from proxy.router import Route
+from transfer.stages import DecodeReport, Meter
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """One closed request. Durations in ns on the proxy's clock or, from ``gather_ns`` to ``decode_ns``, on the node's.
+
+    ``prefill_ns`` is vLLM's answer for ``split``, the worker's own prefill for ``cpu`` and the time to the first token
+    for ``gpu``. ``specialization_gain_ns`` is what prefill on the other node saved; only ``split`` has one.
+    ``status`` is ``ok``, ``cancelled`` or an error code.
+    """
+
+    request_id: str
+    model: str
+    route: Route | None
+    reason: str | None
+    codec: str | None
+    prompt_tokens: int
+    completion_tokens: int
+    queue_ns: int
+    tokenize_ns: int
+    route_ns: int
+    reserve_ns: int
+    prefill_ns: int
+    gather_ns: int
+    encode_ns: int
+    d2h_ns: int
+    wire_ns: int
+    decode_frame_ns: int
+    inject_ns: int
+    first_decode_ns: int
+    decode_ns: int
+    kv_raw_bytes: int
+    kv_wire_bytes: int
+    kv_reused_tokens: int
+    transfer_exposed_ns: int
+    ttft_ns: int | None
+    total_ns: int
+    prefill_alternative_ns: int | None
+    prefill_alternative_basis: str | None
+    specialization_gain_ns: int | None
+    status: str
+
+    def server_timing(self) -> str:
+        """The stages as a ``Server-Timing`` header, in milliseconds (https://www.w3.org/TR/server-timing/)."""
+        stages = ("queue", "tokenize", "route", "reserve", "prefill", "transfer_exposed", "decode", "total")
+        return ", ".join(f"{stage};dur={getattr(self, f'{stage}_ns') / 1e6:.3f}" for stage in stages)
+
+
+class Account:
+    """An open entry: filled on the request's way, closed once."""
+
+    def __init__(self, request_id: str, model: str) -> None:
+        self.request_id = request_id
+        self.model = model
+        self.meter = Meter()
+        self.route: Route | None = None
+        self.reason: str | None = None
+        self.codec: str | None = None
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        self.cached_tokens = 0
+        self.alternative: Estimate | None = None
+        self.report: DecodeReport | None = None
+        self._began_ns = time.monotonic_ns()
+        self._first_text_ns: int | None = None
+        self._last_text_ns = 0
+
+    def saw_text(self) -> int | None:
+        """Note that text goes out to the client; returns the ns since the text before it, None for the first."""
+        now_ns = time.monotonic_ns()
+        gap_ns = None if self._first_text_ns is None else now_ns - self._last_text_ns
+        self._first_text_ns = self._first_text_ns or now_ns
+        self._last_text_ns = now_ns
+        return gap_ns
+
+    def close(self, status: str) -> Entry:
+        """The entry as it stands now."""
+        now_ns = time.monotonic_ns()
+        ns = self.meter.ns
+        report = self.report or DecodeReport(prompt_tokens=self.prompt_tokens, completion_tokens=0)
+        prefill_ns = report.local_prefill_ns if self.route == "cpu" else ns["prefill"]
+        gain_ns = None
+        if self.route == "split" and self.report and self.alternative:
+            gain_ns = self.alternative.ns - (prefill_ns + report.transfer_exposed_ns)
+        return Entry(
+            request_id=self.request_id,
+            model=self.model,
+            route=self.route,
+            reason=self.reason,
+            codec=self.codec,
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            queue_ns=ns["queue"],
+            tokenize_ns=ns["tokenize"],
+            route_ns=ns["route"],
+            reserve_ns=ns["reserve"],
+            prefill_ns=prefill_ns,
+            gather_ns=report.gather_ns,
+            encode_ns=report.encode_ns,
+            d2h_ns=report.d2h_ns,
+            wire_ns=report.wire_ns,
+            decode_frame_ns=report.decode_frame_ns,
+            inject_ns=report.inject_ns,
+            first_decode_ns=report.first_decode_ns,
+            decode_ns=report.decode_ns or ns["decode"],
+            kv_raw_bytes=report.kv_raw_bytes,
+            kv_wire_bytes=report.kv_wire_bytes,
+            kv_reused_tokens=report.kv_reused_tokens,
+            transfer_exposed_ns=report.transfer_exposed_ns,
+            ttft_ns=None if self._first_text_ns is None else self._first_text_ns - self._began_ns,
+            total_ns=now_ns - self._began_ns,
+            prefill_alternative_ns=self.alternative.ns if self.alternative else None,
+            prefill_alternative_basis=self.alternative.basis if self.alternative else None,
+            specialization_gain_ns=gain_ns,
+            status=status,
+        )
+
+
+class Ledger:
+    """The last ``size`` entries."""
+
+    def __init__(self, size: int) -> None:
+        self._entries: deque[Entry] = deque(maxlen=size)
+
+    def add(self, entry: Entry) -> None:
+        """Keep ``entry``, forgetting the oldest one if need be."""
+        self._entries.append(entry)
+
+    def last(self, count: int) -> list[Entry]:
+        """The newest ``count`` entries, newest last."""
+        return list(self._entries)[-count:]

@@ -1,0 +1,91 @@
+"""Prometheus metrics, in base units, on a registry of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest
+
+from proxy.ledger import Entry
+
+_LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_GAP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_NS_PER_S = 1e9
+
+
+class Metrics:
+    """What ``GET /metrics`` shows; gauges read their values when asked."""
+
+    def __init__(
+        self,
+        *,
+        running: Callable[[], float],
+        queued: Callable[[], float],
+        prefill_up: Callable[[], float],
+        decode_up: Callable[[], float],
+    ) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._ttft = Histogram(
+            "isthmus_time_to_first_token_seconds",
+            "From the request's arrival to its first text",
+            ["route"],
+            buckets=_LATENCY_BUCKETS,
+            registry=registry,
+        )
+        self._gap = Histogram(
+            "isthmus_inter_token_latency_seconds",
+            "Gap between two pieces of text",
+            ["route"],
+            buckets=_GAP_BUCKETS,
+            registry=registry,
+        )
+        self._kv_seconds = Histogram(
+            "isthmus_kv_transfer_seconds",
+            "From the first KV frame to the last",
+            buckets=_LATENCY_BUCKETS,
+            registry=registry,
+        )
+        self._kv_bytes = Counter(
+            "isthmus_kv_transfer_bytes", "KV before and after encoding", ["kind"], registry=registry
+        )
+        self._routes = Counter("isthmus_route", "Requests by route taken", ["route", "reason"], registry=registry)
+        self._requests = Counter("isthmus_requests", "Finished requests by outcome", ["status"], registry=registry)
+        self._gain = Summary(
+            "isthmus_specialization_gain_seconds",
+            "Estimated CPU prefill minus prefill and exposed transfer",
+            registry=registry,
+        )
+        for name, text, read in (
+            ("isthmus_running", "Requests that hold a slot", running),
+            ("isthmus_queued", "Requests that wait for a slot", queued),
+            ("isthmus_prefill_up", "1 if the prefill node answers", prefill_up),
+            ("isthmus_decode_up", "1 if the decode node answers", decode_up),
+        ):
+            Gauge(name, text, registry=registry).set_function(read)
+
+    def gap(self, route: str, gap_ns: int) -> None:
+        """One gap between two pieces of text."""
+        self._gap.labels(route).observe(gap_ns / _NS_PER_S)
+
+    def refused(self, status: str) -> None:
+        """A request that never got a ledger entry."""
+        self._requests.labels(status).inc()
+
+    def finished(self, entry: Entry) -> None:
+        """Everything a closed ledger entry says."""
+        self._requests.labels(entry.status).inc()
+        if entry.route is None:
+            return
+        self._routes.labels(entry.route, entry.reason).inc()
+        if entry.ttft_ns is not None:
+            self._ttft.labels(entry.route).observe(entry.ttft_ns / _NS_PER_S)
+        if entry.kv_raw_bytes:
+            self._kv_seconds.observe(entry.wire_ns / _NS_PER_S)
+            self._kv_bytes.labels("raw").inc(entry.kv_raw_bytes)
+            self._kv_bytes.labels("wire").inc(entry.kv_wire_bytes)
+        if entry.specialization_gain_ns is not None:
+            self._gain.observe(entry.specialization_gain_ns / _NS_PER_S)
+
+    def text(self) -> bytes:
+        """The exposition format, version 0.0.4."""
+        return generate_latest(self._registry)

@@ -1,0 +1,238 @@
+"""The client to the prefill node: vLLM's own OpenAI server over HTTP.
+
+Requests go to ``/v1/completions`` with token ids as the prompt. ``return_token_ids`` and ``kv_transfer_params`` are
+vLLM's additions (``vllm/entrypoints/openai/completion/protocol.py``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple
+
+import httpx
+import msgspec
+import structlog
+
+from transfer.errors import EngineError, LinkError, RequestError
+from transfer.messages import FinishReason, Sampling, Ticket
+
+HEARTBEAT_S = 1.0
+SILENCE_S = 3.0
+STREAM_SILENCE_S = 300.0
+_CONNECT_S = 3.0
+_FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
+
+log = structlog.get_logger()
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int = 0
+    prompt_tokens_details: _Details | None = None
+
+    @property
+    def cached_tokens(self) -> int:
+        return (self.prompt_tokens_details and self.prompt_tokens_details.cached_tokens) or 0
+
+
+class _Choice(msgspec.Struct):
+    text: str
+    finish_reason: str | None = None
+    token_ids: list[int] | None = None
+
+
+class _Error(msgspec.Struct):
+    message: str
+
+
+class _Export(msgspec.Struct):
+    exported_tokens: int = 0
+    complete: bool = False
+    error: str | None = None
+
+
+class _TransferParams(msgspec.Struct):
+    isthmus: _Export | None = None
+
+
+class _Completion(msgspec.Struct):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    kv_transfer_params: _TransferParams | None = None
+    error: _Error | None = None
+
+
+class FirstToken(NamedTuple):
+    """What vLLM sampled after a prefill, and what became of the KV: ``export_error`` is None if all of it was sent."""
+
+    token: int
+    text: str
+    finish_reason: FinishReason
+    cached_tokens: int
+    export_error: str | None
+
+
+class Delta(NamedTuple):
+    """A piece of a streamed answer; the last one has ``finish_reason`` and the counts."""
+
+    text: str
+    finish_reason: FinishReason | None = None
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+class PrefillNode:
+    """vLLM's server at ``url``; ``up`` while its ``/health`` answers."""
+
+    def __init__(self, url: str, model: str, max_connections: int) -> None:
+        self.url = url
+        self.up = False
+        self.down_reason = "not connected yet"
+        self._model = model
+        # One connection is kept for the heartbeat. The link is ours: no proxy from the environment.
+        self._http = httpx.AsyncClient(
+            base_url=url,
+            limits=httpx.Limits(max_connections=max_connections + 1),
+            timeout=httpx.Timeout(STREAM_SILENCE_S, connect=_CONNECT_S),
+            trust_env=False,
+        )
+
+    async def run(self) -> None:
+        """Poll ``/health`` until cancelled."""
+        heard_ns = time.monotonic_ns()
+        try:
+            while True:
+                try:
+                    (await self._http.get("/health", timeout=SILENCE_S)).raise_for_status()
+                except httpx.HTTPError as error:
+                    refused = isinstance(error, httpx.ConnectError)
+                    if refused or time.monotonic_ns() - heard_ns > SILENCE_S * 1e9:
+                        self._mark(up=False, reason=_say(error))
+                else:
+                    heard_ns = time.monotonic_ns()
+                    self._mark(up=True)
+                await asyncio.sleep(HEARTBEAT_S)
+        finally:
+            await self._http.aclose()
+
+    async def prefill(
+        self, request_id: str, prompt: list[int], sampling: Sampling, ticket: Ticket, timeout_s: float
+    ) -> FirstToken:
+        """Prefill ``prompt``, export its KV to ``ticket`` and sample one token.
+
+        Raises :class:`LinkError` when vLLM is unreachable or takes longer than ``timeout_s``, :class:`EngineError` when
+        it fails and :class:`RequestError` when it refuses the request.
+        """
+        body = self._body(prompt, sampling) | {
+            "max_tokens": 1,
+            "return_token_ids": True,
+            "kv_transfer_params": {"isthmus": msgspec.to_builtins(ticket)},
+        }
+        try:
+            async with asyncio.timeout(timeout_s):
+                async with self._post(request_id, body) as response:
+                    completion = _parse(await response.aread())
+        except TimeoutError:
+            raise LinkError(f"the prefill node took longer than {timeout_s:g} s") from None
+        if not completion.choices or not completion.choices[0].token_ids:
+            raise EngineError("vLLM answered without a token id; it must understand return_token_ids")
+        choice = completion.choices[0]
+        return FirstToken(
+            token=completion.choices[0].token_ids[0],
+            text=choice.text,
+            finish_reason=_finish_reason(choice.finish_reason or ""),
+            cached_tokens=completion.usage.cached_tokens if completion.usage else 0,
+            export_error=_export_error(completion.kv_transfer_params),
+        )
+
+    async def stream(self, request_id: str, prompt: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
+        """Generate the whole answer on the prefill node. Closing the generator makes vLLM abort. Errors as above."""
+        body = self._body(prompt, sampling) | {"stream": True, "stream_options": {"include_usage": True}}
+        finish_reason: FinishReason | None = None
+        async with self._post(request_id, body) as response:
+            async for line in response.aiter_lines():
+                if not line.startswith("data: ") or line == "data: [DONE]":
+                    continue
+                chunk = _parse(line.removeprefix("data: ").encode())
+                if chunk.choices:
+                    choice = chunk.choices[0]
+                    finish_reason = _finish_reason(choice.finish_reason) if choice.finish_reason else None
+                    if choice.text or not finish_reason:
+                        yield Delta(choice.text)
+                elif chunk.usage and finish_reason:
+                    yield Delta("", finish_reason, chunk.usage.completion_tokens, chunk.usage.cached_tokens)
+                    return
+        raise EngineError("vLLM's stream ended before its answer did")
+
+    @asynccontextmanager
+    async def _post(self, request_id: str, body: dict[str, Any]) -> AsyncGenerator[httpx.Response, None]:
+        headers = {"X-Request-Id": request_id, "Content-Type": "application/json"}
+        content = msgspec.json.encode(body)
+        try:
+            async with self._http.stream("POST", "/v1/completions", content=content, headers=headers) as response:
+                if response.status_code != httpx.codes.OK:
+                    raise _refusal(response.status_code, await response.aread())
+                yield response
+        except httpx.HTTPError as error:
+            raise LinkError(f"the prefill node at {self.url} failed: {_say(error)}") from None
+
+    def _body(self, prompt: list[int], sampling: Sampling) -> dict[str, Any]:
+        # Every field is written out, so that no default of the server's can make the two engines sample differently.
+        fields: dict[str, Any] = msgspec.to_builtins(sampling)
+        fields["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()} or None
+        return {"model": self._model, "prompt": prompt, **fields}
+
+    def _mark(self, *, up: bool, reason: str = "") -> None:
+        if up and not self.up:
+            log.info("prefill node is up", url=self.url)
+        elif not up and (self.up or reason != self.down_reason):
+            log.warning("prefill node is down", url=self.url, reason=reason)
+        self.up = up
+        self.down_reason = reason
+
+
+def _parse(data: bytes) -> _Completion:
+    try:
+        completion = msgspec.json.decode(data, type=_Completion)
+    except msgspec.DecodeError as error:
+        raise EngineError(f"vLLM's answer does not parse: {error}") from None
+    if completion.error:
+        raise EngineError(f"vLLM failed: {completion.error.message}")
+    return completion
+
+
+def _refusal(status: int, data: bytes) -> EngineError | RequestError:
+    try:
+        error = msgspec.json.decode(data, type=_Completion).error
+    except msgspec.DecodeError:
+        error = None
+    message = error.message if error else f"HTTP status {status}"
+    if status == httpx.codes.BAD_REQUEST:
+        return RequestError(f"vLLM refuses the request: {message}")
+    return EngineError(f"vLLM failed: {message}")
+
+
+def _finish_reason(reason: str) -> FinishReason:
+    if reason not in _FINISH_REASONS:
+        raise EngineError(f"vLLM ended the request with {reason!r}")
+    return _FINISH_REASONS[reason]
+
+
+def _export_error(params: _TransferParams | None) -> str | None:
+    export = params.isthmus if params else None
+    if export is None:
+        return "vLLM's answer says nothing about the KV; is it running with our connector?"
+    if export.error:
+        return export.error
+    return None if export.complete else f"only {export.exported_tokens} tokens of KV were exported"
+
+
+def _say(error: httpx.HTTPError) -> str:
+    return str(error) or type(error).__name__

@@ -1,0 +1,70 @@
+"""Chat template and tokenizer: text becomes token ids once, here; the ids are the truth on every node."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from jinja2 import TemplateError
+
+from transfer.errors import ConfigError, RequestError
+
+T = TypeVar("T")
+
+
+class Renderer:
+    """The pair's tokenizer on a thread of its own: it takes milliseconds and is not safe to share."""
+
+    def __init__(self, hf_dir: str) -> None:
+        self._hf_dir = hf_dir
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render")
+        self._tokenizer: Any = None
+
+    async def load(self) -> None:
+        """Read the tokenizer from the pair's folder; :class:`ConfigError` if it cannot be read."""
+        self._tokenizer = await self._run(self._load)
+
+    async def chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation, with the template's opening of the assistant's turn."""
+        return await self._run(lambda: self._chat(messages))
+
+    async def completion(self, prompt: str | list[int]) -> list[int]:
+        """Token ids of a bare prompt, with the tokenizer's special tokens; ids are checked and passed on."""
+        return await self._run(lambda: self._completion(prompt))
+
+    def close(self) -> None:
+        """Let the thread end."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _load(self) -> Any:
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self._hf_dir, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot read a tokenizer from pair.hf_dir = {self._hf_dir}: {error}") from None
+
+    def _chat(self, messages: list[dict[str, str]]) -> list[int]:
+        if not self._tokenizer.chat_template:
+            raise RequestError("this model has no chat template; use /v1/completions", "messages")
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise RequestError(f"the model's chat template refuses these messages: {error}", "messages") from None
+        # The template has written the special tokens already.
+        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _completion(self, prompt: str | list[int]) -> list[int]:
+        token_ids = list(self._tokenizer(prompt).input_ids) if isinstance(prompt, str) else prompt
+        if not token_ids:
+            raise RequestError("the prompt is empty", "prompt")
+        vocab_size = len(self._tokenizer)
+        unknown = next((token for token in token_ids if not 0 <= token < vocab_size), None)
+        if unknown is not None:
+            raise RequestError(f"token id {unknown} is not in the vocabulary of {vocab_size}", "prompt")
+        return token_ids
