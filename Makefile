@@ -1,0 +1,38 @@
+# Everything runs from a local .venv that requirements/install.sh makes.
+#   make demo             one question through the whole stack on this machine, and what it cost
+#   make demo COMPARE=1   the same question by every route, five times each
+#   make demo KEEP=1      leave the stack up and say how to talk to it
+#   make test             every check: style, types, imports, unit and end-to-end tests
+
+BIN := .venv/bin
+UV ?= uv
+COMPILE := $(UV) pip compile pyproject.toml --extra decode --extra proxy --extra pair --extra measure --extra dev \
+	--universal --no-annotate --no-header --python-version 3.11
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lock clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+install:
+	@requirements/install.sh
+
+demo: install
+	@$(BIN)/isthmus demo $(if $(COMPARE),--compare) $(if $(KEEP),--keep)
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+lock:
+	$(COMPILE) --extra prefill-cpu --overrides requirements/overrides-cpu.txt -o requirements/cpu.txt
+	sed -i "/'never'/d" requirements/cpu.txt
+	$(COMPILE) --extra prefill -o requirements/cuda.txt
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
