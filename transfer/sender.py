@@ -1,8 +1,8 @@
 """The prefill node's end of the KV plane: one thread that encodes queued chunks and owns the sockets.
 
 The engine's thread hands chunks over and goes on; it never waits for a codec or a socket. What may be queued is
-bounded: a transfer that would push the backlog over ``max_backlog_bytes`` fails alone. Each decode worker gets one DEALER socket
-and a handshake; each transfer sends only as many chunks as the worker has granted credits for.
+bounded: a transfer that would push the backlog over ``max_backlog_bytes`` fails alone. Each decode worker gets one DEALER
+socket and a handshake; each transfer sends only as many chunks as the worker has granted credits for.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Transfer:
 
     def __init__(self, ticket: Ticket) -> None:
         self.ticket = ticket
+        self.key = _key(ticket.ticket)
         self.codec = codecs.by_name(ticket.codec)
         self.pending: deque[Chunk] = deque()
         self.frames: Iterator[tuple[bytes, codecs.Payload]] | None = None
@@ -177,7 +178,7 @@ class KVSender:
         while running:
             try:
                 running = self._turn()
-            except Exception as error:  # noqa: BLE001 - the thread must outlive any one transfer
+            except Exception as error:  # the thread must outlive any one transfer
                 log.exception("sender turn failed, its transfers with it")
                 for transfer in list(self._transfers.values()):
                     self._forget(transfer, reason=f"sender failed: {error}")
@@ -247,13 +248,14 @@ class KVSender:
 
     def _say_hello(self, link: Link) -> None:
         link.used_ns = time.monotonic_ns()
-        link.unanswered_hellos += 1
         hello = SenderHello(geometry=self._geometry, codecs=tuple(codecs.CODECS))
         try:
             link.socket.send(encode(hello), zmq.NOBLOCK)
         except zmq.Again:
-            # The worker is away and earlier hellos wait for it already; the transfer's deadline will tell.
+            # Hellos or frames that wait already will be answered, or the transfer's deadline will tell.
             log.info("hello could not be queued")
+        else:
+            link.unanswered_hellos += 1
 
     def _queue(self, ticket: str, chunk: Chunk, gather_ns: int) -> None:
         transfer = self._transfers.get(ticket)
@@ -319,7 +321,7 @@ class KVSender:
             transfer.raw_bytes += elements.nbytes
             header = Header(
                 kind=Kind.DATA,
-                ticket=bytes.fromhex(transfer.ticket.ticket),
+                ticket=transfer.key,
                 sequence=transfer.sequence,
                 codec=transfer.codec.wire_id,
                 element=chunk.element,
@@ -346,7 +348,7 @@ class KVSender:
     def _closing_frame(self, transfer: Transfer, kind: Kind, payload: bytes) -> tuple[bytes, codecs.Payload]:
         header = Header(
             kind=kind,
-            ticket=bytes.fromhex(transfer.ticket.ticket),
+            ticket=transfer.key,
             sequence=transfer.sequence,
             num_tokens=transfer.total_tokens or 0,
         )

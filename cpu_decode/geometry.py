@@ -1,0 +1,71 @@
+"""The KV geometry of a GGUF, from its metadata alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transfer.errors import ConfigError
+from transfer.geometry import KVGeometry, fingerprint_norm
+
+
+def read_geometry(gguf: Path) -> KVGeometry:
+    """Geometry of the model in ``gguf`` (key names: ``docs/gguf.md`` of ggml).
+
+    Raises :class:`ConfigError` if the file does not parse or its architecture keeps no plain attention KV.
+    """
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(gguf)
+    except (OSError, ValueError, IndexError) as error:
+        raise ConfigError(f"{gguf} is not a readable GGUF: {error}") from None
+
+    def field(key: str, default: Any = None) -> Any:
+        found = reader.get_field(key)
+        if found is None and default is None:
+            raise ConfigError(f"{gguf} has no {key}; it cannot be split")
+        return default if found is None else found.contents()
+
+    arch = field("general.architecture")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if f"{arch}.attention.kv_lora_rank" in reader.fields or f"{arch}.ssm.state_size" in reader.fields:
+        raise ConfigError(f"{gguf}: architecture {arch} keeps latent or recurrent state, which cannot be split yet")
+    heads = field(f"{arch}.attention.head_count")
+    kv_heads = field(f"{arch}.attention.head_count_kv", heads)
+    if not isinstance(kv_heads, int):
+        raise ConfigError(f"{gguf}: layers with different numbers of KV heads cannot be split yet")
+    head_dim = field(f"{arch}.attention.key_length", field(f"{arch}.embedding_length") // heads)
+    return KVGeometry(
+        model_fingerprint=fingerprint_norm(_norm_as_bf16(tensors, gguf)),
+        num_layers=field(f"{arch}.block_count"),
+        num_kv_heads=kv_heads,
+        head_dim_k=head_dim,
+        head_dim_v=field(f"{arch}.attention.value_length", head_dim),
+        rope_dims=field(f"{arch}.rope.dimension_count", head_dim),
+        rope_theta=float(field(f"{arch}.rope.freq_base", 10000.0)),
+        rope_scaling=_rope_scaling(reader, arch, tensors),
+        sliding_window=field(f"{arch}.attention.sliding_window", 0),
+        vocab_size=len(reader.fields["tokenizer.ggml.tokens"].data),
+    )
+
+
+def _rope_scaling(reader: Any, arch: str, tensors: dict[str, Any]) -> str:
+    if any(name.startswith("rope_f") for name in tensors):
+        return "factors"
+    kind = reader.get_field(f"{arch}.rope.scaling.type")
+    factor = reader.get_field(f"{arch}.rope.scaling.factor")
+    if kind is None or factor is None or kind.contents() == "none":
+        return "none"
+    return f"{kind.contents()}:{factor.contents():g}"
+
+
+def _norm_as_bf16(tensors: dict[str, Any], gguf: Path) -> bytes:
+    """The final norm rounded to bf16: exact where conversion widened bf16 weights to fp32."""
+    norm = tensors.get("output_norm.weight")
+    if norm is None or norm.data.dtype != np.float32:
+        raise ConfigError(f"{gguf} has no fp32 output_norm.weight; its weights cannot be identified")
+    bits = norm.data.view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()

@@ -1,0 +1,152 @@
+"""Frames become complete chunks: strict coverage, bounded memory, no copy but the codec's own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cpu_decode.state import ChunkState, state_bytes
+from transfer import codecs
+from transfer.errors import CapacityError, IsthmusError, ProtocolError
+from transfer.frames import Element, Header
+from transfer.geometry import KVGeometry
+from transfer.layout import ElementType
+from transfer.stages import SenderReport
+
+_ELEMENT: dict[ElementType, Element] = {"f16": Element.F16, "bf16": Element.BF16}
+
+
+class LandingPool:
+    """Buffers of one chunk each, made on first use, kept for the next; never more than ``max_bytes`` together.
+
+    Owned by the I/O thread. A ticket reserves its buffers up front, so a frame never finds the pool empty.
+    """
+
+    def __init__(self, geometry: KVGeometry, chunk_tokens: int, max_bytes: int) -> None:
+        self.buffer_bytes = state_bytes(geometry, chunk_tokens)
+        self._free: list[npt.NDArray[np.uint8]] = []
+        self._unreserved = max_bytes // self.buffer_bytes
+        self.in_use = 0
+
+    def reserve(self, wanted: int) -> int:
+        """Set aside up to ``wanted`` buffers, at least one; :class:`CapacityError` if there is none."""
+        granted = min(wanted, self._unreserved)
+        if granted < 1:
+            raise CapacityError("no landing buffer is free; raise [decode] landing_mib or lower [link] chunk_tokens")
+        self._unreserved -= granted
+        return granted
+
+    def unreserve(self, count: int) -> None:
+        """Give a reservation back."""
+        self._unreserved += count
+
+    def take(self) -> npt.NDArray[np.uint8]:
+        """A buffer of ``buffer_bytes`` bytes, contents arbitrary."""
+        self.in_use += 1
+        return self._free.pop() if self._free else np.empty(self.buffer_bytes, np.uint8)
+
+    def give_back(self, buffer: npt.NDArray[np.uint8]) -> None:
+        """Return a taken buffer."""
+        self.in_use -= 1
+        self._free.append(buffer)
+
+
+class LandingReport(NamedTuple):
+    """What a finished transfer cost: the sender's part and the receiver's."""
+
+    sender: SenderReport
+    wire_ns: int
+    decode_frame_ns: int
+
+
+class Landing:
+    """One ticket's sink: token ranges in order, every layer of each, nothing twice, nothing missing."""
+
+    def __init__(
+        self,
+        geometry: KVGeometry,
+        cell_type: ElementType,
+        codec: str,
+        pool: LandingPool,
+        *,
+        num_tokens: int,
+        chunk_tokens: int,
+        credit_chunks: int,
+        on_chunk: Callable[[ChunkState], None],
+        on_end: Callable[[LandingReport], None],
+        on_fail: Callable[[IsthmusError], None],
+    ) -> None:
+        self._geometry = geometry
+        self._cell_type = cell_type
+        self._codec = codecs.by_name(codec)
+        self._pool = pool
+        self._num_tokens = num_tokens
+        self._chunk_tokens = chunk_tokens
+        self.credit_chunks = credit_chunks
+        self._on_chunk, self._on_end, self._on_fail = on_chunk, on_end, on_fail
+        self._next_token = 0
+        self._next_layer = 0
+        self._chunks = 0
+        self._current: ChunkState | None = None
+        self._first_frame_ns = 0
+        self._decode_frame_ns = 0
+
+    def data(self, header: Header, payload: memoryview) -> None:
+        """Decode one frame into its place; raises :class:`ProtocolError` or :class:`CodecError`."""
+        began = time.monotonic_ns()
+        self._first_frame_ns = self._first_frame_ns or began
+        self._check(header)
+        chunk = self._current or self._open_chunk(header)
+        planes = chunk.planes(header.first_layer, header.num_layers)
+        self._codec.decode(payload, header.element, _ELEMENT[self._cell_type], planes)
+        self._next_layer += header.num_layers
+        self._decode_frame_ns += time.monotonic_ns() - began
+        if self._next_layer == self._geometry.num_layers:
+            self._next_token += chunk.num_tokens
+            self._next_layer = 0
+            self._current = None
+            self._on_chunk(chunk)
+
+    def end(self, report: SenderReport) -> None:
+        """Check that the prompt is covered and pass the report on."""
+        if not self._next_token == report.num_tokens == self._num_tokens or self._current is not None:
+            raise ProtocolError(
+                f"transfer ended with {self._next_token} of {self._num_tokens} tokens landed, {report.num_tokens} sent"
+            )
+        wire_ns = time.monotonic_ns() - self._first_frame_ns
+        self._on_end(LandingReport(report, wire_ns, self._decode_frame_ns))
+
+    def fail(self, error: IsthmusError) -> None:
+        """Give the half-filled buffer back and pass the error on."""
+        self.release()
+        self._on_fail(error)
+
+    def release(self) -> None:
+        """Give the half-filled buffer back."""
+        if self._current is not None:
+            self._pool.give_back(self._current.buffer)
+            self._current = None
+
+    def _check(self, header: Header) -> None:
+        if header.codec != self._codec.wire_id:
+            raise ProtocolError(f"frame uses codec {header.codec}, the ticket says {self._codec.wire_id}")
+        num_tokens = self._current.num_tokens if self._current else header.num_tokens
+        due = (self._next_token, num_tokens, self._next_layer)
+        came = (header.start_token, header.num_tokens, header.first_layer)
+        if came != due:
+            raise ProtocolError(f"frame has (token, count, layer) {came} where {due} was due")
+        fits = 1 <= num_tokens <= min(self._chunk_tokens, self._num_tokens - self._next_token)
+        if not fits or not 1 <= header.num_layers <= self._geometry.num_layers - self._next_layer:
+            raise ProtocolError(f"frame of {num_tokens} tokens and {header.num_layers} layers does not fit its ticket")
+
+    def _open_chunk(self, header: Header) -> ChunkState:
+        if self._chunks == self.credit_chunks:
+            raise ProtocolError(f"chunk {self._chunks + 1} came without a credit")
+        self._chunks += 1
+        buffer = self._pool.take()
+        self._current = ChunkState(buffer, self._geometry, self._cell_type, header.start_token, header.num_tokens)
+        return self._current

@@ -1,0 +1,44 @@
+"""Token pieces become text: whole UTF-8 characters only, and nothing of a stop string."""
+
+from __future__ import annotations
+
+import codecs
+
+
+class TextStream:
+    """Feeds on pieces (bytes), gives text as soon as it can no longer change."""
+
+    def __init__(self, stop: tuple[str, ...]) -> None:
+        self._stop = stop
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+        self.stopped = False
+
+    def push(self, piece: bytes) -> str:
+        """Text that ``piece`` completes. Sets ``stopped`` when a stop string has appeared; it is not given out."""
+        self._held += self._decoder.decode(piece)
+        return self._give(final=False)
+
+    def flush(self) -> str:
+        """What is still held at the end; bytes that complete no character become U+FFFD."""
+        self._held += self._decoder.decode(b"", final=True)
+        return self._give(final=True)
+
+    def _give(self, *, final: bool) -> str:
+        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            text, self._held = self._held[: min(found)], ""
+            return text
+        keep = 0 if final else self._undecided()
+        cut = len(self._held) - keep
+        text, self._held = self._held[:cut], self._held[cut:]
+        return text
+
+    def _undecided(self) -> int:
+        """Length of the longest tail that could still grow into a stop string."""
+        longest = max((len(stop) - 1 for stop in self._stop), default=0)
+        for length in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._stop):
+                return length
+        return 0
