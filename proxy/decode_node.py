@@ -194,6 +194,7 @@ class DecodeNode:
             match message:
                 case Welcome():
                     self._welcomed(message)
+                    await self.send(Ping())
                 case Status():
                     self.status = message
                 case Failure(request_id=""):

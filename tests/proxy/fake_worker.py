@@ -1,0 +1,211 @@
+"""A decode worker without an engine: a real ROUTER in a thread that speaks the control messages and can misbehave."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+import zmq
+
+from transfer.geometry import KVGeometry
+from transfer.messages import (
+    PROTOCOL,
+    Abort,
+    Failure,
+    FinishReason,
+    Hello,
+    Landing,
+    Message,
+    Ping,
+    Reserve,
+    Start,
+    Status,
+    Ticket,
+    Tokens,
+    Welcome,
+    decode_to_worker,
+    encode,
+)
+from transfer.stages import DecodeReport
+
+GEOMETRY = KVGeometry(
+    num_layers=2,
+    num_kv_heads=1,
+    head_dim_k=4,
+    head_dim_v=4,
+    rope_dims=4,
+    rope_theta=10000.0,
+    rope_scaling="none",
+    sliding_window=0,
+    vocab_size=300,
+    model_fingerprint="0" * 16,
+)
+LANDING = Landing(cell_type="f16", rope_order="half")
+
+
+@dataclass
+class Script:
+    """How the worker answers: the texts it streams, and what goes wrong."""
+
+    texts: list[str] = field(default_factory=lambda: [" two", " three"])
+    finish_reason: FinishReason = "stop"
+    protocol: int = PROTOCOL
+    refuse_reserve: Failure | None = None
+    fail_after_texts: int | None = None
+    silent_after_start: bool = False
+    endless: bool = False
+    prefill_tokens_per_s: float = 400.0
+
+
+class FakeWorker:
+    """Serves until :meth:`close`. ``said`` holds all that clients sent, ``open`` the reserved request ids."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.script = Script()
+        self.said: list[Message] = []
+        self._fail_session = threading.Event()
+        self.open: dict[str, bytes] = {}
+        self._prompts: dict[str, Reserve] = {}
+        self._stop = threading.Event()
+        self._mute = threading.Event()
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.linger = 0
+        self._socket.bind(endpoint)
+        self._thread = threading.Thread(target=self._serve, name="fake worker")
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._socket.close()
+        self._context.term()
+
+    def mute(self) -> None:
+        """Hear and say nothing any more, with the connection standing."""
+        self._mute.set()
+
+    def fail_session(self) -> None:
+        """End the session at its next heartbeat."""
+        self._fail_session.set()
+
+    def heard(self, kind: type[Message]) -> list[Message]:
+        return [message for message in self.said if isinstance(message, kind)]
+
+    def _serve(self) -> None:
+        while not self._stop.is_set():
+            if self._mute.is_set() or not self._socket.poll(20):
+                self._stop.wait(0.005)
+                self._stream_endlessly()
+                continue
+            client, data = self._socket.recv_multipart()
+            message = decode_to_worker(data)
+            self.said.append(message)
+            self._answer(client, message)
+
+    def _stream_endlessly(self) -> None:
+        for request_id, client in self.open.items():
+            if self.script.endless and not self._mute.is_set() and self._started(request_id):
+                self._say(client, Tokens(request_id=request_id, token_ids=[1], text="x"))
+
+    def _started(self, request_id: str) -> bool:
+        return any(message.request_id == request_id for message in self.said if isinstance(message, Start))
+
+    def _say(self, client: bytes, message: Message) -> None:
+        self._socket.send_multipart([client, encode(message)])
+
+    def _answer(self, client: bytes, message: Message) -> None:
+        match message:
+            case Hello():
+                self._say(client, self._welcome())
+            case Ping() if self._fail_session.is_set():
+                self._fail_session.clear()
+                self._say(client, Failure(code="link_error", message="say hello again"))
+            case Ping():
+                self._say(client, self._status())
+            case Reserve():
+                self._reserve(client, message)
+            case Start():
+                self._start(client, message)
+            case Abort():
+                self.open.pop(message.request_id, None)
+
+    def _welcome(self) -> Welcome:
+        return Welcome(
+            worker="fake",
+            geometry=GEOMETRY,
+            landing=LANDING,
+            codecs=("raw", "q8"),
+            kv_endpoint="tcp://127.0.0.1:1",
+            num_cells=1000,
+            max_sequences=4,
+            protocol=self.script.protocol,
+        )
+
+    def _status(self) -> Status:
+        return Status(
+            worker="fake",
+            used_cells=0,
+            num_cells=1000,
+            running_sequences=0,
+            reserved_sequences=len(self.open),
+            max_sequences=4,
+            landing_bytes=0,
+            prefill_tokens_per_s=self.script.prefill_tokens_per_s,
+            prefill_basis="a fake measurement",
+        )
+
+    def _reserve(self, client: bytes, reserve: Reserve) -> None:
+        if self.script.refuse_reserve:
+            refusal = self.script.refuse_reserve
+            self._say(client, Failure(code=refusal.code, message=refusal.message, request_id=reserve.request_id))
+            return
+        self.open[reserve.request_id] = client
+        self._prompts[reserve.request_id] = reserve
+        ticket = Ticket(
+            request_id=reserve.request_id,
+            ticket="ab" * 16,
+            kv_endpoint="tcp://127.0.0.1:1",
+            codec=reserve.codec,
+            landing=LANDING,
+            chunk_tokens=512,
+            credit_chunks=4,
+            deadline_ms=reserve.deadline_ms,
+        )
+        self._say(client, ticket)
+
+    def _start(self, client: bytes, start: Start) -> None:
+        if self.script.silent_after_start or self.script.endless:
+            return
+        request_id = start.request_id
+        # Like the real one: the first token's text is the worker's to stream unless the client has it.
+        texts = list(self.script.texts)
+        if not start.first_text_sent:
+            texts.insert(0, "one")
+        for number, text in enumerate(texts):
+            if number == self.script.fail_after_texts:
+                self.open.pop(request_id)
+                self._say(client, Failure(code="engine_error", message="llama.cpp fell over", request_id=request_id))
+                return
+            self._say(client, Tokens(request_id=request_id, token_ids=[number], text=text))
+        self.open.pop(request_id)
+        self._say(client, self._last(self._prompts[request_id], 1 + len(self.script.texts)))
+
+    def _last(self, reserve: Reserve, completion_tokens: int) -> Tokens:
+        local = reserve.source == "local"
+        report = DecodeReport(
+            prompt_tokens=len(reserve.prompt),
+            completion_tokens=completion_tokens,
+            kv_raw_bytes=0 if local else 4096,
+            kv_wire_bytes=0 if local else 2048,
+            transfer_exposed_ns=0 if local else 1_000_000,
+            local_prefill_ns=5_000_000 if local else 0,
+            decode_ns=3_000_000,
+        )
+        return Tokens(
+            request_id=reserve.request_id,
+            token_ids=[],
+            text="",
+            finish_reason=self.script.finish_reason,
+            report=report,
+        )

@@ -1,0 +1,104 @@
+"""The ledger and the metrics after requests by every route."""
+
+from __future__ import annotations
+
+from proxy.ledger import Account, Ledger
+from tests.proxy.conftest import Stack
+
+
+def entry_after(stack: Stack, route: str) -> dict:
+    stack.chat({"X-Isthmus-Route": route, "X-Isthmus-Codec": "q8", "X-Request-Id": f"id-{route}"})
+    return stack.entries()[-1]
+
+
+def test_split(stack):
+    entry = entry_after(stack, "split")
+    assert entry["route"] == "split"
+    assert entry["reason"] == "forced"
+    assert entry["codec"] == "q8"
+    assert entry["status"] == "ok"
+    assert entry["completion_tokens"] == 3
+    assert (entry["kv_raw_bytes"], entry["kv_wire_bytes"]) == (4096, 2048)
+    assert entry["prefill_ns"] > 0
+    assert entry["reserve_ns"] > 0
+    assert 0 < entry["ttft_ns"] <= entry["total_ns"]
+    assert entry["prefill_alternative_ns"] == round(entry["prompt_tokens"] / 400 * 1e9)
+    assert entry["prefill_alternative_basis"] == "a fake measurement"
+    assert (
+        entry["specialization_gain_ns"]
+        == entry["prefill_alternative_ns"] - entry["prefill_ns"] - entry["transfer_exposed_ns"]
+    )
+
+
+def test_cpu(stack):
+    entry = entry_after(stack, "cpu")
+    assert entry["codec"] is None
+    assert entry["prefill_ns"] == 5_000_000
+    assert entry["decode_ns"] == 3_000_000
+    assert entry["kv_wire_bytes"] == 0
+    assert entry["specialization_gain_ns"] is None
+
+
+def test_gpu(stack):
+    entry = entry_after(stack, "gpu")
+    assert entry["prefill_ns"] > 0
+    assert entry["reserve_ns"] == 0
+    assert entry["specialization_gain_ns"] is None
+
+
+def test_the_client_can_ask_for_its_entry(stack):
+    answer = stack.chat(isthmus=True).json()
+    assert answer["isthmus"] == stack.entries()[-1]
+    assert "isthmus" not in stack.chat().json()
+
+
+def test_newest_last_and_no_more_than_asked(stack):
+    for name in ("a", "b", "c"):
+        stack.chat({"X-Request-Id": name})
+    assert [entry["request_id"] for entry in stack.http.get("/ledger?last=2").json()["entries"]] == ["b", "c"]
+
+
+def test_the_oldest_is_forgotten():
+    ledger = Ledger(2)
+    for name in ("a", "b", "c"):
+        ledger.add(Account(name, "m").close("ok"))
+    assert [entry.request_id for entry in ledger.last(10)] == ["b", "c"]
+
+
+def test_gaps_and_first_text():
+    account = Account("a", "m")
+    assert account.close("ok").ttft_ns is None
+    assert account.saw_text() is None
+    assert account.saw_text() >= 0
+    assert account.close("ok").ttft_ns > 0
+
+
+def test_metrics(stack):
+    def value(line: str) -> float:
+        rows = [row for row in stack.http.get("/metrics").text.splitlines() if row.startswith(line + " ")]
+        return float(rows[0].split()[-1]) if rows else 0.0
+
+    lines = (
+        'isthmus_route_total{reason="forced",route="split"}',
+        'isthmus_kv_transfer_bytes_total{kind="raw"}',
+        'isthmus_kv_transfer_bytes_total{kind="wire"}',
+        'isthmus_requests_total{status="ok"}',
+        'isthmus_requests_total{status="invalid_request"}',
+        'isthmus_time_to_first_token_seconds_count{route="split"}',
+        'isthmus_inter_token_latency_seconds_count{route="split"}',
+        "isthmus_kv_transfer_seconds_count",
+        "isthmus_specialization_gain_seconds_count",
+    )
+    before = [value(line) for line in lines]
+    stack.chat({"X-Isthmus-Route": "split"})
+    stack.chat(n=2)
+    grown = [value(line) - old for line, old in zip(lines, before, strict=True)]
+    assert grown == [1, 4096, 2048, 1, 1, 1, 2, 1, 1]
+    assert value("isthmus_prefill_up") == value("isthmus_decode_up") == 1
+
+
+def test_nodes(stack):
+    view = stack.http.get("/nodes").json()
+    assert view["prefill"]["up"]
+    assert view["decode"]["welcome"]["num_cells"] == 1000
+    assert view["decode"]["status"]["worker"] == "fake"

@@ -1,0 +1,75 @@
+"""Pure decisions: the route, the context, the estimate."""
+
+from __future__ import annotations
+
+import pytest
+
+from proxy.costs import cpu_prefill
+from proxy.failures import ContextLengthError
+from proxy.router import choose, fit, parse_route
+from transfer.errors import LinkError, RequestError
+from transfer.messages import Status
+
+
+@pytest.mark.parametrize(
+    ("forced", "prefill_up", "decode_up", "route", "reason"),
+    [
+        (None, True, True, "split", "both_up"),
+        (None, True, False, "gpu", "decode_down"),
+        (None, False, True, "cpu", "prefill_down"),
+        ("gpu", True, True, "gpu", "forced"),
+        ("cpu", False, True, "cpu", "forced"),
+    ],
+)
+def test_choose(forced, prefill_up, decode_up, route, reason):
+    assert choose(forced, prefill_up=prefill_up, decode_up=decode_up) == (route, reason)
+
+
+@pytest.mark.parametrize(
+    ("forced", "prefill_up", "decode_up", "named"),
+    [
+        (None, False, False, "prefill"),
+        ("split", True, False, "decode"),
+        ("split", False, True, "prefill"),
+        ("gpu", False, True, "prefill"),
+        ("cpu", True, False, "decode"),
+    ],
+)
+def test_what_is_down_is_named(forced, prefill_up, decode_up, named):
+    with pytest.raises(LinkError, match=named):
+        choose(forced, prefill_up=prefill_up, decode_up=decode_up)
+
+
+def test_parse_route():
+    assert parse_route(None) is None
+    assert parse_route("auto") is None
+    assert parse_route("cpu") == "cpu"
+    with pytest.raises(RequestError, match="split, gpu, cpu, auto"):
+        parse_route("tpu")
+
+
+@pytest.mark.parametrize(("prompt", "asked", "given"), [(90, 10, 10), (90, None, 10), (99, None, 1)])
+def test_fit(prompt, asked, given):
+    assert fit(prompt, asked, 100) == given
+
+
+@pytest.mark.parametrize(("prompt", "asked"), [(90, 11), (100, None), (100, 1), (5000, None)])
+def test_what_does_not_fit(prompt, asked):
+    with pytest.raises(ContextLengthError):
+        fit(prompt, asked, 100)
+
+
+def test_cpu_prefill():
+    status = Status(
+        worker="w",
+        used_cells=0,
+        num_cells=1,
+        running_sequences=0,
+        reserved_sequences=0,
+        max_sequences=1,
+        landing_bytes=0,
+        prefill_tokens_per_s=250.0,
+        prefill_basis="measured",
+    )
+    assert cpu_prefill(500, status) == (2_000_000_000, "measured")
+    assert cpu_prefill(500, None) is None
