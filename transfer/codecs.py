@@ -168,13 +168,3 @@ def by_wire_id(wire_id: int) -> Codec:
     if wire_id not in _BY_WIRE_ID:
         raise CodecError(f"unknown codec number {wire_id}; this node has {sorted(_BY_WIRE_ID)}")
     return _BY_WIRE_ID[wire_id]
-
-
-def warm_up() -> None:
-    """Compile every codec's kernels now (milliseconds when numba's cache is warm), not on the first request."""
-    elements = np.zeros(Q8_BLOCK, np.uint16)
-    for codec in CODECS.values():
-        for element in (Element.BF16, Element.F16):
-            payload = codec.encode(elements, element)
-            for cells in (Element.BF16, Element.F16):
-                codec.decode(payload, element, cells, [np.empty_like(elements)])

@@ -180,7 +180,7 @@ class KVReceiver:
             return
         try:
             report = msgspec.msgpack.decode(payload, type=SenderReport)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ProtocolError(f"END frame does not parse: {error}") from None
         incoming.sink.end(report)
         self._incoming.pop(header.ticket, None)

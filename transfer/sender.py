@@ -1,8 +1,8 @@
 """The prefill node's end of the KV plane: one thread that encodes queued chunks and owns the sockets.
 
 The engine's thread hands chunks over and goes on; it never waits for a codec or a socket. What may be queued is
-bounded: a transfer that would push the backlog over ``max_backlog_bytes`` fails alone. Each decode worker gets one DEALER
-socket and a handshake; each transfer sends only as many chunks as the worker has granted credits for.
+bounded: a transfer that would push the backlog over ``max_backlog_bytes`` fails alone. Each decode worker gets one
+DEALER socket and a handshake; each transfer sends only as many chunks as the worker has granted credits for.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import structlog
 import zmq
 
 from transfer import codecs, frames
-from transfer.errors import IsthmusError, LinkError
+from transfer.errors import IsthmusError, LinkError, ProtocolError
 from transfer.frames import Element, Header, Kind
 from transfer.geometry import KVGeometry
 from transfer.layout import Elements, layers_per_frame
 from transfer.messages import (
+    TICKET_BYTES,
     Cancel,
     Credit,
     Failure,
@@ -74,6 +75,16 @@ class Transfer:
         self.raw_bytes = self.wire_bytes = self.gather_ns = self.encode_ns = 0
 
 
+def _key(ticket: str) -> bytes:
+    try:
+        key = bytes.fromhex(ticket)
+    except ValueError:
+        key = b""
+    if len(key) != TICKET_BYTES:
+        raise ProtocolError(f"ticket must be {2 * TICKET_BYTES} hex digits, not {ticket[:64]!r}")
+    return key
+
+
 class Link:
     """The socket to one decode worker and how far its handshake has come."""
 
@@ -118,7 +129,11 @@ class KVSender:
         return self._backlog_bytes
 
     def open(self, ticket: Ticket) -> None:
-        """Begin a transfer. Raises :class:`CodecError` for an unknown codec, :class:`LinkError` for a reused ticket."""
+        """Begin a transfer.
+
+        Raises :class:`ProtocolError` for a ticket that is not one, :class:`CodecError` for an unknown codec and
+        :class:`LinkError` for a ticket in use.
+        """
         transfer = Transfer(ticket)
         with self._lock:
             if ticket.ticket in self._open:
@@ -165,6 +180,7 @@ class KVSender:
         os.eventfd_write(self._wake, 1)
         self._thread.join(timeout_s)
         self._context.term()
+        os.close(self._wake)
 
     def _post(self, action: Callable[[], None]) -> None:
         self._inbox.put(action)
@@ -173,7 +189,6 @@ class KVSender:
     # What the sender thread does.
 
     def _run(self) -> None:
-        codecs.warm_up()
         running = True
         while running:
             try:
