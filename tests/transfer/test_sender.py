@@ -1,0 +1,283 @@
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.transfer.kv_plane import (
+    CHUNK_TOKENS,
+    FRAME_BYTES,
+    GEOMETRY,
+    PATIENCE_S,
+    Fault,
+    Relay,
+    Worker,
+    make_chunks,
+    make_ticket,
+    send,
+)
+from transfer.errors import CodecError, IsthmusError, LinkError
+from transfer.frames import Element
+from transfer.sender import KVSender
+
+
+@pytest.fixture
+def worker():
+    worker = Worker()
+    yield worker
+    worker.close()
+
+
+@pytest.fixture
+def sender():
+    sender = KVSender(GEOMETRY, max_backlog_bytes=1 << 20, frame_bytes=FRAME_BYTES)
+    yield sender
+    sender.close()
+
+
+def wait_for_failure(sender, ticket):
+    """The reason why ``ticket`` failed, once it has."""
+    give_up_ns = time.monotonic_ns() + int(PATIENCE_S * 1e9)
+    while time.monotonic_ns() < give_up_ns:
+        if reason := sender.take_failed().get(ticket.ticket):
+            return reason
+        time.sleep(0.01)
+    raise AssertionError("the transfer neither failed nor ended")
+
+
+def assert_landed(landed, chunks):
+    assert landed.error is None
+    assert landed.report is not None
+    assert landed.rows.keys() == {start for start, _ in chunks}
+    for start, elements in chunks:
+        assert np.array_equal(landed.chunk(start), elements)
+
+
+@pytest.mark.parametrize("codec", ["raw", "lz4"])
+@pytest.mark.parametrize("num_tokens", [1, CHUNK_TOKENS, 6 * CHUNK_TOKENS + 3])
+def test_what_is_sent_lands(sender, worker, codec, num_tokens):
+    ticket = make_ticket(worker.endpoint, codec=codec)
+    landed, chunks = worker.expect(ticket), make_chunks(num_tokens)
+    assert send(sender, ticket, chunks)
+    assert worker.run_until(lambda: landed.over)
+    assert_landed(landed, chunks)
+    report = landed.report
+    assert report.num_tokens == num_tokens
+    assert report.kv_raw_bytes == sum(elements.nbytes for _, elements in chunks)
+    assert report.num_frames == sum(2 if elements.nbytes > FRAME_BYTES else 1 for _, elements in chunks)
+    assert report.gather_ns == len(chunks)
+    assert report.encode_ns > 0
+    assert worker.receiver.open_tickets == 0
+    assert sender.take_failed() == {}
+    assert sender.backlog_bytes == 0
+
+
+def test_q8_takes_about_half_the_bytes(sender, worker):
+    ticket = make_ticket(worker.endpoint, codec="q8")
+    landed = worker.expect(ticket)
+    send(sender, ticket, make_chunks(16))
+    assert worker.run_until(lambda: landed.over)
+    assert landed.report.kv_wire_bytes < 0.6 * landed.report.kv_raw_bytes
+
+
+def test_several_transfers_share_a_link(sender, worker):
+    tickets = [make_ticket(worker.endpoint) for _ in range(5)]
+    landed = [worker.expect(ticket) for ticket in tickets]
+    chunks = [make_chunks(20 + seed, seed) for seed in range(5)]
+    for ticket, prompt in zip(tickets, chunks, strict=True):
+        send(sender, ticket, prompt)
+    assert worker.run_until(lambda: all(one.over for one in landed))
+    for one, prompt in zip(landed, chunks, strict=True):
+        assert_landed(one, prompt)
+
+
+def test_no_more_chunks_are_sent_than_were_granted(sender, worker):
+    ticket = make_ticket(worker.endpoint, credit_chunks=2)
+    landed, chunks = worker.expect(ticket, grants=False), make_chunks(5 * CHUNK_TOKENS)
+    send(sender, ticket, chunks)
+    assert worker.run_until(lambda: landed.complete_chunks == 2)
+    assert not worker.run_until(lambda: landed.complete_chunks > 2, patience_s=0.3)
+    worker.receiver.grant(ticket.ticket, 4)
+    assert worker.run_until(lambda: landed.complete_chunks == 4)
+    worker.receiver.grant(ticket.ticket, 3)  # a credit that comes late takes nothing back
+    worker.receiver.grant(ticket.ticket, 5)
+    assert worker.run_until(lambda: landed.over)
+    assert_landed(landed, chunks)
+
+
+def test_a_stalled_transfer_does_not_hold_up_another(sender, worker):
+    stalled, other = make_ticket(worker.endpoint, deadline_ms=5_000), make_ticket(worker.endpoint)
+    worker.expect(stalled, grants=False)
+    landed, chunks = worker.expect(other), make_chunks(30)
+    send(sender, stalled, make_chunks(30))
+    send(sender, other, chunks)
+    assert worker.run_until(lambda: landed.over)
+    assert_landed(landed, chunks)
+
+
+def test_a_backlog_that_is_full_fails_its_own_transfer_only(worker):
+    chunks = make_chunks(3 * CHUNK_TOKENS)
+    sender = KVSender(GEOMETRY, max_backlog_bytes=chunks[0][1].nbytes * 2, frame_bytes=FRAME_BYTES)
+    try:
+        silent = make_ticket("tcp://127.0.0.1:9")
+        assert not send(sender, silent, chunks)
+        assert "backlog" in wait_for_failure(sender, silent)
+        assert sender.backlog_bytes == 0
+        ticket = make_ticket(worker.endpoint)
+        landed = worker.expect(ticket)
+        assert send(sender, ticket, chunks[:2])
+        assert worker.run_until(lambda: landed.over)
+        assert_landed(landed, chunks[:2])
+    finally:
+        sender.close()
+
+
+def test_a_worker_that_never_answers_fails_by_the_deadline(sender):
+    ticket = make_ticket("tcp://127.0.0.1:9", deadline_ms=100)
+    send(sender, ticket, make_chunks(8))
+    assert wait_for_failure(sender, ticket)
+    assert sender.backlog_bytes == 0
+    assert not sender.submit(ticket.ticket, 8, make_chunks(8)[0][1], Element.BF16, 0)
+
+
+@pytest.mark.parametrize("endpoint", ["", "not an endpoint", "tcp://127.0.0.1:notaport"])
+def test_an_endpoint_that_makes_no_sense_fails_its_transfer(sender, endpoint):
+    ticket = make_ticket(endpoint)
+    send(sender, ticket, make_chunks(8))
+    assert wait_for_failure(sender, ticket)
+
+
+@pytest.mark.parametrize("ticket_id", ["", "zz" * 16, "00" * 15, "00" * 17])
+def test_a_ticket_that_is_not_32_hex_digits_is_refused(sender, worker, ticket_id):
+    ticket = make_ticket(worker.endpoint)
+    with pytest.raises(IsthmusError, match="ticket"):
+        sender.open(type(ticket)(**{**{f: getattr(ticket, f) for f in ticket.__struct_fields__}, "ticket": ticket_id}))
+
+
+def test_a_reused_ticket_and_an_unknown_codec_are_refused(sender, worker):
+    ticket = make_ticket(worker.endpoint)
+    sender.open(ticket)
+    with pytest.raises(LinkError, match="already in use"):
+        sender.open(ticket)
+    with pytest.raises(CodecError, match="zstd"):
+        sender.open(make_ticket(worker.endpoint, codec="zstd"))
+
+
+def test_values_that_the_codec_refuses_fail_on_both_sides(sender, worker):
+    ticket, chunks = make_ticket(worker.endpoint), make_chunks(2 * CHUNK_TOKENS)
+    landed = worker.expect(ticket)
+    chunks[1][1][1, 5] = 0x7FC0
+    send(sender, ticket, chunks)
+    assert worker.run_until(lambda: landed.over)
+    assert "infinity" in str(landed.error)
+    assert "infinity" in wait_for_failure(sender, ticket)
+    assert worker.receiver.open_tickets == 0
+
+
+def test_abort_reaches_the_worker(sender, worker):
+    ticket = make_ticket(worker.endpoint)
+    landed = worker.expect(ticket, grants=False)
+    send(sender, ticket, make_chunks(5 * CHUNK_TOKENS))
+    assert worker.run_until(lambda: landed.complete_chunks == 2)
+    sender.abort(ticket.ticket, "the client left")
+    assert worker.run_until(lambda: landed.over)
+    assert "the client left" in str(landed.error)
+    assert wait_for_failure(sender, ticket) == "the client left"
+    assert sender.backlog_bytes == 0
+
+
+def test_cancel_reaches_the_sender(sender, worker):
+    ticket = make_ticket(worker.endpoint)
+    landed = worker.expect(ticket, grants=False)
+    send(sender, ticket, make_chunks(5 * CHUNK_TOKENS))
+    assert worker.run_until(lambda: landed.complete_chunks == 2)
+    worker.receiver.cancel(ticket.ticket, "evicted")
+    assert "evicted" in wait_for_failure(sender, ticket)
+    assert sender.backlog_bytes == 0
+
+
+def test_another_model_is_refused_by_the_name_of_the_field(sender):
+    other = Worker(geometry=type(GEOMETRY)(**{**geometry_fields(), "num_layers": 4}))
+    try:
+        ticket = make_ticket(other.endpoint)
+        other.expect(ticket)
+        send(sender, ticket, make_chunks(8))
+        reasons = []
+        threading.Thread(target=lambda: reasons.append(wait_for_failure(sender, ticket))).start()
+        assert other.run_until(lambda: reasons)
+        assert "num_layers: 4 here, 3 there" in reasons[0]
+    finally:
+        other.close()
+
+
+def geometry_fields():
+    return {field: getattr(GEOMETRY, field) for field in GEOMETRY.__struct_fields__}
+
+
+def test_a_worker_that_was_restarted_is_found_again(sender):
+    chunks = make_chunks(20)
+    port = 0
+    for _ in range(2):
+        worker = Worker(port)
+        port = worker.receiver.port
+        try:
+            ticket = make_ticket(worker.endpoint)
+            landed = worker.expect(ticket)
+            send(sender, ticket, chunks)
+            assert worker.run_until(lambda landed=landed: landed.over)
+            assert_landed(landed, chunks)
+        finally:
+            worker.close()
+
+
+def test_close_with_transfers_under_way_returns():
+    sender = KVSender(GEOMETRY, max_backlog_bytes=1 << 20, frame_bytes=FRAME_BYTES)
+    send(sender, make_ticket("tcp://127.0.0.1:9"), make_chunks(20))
+    sender.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "isthmus-sender"]
+
+
+faults = st.lists(
+    st.builds(
+        Fault,
+        direction=st.sampled_from(["up", "up", "down"]),
+        index=st.integers(0, 12),
+        action=st.sampled_from(["drop", "duplicate", "swap", "flip", "truncate"]),
+        bit=st.integers(0, 1 << 16),
+    ),
+    max_size=3,
+)
+
+
+@settings(max_examples=40)
+@given(faults=faults, codec=st.sampled_from(["raw", "lz4"]))
+def test_a_faulty_link_delivers_equal_bytes_or_a_reason_and_recovers(faults, codec):
+    worker = Worker()
+    relay = Relay(worker.endpoint, faults)
+    sender = KVSender(GEOMETRY, max_backlog_bytes=1 << 20, frame_bytes=FRAME_BYTES)
+    try:
+        ticket, chunks = make_ticket(relay.endpoint, codec=codec, deadline_ms=400), make_chunks(4 * CHUNK_TOKENS + 1)
+        landed = worker.expect(ticket)
+        send(sender, ticket, chunks)
+        if worker.run_until(lambda: landed.over, patience_s=1.0):
+            if landed.report is not None:
+                assert_landed(landed, chunks)
+        else:  # the worker's own deadline
+            worker.receiver.cancel(ticket.ticket, "deadline")
+        # The sender ends too, and holds nothing.
+        assert worker.run_until(lambda: sender.backlog_bytes == 0)
+        assert all(sender.take_failed().values())
+        assert worker.receiver.open_tickets == 0
+
+        relay.faults.clear()
+        again = make_ticket(relay.endpoint, codec=codec)
+        landed = worker.expect(again)
+        send(sender, again, chunks)
+        assert worker.run_until(lambda: landed.over)
+        assert_landed(landed, chunks)
+    finally:
+        sender.close()
+        relay.close()
+        worker.close()
