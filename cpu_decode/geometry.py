@@ -68,4 +68,5 @@ def _norm_as_bf16(tensors: dict[str, Any], gguf: Path) -> bytes:
     if norm is None or norm.data.dtype != np.float32:
         raise ConfigError(f"{gguf} has no fp32 output_norm.weight; its weights cannot be identified")
     bits = norm.data.view(np.uint32).astype(np.uint64)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return bytes(rounded.astype("<u2").tobytes())

@@ -63,7 +63,7 @@ class LandingReport(NamedTuple):
     decode_frame_ns: int
 
 
-class Landing:
+class LandingPlace:
     """One ticket's sink: token ranges in order, every layer of each, nothing twice, nothing missing."""
 
     def __init__(

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from transfer.geometry import KVGeometry
-from transfer.layout import ElementType, Elements
+from transfer.layout import Elements, ElementType
 
 MAGIC = 0xAF143CD8
 GGML_TYPE: dict[ElementType, int] = {"f16": 1, "bf16": 30}
@@ -52,17 +52,17 @@ class ChunkState:
         cells = np.zeros(num_tokens, _CELL)
         cells["position"] = np.arange(start_token, start_token + num_tokens)
         cells["sequences"] = 1
-        _HEAD.pack_into(buffer, 0, MAGIC, 0, 1, num_tokens)
+        _HEAD.pack_into(buffer.data, 0, MAGIC, 0, 1, num_tokens)
         at = _HEAD.size
         buffer[at : at + cells.nbytes] = cells.view(np.uint8)
         at += cells.nbytes
-        _SHAPE.pack_into(buffer, at, 0, geometry.num_layers)
+        _SHAPE.pack_into(buffer.data, at, 0, geometry.num_layers)
         at += _SHAPE.size
         self._planes: list[Elements] = []
         for head_dim in (geometry.head_dim_k, geometry.head_dim_v):
             row_bytes = 2 * geometry.num_kv_heads * head_dim
             for _ in range(geometry.num_layers):
-                _PLANE.pack_into(buffer, at, GGML_TYPE[cell_type], row_bytes)
+                _PLANE.pack_into(buffer.data, at, GGML_TYPE[cell_type], row_bytes)
                 at += _PLANE.size
                 self._planes.append(buffer[at : at + num_tokens * row_bytes].view(np.uint16))
                 at += num_tokens * row_bytes

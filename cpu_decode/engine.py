@@ -1,0 +1,268 @@
+"""The step loop: one thread owns the llama.cpp context; between two batches it admits, injects, starts and aborts.
+
+Every sequence is its tokens so far and how many of them have KV in cells. A sequence that misses one decodes; one that
+misses more prefills (a local prompt). Both share one batch.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+import structlog
+
+from cpu_decode.landing import LandingReport
+from cpu_decode.llama import Batch, Context
+from cpu_decode.sequence import Sequence
+from cpu_decode.state import ChunkState
+from transfer.errors import EngineError, IsthmusError, LinkError
+from transfer.messages import Failure, Tokens
+
+log = structlog.get_logger()
+
+# A prompt that prefills beside running sequences takes this many tokens a step, so that their ITL stays bearable.
+SHARED_PREFILL_TOKENS = 64
+CALIBRATION_TOKENS = 256
+# Shorter prefills, or ones that shared their batches, say little about the machine's rate.
+MIN_OBSERVED_TOKENS = 64
+IDLE_POLL_S = 0.25
+
+
+class Released:
+    """The engine has let go of a request: its cells are free."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+
+
+class Injected:
+    """A chunk is in the cells: its buffer is free."""
+
+    def __init__(self, request_id: str, chunk: ChunkState) -> None:
+        self.request_id = request_id
+        self.chunk = chunk
+
+
+Event = Tokens | Failure | Released | Injected
+
+
+class Engine:
+    """Runs in its own thread; every public method is thread-safe and returns at once.
+
+    ``emit`` is called on the engine's thread. After :class:`Released` nothing more is emitted about a request.
+    """
+
+    def __init__(self, context: Context, *, batch_tokens: int, emit: Callable[[Event], None]) -> None:
+        self._context = context
+        self._batch = Batch(batch_tokens)
+        self._batch_tokens = batch_tokens
+        self._emit = emit
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._sequences: dict[str, Sequence] = {}
+        self._running: list[Sequence] = []
+        self.running_sequences = 0
+        self.failed: EngineError | None = None
+        self.prefill_tokens_per_s = 0.0
+        self.prefill_basis = ""
+        self._calibrate()
+        self._thread = threading.Thread(target=self._run, name="isthmus-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the step loop."""
+        self._thread.start()
+
+    def admit(self, sequence: Sequence) -> None:
+        """Take a request whose cells are promised."""
+        self._inbox.put(lambda: self._sequences.__setitem__(sequence.request_id, sequence))
+
+    def land(self, request_id: str, chunk: ChunkState) -> None:
+        """Inject ``chunk`` between two steps; :class:`Injected` gives the buffer back, whatever happens."""
+        self._inbox.put(lambda: self._inject(request_id, chunk))
+
+    def complete(self, request_id: str, report: LandingReport) -> None:
+        """All chunks of a request have been handed over."""
+        self._inbox.put(lambda: self._complete(request_id, report))
+
+    def begin(self, request_id: str, first_token: int | None, *, first_text_sent: bool) -> None:
+        """Start decoding when the KV is there; see :class:`~transfer.messages.Start`."""
+        now = time.monotonic_ns()
+        self._inbox.put(lambda: self._begin(request_id, first_token, first_text_sent, now))
+
+    def fail(self, request_id: str, error: IsthmusError) -> None:
+        """End a request with a Failure."""
+        self._inbox.put(lambda: self._fail(request_id, error))
+
+    def abort(self, request_id: str) -> None:
+        """End a request silently."""
+        self._inbox.put(lambda: self._abort(request_id))
+
+    def stop(self) -> None:
+        """Stop after the current step; requests still running get no word."""
+        self._inbox.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._drain():
+                self._expire()
+                if self._running:
+                    self._step()
+        except Exception as error:
+            log.exception("engine stopped")
+            self.failed = EngineError(f"decode engine stopped: {error}")
+            for request_id in list(self._sequences):
+                self._fail(request_id, self.failed)
+
+    def _drain(self) -> bool:
+        """Handle what waits in the inbox; sleep only when no sequence runs. False: stop."""
+        try:
+            action = self._inbox.get(block=not self._running, timeout=IDLE_POLL_S)
+            while True:
+                if action is None:
+                    return False
+                action()
+                action = self._inbox.get_nowait()
+        except queue.Empty:
+            return True
+
+    def _inject(self, request_id: str, chunk: ChunkState) -> None:
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            began = time.monotonic_ns()
+            try:
+                self._context.inject(chunk, sequence.seq_id)
+                sequence.inject_ns += time.monotonic_ns() - began
+                sequence.num_cached += chunk.num_tokens
+            except EngineError as error:
+                self._fail(request_id, error)
+        self._emit(Injected(request_id, chunk))
+
+    def _complete(self, request_id: str, report: LandingReport) -> None:
+        if sequence := self._sequences.get(request_id):
+            sequence.landing = report
+            self._join(sequence)
+
+    def _begin(self, request_id: str, first_token: int | None, first_text_sent: bool, now_ns: int) -> None:
+        if sequence := self._sequences.get(request_id):
+            sequence.start(first_token, first_text_sent=first_text_sent, now_ns=now_ns)
+            self._join(sequence)
+
+    def _join(self, sequence: Sequence) -> None:
+        """Let a sequence into the batch once it is started and its KV is complete."""
+        if not sequence.ready or sequence in self._running:
+            return
+        sequence.joined_ns = time.monotonic_ns()
+        sequence.alone = not self._running
+        for other in self._running:
+            other.alone = False
+        if sequence.num_cached == len(sequence.tokens):
+            # The last position's logits were left behind on the prefill node; compute them again.
+            sequence.num_cached -= 1
+            self._context.trim(sequence.seq_id, sequence.num_cached)
+        self._running.append(sequence)
+        self.running_sequences = len(self._running)
+        if sequence.first_token is not None:
+            self._take(sequence, sequence.first_token)
+
+    def _step(self) -> None:
+        rows = self._fill()
+        self._context.decode(self._batch)
+        for sequence, row in rows:
+            token = sequence.sampler.sample(self._context, row)
+            self._observe(sequence)
+            sequence.tokens.append(token)
+            self._take(sequence, token)
+
+    def _fill(self) -> list[tuple[Sequence, int]]:
+        """Fill the batch; returns the sequences whose last token is in it, with its row."""
+        self._batch.clear()
+        rows = []
+        decoding = [s for s in self._running if s.missing_tokens == 1]
+        prefilling = [s for s in self._running if s.missing_tokens > 1]
+        budget = self._batch_tokens - len(decoding)
+        if decoding:
+            budget = min(budget, SHARED_PREFILL_TOKENS)
+        for sequence in decoding + prefilling:
+            count = 1 if sequence.missing_tokens == 1 else min(sequence.missing_tokens, budget)
+            if sequence.missing_tokens > 1:
+                budget -= count
+            if count == 0:
+                break
+            last = count == sequence.missing_tokens
+            tokens = sequence.tokens[sequence.num_cached : sequence.num_cached + count]
+            row = self._batch.add(sequence.seq_id, sequence.num_cached, tokens, want_logits=last)
+            sequence.num_cached += count
+            if last:
+                rows.append((sequence, row))
+        return rows
+
+    def _take(self, sequence: Sequence, token: int) -> None:
+        """Turn a new token into text, and end the sequence if it was the last."""
+        text, finish_reason = sequence.take(token, self._context.model)
+        if sequence.first_text_sent and sequence.completion_tokens == 1:
+            text = ""
+        if text or finish_reason:
+            ids, sequence.unsent_ids = sequence.unsent_ids, []
+            report = sequence.report() if finish_reason else None
+            self._emit(
+                Tokens(
+                    request_id=sequence.request_id,
+                    token_ids=ids,
+                    text=text,
+                    finish_reason=finish_reason,
+                    report=report,
+                )
+            )
+        if finish_reason:
+            self._release(sequence)
+
+    def _fail(self, request_id: str, error: IsthmusError) -> None:
+        if sequence := self._sequences.get(request_id):
+            log.warning("request failed", request_id=request_id, reason=str(error))
+            self._emit(Failure(code=error.code, message=str(error), request_id=request_id))
+            self._release(sequence)
+
+    def _abort(self, request_id: str) -> None:
+        if sequence := self._sequences.get(request_id):
+            log.info("request aborted", request_id=request_id)
+            self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self._context.trim(sequence.seq_id, 0)
+        sequence.sampler.close()
+        del self._sequences[sequence.request_id]
+        if sequence in self._running:
+            self._running.remove(sequence)
+            self.running_sequences = len(self._running)
+        self._emit(Released(sequence.request_id))
+
+    def _expire(self) -> None:
+        now = time.monotonic_ns()
+        for sequence in [s for s in self._sequences.values() if s not in self._running and s.deadline_ns < now]:
+            what = "its KV" if sequence.started else "a start"
+            self._fail(sequence.request_id, LinkError(f"reservation expired waiting for {what}"))
+
+    def _observe(self, sequence: Sequence) -> None:
+        """Learn the local prefill rate from a whole prompt that had the machine to itself."""
+        first = sequence.completion_tokens == 0
+        if first and sequence.local and sequence.alone and len(sequence.tokens) >= MIN_OBSERVED_TOKENS:
+            seconds = (time.monotonic_ns() - sequence.joined_ns) / 1e9
+            self.prefill_tokens_per_s = len(sequence.tokens) / seconds
+            self.prefill_basis = f"last local prefill: {len(sequence.tokens)} tokens in {seconds:.2f} s"
+
+    def _calibrate(self) -> None:
+        """Time one prefill, after one that warms the machine up; cells are left as they were."""
+        count = min(CALIBRATION_TOKENS, self._batch_tokens, self._context.num_cells)
+        for _ in range(2):
+            began = time.monotonic_ns()
+            self._batch.clear()
+            self._batch.add(0, 0, [token % self._context.model.vocab_size for token in range(count)], want_logits=True)
+            self._context.decode(self._batch)
+            self._context.logits(count - 1)
+            seconds = (time.monotonic_ns() - began) / 1e9
+            self._context.trim(0, 0)
+        self.prefill_tokens_per_s = count / seconds
+        self.prefill_basis = f"calibration at start: {count} tokens in {seconds:.2f} s"

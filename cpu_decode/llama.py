@@ -1,0 +1,191 @@
+"""llama.cpp's low-level calls, typed, in one place; everything here belongs to the engine's thread.
+
+One context with one unified cache and flash attention: chunked injection and several sequences in one batch need both.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import structlog
+
+from cpu_decode.state import GGML_TYPE, ChunkState
+from transfer.errors import ConfigError, EngineError
+from transfer.layout import ElementType, RopeOrder
+
+log = structlog.get_logger()
+
+_ROPE_ORDER: dict[int, RopeOrder] = {0: "interleaved", 2: "half"}  # enum llama_rope_type: NORM, NEOX
+_FLASH_ATTENTION_ON = 1
+_PIECE_BYTES = 256
+_LOG_ERROR_LEVEL = 4
+
+
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def _on_log(level: int, text: bytes, _user: Any) -> None:
+    if level == _LOG_ERROR_LEVEL:
+        log.error("llama.cpp", text=text.decode(errors="replace").rstrip())
+
+
+class Model:
+    """A GGUF in memory and what its vocabulary says."""
+
+    def __init__(self, gguf: Path) -> None:
+        llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+        self.handle = llama_cpp.llama_model_load_from_file(str(gguf).encode(), llama_cpp.llama_model_default_params())
+        if not self.handle:
+            raise ConfigError(f"llama.cpp cannot load {gguf}")
+        self._vocab = llama_cpp.llama_model_get_vocab(self.handle)
+        self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
+        self.end_tokens = [t for t in range(self.vocab_size) if llama_cpp.llama_vocab_is_eog(self._vocab, t)]
+        self._piece = ctypes.create_string_buffer(_PIECE_BYTES)
+
+    @property
+    def rope_order(self) -> RopeOrder:
+        """How this architecture pairs rotary elements; :class:`ConfigError` if its KV cannot be split."""
+        if llama_cpp.llama_model_is_recurrent(self.handle) or llama_cpp.llama_model_is_hybrid(self.handle):
+            raise ConfigError("recurrent and hybrid models keep state that is not attention KV; they cannot be split")
+        if llama_cpp.llama_model_n_swa(self.handle):
+            raise ConfigError("models with a sliding window cannot be split yet")
+        rope_type = int(llama_cpp.llama_model_rope_type(self.handle))
+        if rope_type not in _ROPE_ORDER:
+            raise ConfigError(f"rope type {rope_type} of this model cannot be split yet")
+        return _ROPE_ORDER[rope_type]
+
+    def piece(self, token: int) -> bytes:
+        """The bytes that ``token`` stands for; control tokens stand for none."""
+        length = llama_cpp.llama_token_to_piece(self._vocab, token, self._piece, _PIECE_BYTES, 0, False)
+        if length < 0:
+            larger = ctypes.create_string_buffer(-length)
+            length = llama_cpp.llama_token_to_piece(self._vocab, token, larger, -length, 0, False)
+            return larger.raw[:length]
+        return self._piece.raw[:length]
+
+    def close(self) -> None:
+        """Free the weights."""
+        llama_cpp.llama_model_free(self.handle)
+
+
+class Batch:
+    """One llama_batch over numpy arrays, filled row by row and reused for every step."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.size = 0
+        self._tokens = np.zeros(capacity, np.int32)
+        self._positions = np.zeros(capacity, np.int32)
+        self._counts = np.ones(capacity, np.int32)
+        self._seq_ids = np.zeros(capacity, np.int32)
+        self._logits = np.zeros(capacity, np.int8)
+        base = self._seq_ids.ctypes.data
+        self._seq_pointers = np.array([base + 4 * row for row in range(capacity)], np.uintp)
+        self._struct = llama_cpp.llama_batch(
+            n_tokens=0,
+            token=self._tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            embd=None,
+            pos=self._positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            n_seq_id=self._counts.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            seq_id=self._seq_pointers.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
+            logits=self._logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+
+    def clear(self) -> None:
+        """Forget the rows."""
+        self.size = 0
+
+    def add(self, seq_id: int, position: int, tokens: list[int], *, want_logits: bool) -> int:
+        """Append ``tokens`` of one sequence from ``position`` on; returns the row of the last one."""
+        first, last = self.size, self.size + len(tokens)
+        if last > self.capacity:
+            raise EngineError(f"batch of {last} tokens is over its capacity of {self.capacity}")
+        self._tokens[first:last] = tokens
+        self._positions[first:last] = np.arange(position, position + len(tokens))
+        self._seq_ids[first:last] = seq_id
+        self._logits[first:last] = 0
+        self._logits[last - 1] = want_logits
+        self.size = last
+        return last - 1
+
+    @property
+    def struct(self) -> Any:
+        """The C struct with the current number of rows."""
+        self._struct.n_tokens = self.size
+        return self._struct
+
+
+class Context:
+    """Cells, and the calls that fill, read and free them."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        num_cells: int,
+        max_sequences: int,
+        batch_tokens: int,
+        threads: int,
+        cell_type: ElementType,
+    ) -> None:
+        self.model = model
+        self.num_cells = num_cells
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = num_cells
+        params.n_batch = params.n_ubatch = batch_tokens
+        params.n_seq_max = max_sequences + 1
+        params.n_threads = params.n_threads_batch = threads
+        params.type_k = params.type_v = GGML_TYPE[cell_type]
+        params.flash_attn_type = _FLASH_ATTENTION_ON
+        params.kv_unified = True
+        params.no_perf = True
+        self.handle = llama_cpp.llama_init_from_model(model.handle, params)
+        if not self.handle:
+            raise ConfigError(f"llama.cpp cannot make a context of {num_cells} cells and {max_sequences} sequences")
+        self._memory = llama_cpp.llama_get_memory(self.handle)
+        # Chunks land here first: setting a sequence's state clears what that sequence held.
+        self._scratch = max_sequences
+
+    def decode(self, batch: Batch) -> None:
+        """Compute one batch. Raises :class:`EngineError`; the cells of the batch are then undefined."""
+        code = llama_cpp.llama_decode(self.handle, batch.struct)
+        if code:
+            raise EngineError(f"llama_decode returned {code} for a batch of {batch.size} tokens")
+
+    def inject(self, chunk: ChunkState, seq_id: int) -> None:
+        """Append ``chunk`` to the cells of ``seq_id``. Raises :class:`EngineError` and leaves no cell behind."""
+        pointer = chunk.buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        read = llama_cpp.llama_state_seq_set_data(self.handle, pointer, chunk.num_bytes, self._scratch)
+        if read == chunk.num_bytes:
+            end = chunk.start_token + chunk.num_tokens
+            llama_cpp.llama_memory_seq_cp(self._memory, self._scratch, seq_id, chunk.start_token, end)
+        llama_cpp.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
+        if read != chunk.num_bytes:
+            raise EngineError(f"llama.cpp took {read} of {chunk.num_bytes} bytes of state at token {chunk.start_token}")
+
+    def trim(self, seq_id: int, num_tokens: int) -> None:
+        """Keep only the first ``num_tokens`` positions of ``seq_id``; 0 frees its cells."""
+        llama_cpp.llama_memory_seq_rm(self._memory, seq_id, num_tokens, -1)
+
+    def cached_tokens(self, seq_id: int) -> int:
+        """Positions that ``seq_id`` holds, counted from 0."""
+        return int(llama_cpp.llama_memory_seq_pos_max(self._memory, seq_id)) + 1
+
+    def logits(self, row: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """A copy of the logits of batch row ``row``, fp32 ``[vocab_size]``."""
+        pointer = llama_cpp.llama_get_logits_ith(self.handle, row)
+        return np.ctypeslib.as_array(pointer, (self.model.vocab_size,)).copy()
+
+    def state(self, seq_id: int) -> bytes:
+        """The sequence's state as llama.cpp writes it (format: ``cpu_decode/state.py``)."""
+        size = llama_cpp.llama_state_seq_get_size(self.handle, seq_id)
+        buffer = (ctypes.c_uint8 * size)()
+        written = llama_cpp.llama_state_seq_get_data(self.handle, buffer, size, seq_id)
+        return bytes(buffer[:written])
+
+    def close(self) -> None:
+        """Free the cells."""
+        llama_cpp.llama_free(self.handle)

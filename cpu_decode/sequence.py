@@ -1,0 +1,103 @@
+"""One request in the decode engine."""
+
+from __future__ import annotations
+
+import time
+
+from cpu_decode.landing import LandingReport
+from cpu_decode.llama import Model
+from cpu_decode.sampling import Sampler
+from cpu_decode.text import TextStream
+from transfer.messages import FinishReason, Reserve
+from transfer.stages import DecodeReport
+
+
+class Sequence:
+    """Tokens so far, how many of them have KV in cells, and what the request has cost. Engine thread only."""
+
+    def __init__(self, reserve: Reserve, seq_id: int, sampler: Sampler) -> None:
+        self.request_id = reserve.request_id
+        self.seq_id = seq_id
+        self.local = reserve.source == "local"
+        self.sampling = reserve.sampling
+        self.sampler = sampler
+        self.text = TextStream(reserve.sampling.stop)
+        self.prompt_tokens = len(reserve.prompt)
+        self.tokens = list(reserve.prompt)
+        self.num_cached = 0
+        self.deadline_ns = time.monotonic_ns() + reserve.deadline_ms * 1_000_000
+        self.started = False
+        self.first_token: int | None = None
+        self.first_text_sent = False
+        self.unsent_ids: list[int] = []
+        self.landing: LandingReport | None = None
+        self.alone = True
+        self.inject_ns = 0
+        self.started_ns = self.joined_ns = self.first_sampled_ns = 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether it may join the batch: Start has come and, unless the prompt is local, all of its KV."""
+        return self.started and (self.local or self.landing is not None)
+
+    @property
+    def missing_tokens(self) -> int:
+        """Tokens without KV."""
+        return len(self.tokens) - self.num_cached
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens that were sampled, here or on the prefill node."""
+        return len(self.tokens) - self.prompt_tokens
+
+    def start(self, first_token: int | None, *, first_text_sent: bool, now_ns: int) -> None:
+        """Note Start, which came at ``now_ns``; a first token counts as this sequence's output."""
+        self.started = True
+        self.started_ns = now_ns
+        self.first_token = first_token
+        self.first_text_sent = first_text_sent
+        if first_token is not None:
+            self.sampler.accept(first_token)
+            self.tokens.append(first_token)
+
+    def take(self, token: int, model: Model) -> tuple[str, FinishReason | None]:
+        """The text that ``token``, the newest in ``tokens``, completes, and why the sequence ends if it does."""
+        self.unsent_ids.append(token)
+        sampled_elsewhere = self.first_token is not None and self.completion_tokens == 1
+        if not self.first_sampled_ns and not sampled_elsewhere:
+            self.first_sampled_ns = time.monotonic_ns()
+        if token in model.end_tokens and not self.sampling.ignore_eos:
+            return self.text.flush(), "stop"
+        text = self.text.push(model.piece(token))
+        if self.text.stopped:
+            return text, "stop"
+        if self.completion_tokens >= self.sampling.max_tokens:
+            return text + self.text.flush(), "length"
+        return text, None
+
+    def report(self) -> DecodeReport:
+        """What the request has cost, now that it is finished."""
+        now = time.monotonic_ns()
+        first = self.first_sampled_ns or now
+        costs = {}
+        if self.landing is not None:
+            sender = self.landing.sender
+            costs = {
+                "kv_raw_bytes": sender.kv_raw_bytes,
+                "kv_wire_bytes": sender.kv_wire_bytes,
+                "gather_ns": sender.gather_ns,
+                "encode_ns": sender.encode_ns,
+                "d2h_ns": sender.d2h_ns,
+                "wire_ns": self.landing.wire_ns,
+                "decode_frame_ns": self.landing.decode_frame_ns,
+                "transfer_exposed_ns": self.joined_ns - self.started_ns,
+            }
+        return DecodeReport(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            inject_ns=self.inject_ns,
+            local_prefill_ns=first - self.joined_ns if self.local else 0,
+            first_decode_ns=0 if self.local else first - self.joined_ns,
+            decode_ns=now - first,
+            **costs,
+        )

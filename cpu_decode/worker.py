@@ -1,0 +1,302 @@
+"""The decode worker's I/O thread: control messages in, tokens out, frames into the engine's reach.
+
+It owns both sockets, admission, the landing pool and the record of who asked for what; the engine owns the context.
+They talk through the inbox of the one and the outbox of the other; a record is dropped at exactly one place: when the
+engine says that it has let go.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import secrets
+import threading
+import time
+
+import structlog
+import zmq
+
+from cpu_decode.admission import Admission
+from cpu_decode.engine import Engine, Event, Injected, Released
+from cpu_decode.landing import LandingPlace, LandingPool
+from cpu_decode.llama import Context, Model
+from cpu_decode.sampling import Sampler
+from cpu_decode.sequence import Sequence
+from transfer import codecs
+from transfer.config import Decode, Link
+from transfer.errors import IsthmusError, ProtocolError, RequestError
+from transfer.geometry import KVGeometry, require_same
+from transfer.messages import (
+    MAX_MESSAGE_BYTES,
+    Abort,
+    Failure,
+    FromWorker,
+    Hello,
+    Landing,
+    Ping,
+    Reserve,
+    Start,
+    Status,
+    Ticket,
+    Tokens,
+    Welcome,
+    decode_to_worker,
+    encode,
+    require_protocol,
+)
+from transfer.receiver import KVReceiver
+
+log = structlog.get_logger()
+
+MESSAGES_PER_TURN = 64
+# A proxy pings every second; one that is silent this long is gone, and its requests with it.
+CLIENT_SILENCE_S = 10.0
+POLL_MS = 500
+
+
+class Admitted:
+    """A request between Reserve and Released: whose it is and what was promised to it."""
+
+    def __init__(self, client: bytes, seq_id: int) -> None:
+        self.client = client
+        self.seq_id = seq_id
+        self.ticket: str | None = None
+        self.landing: LandingPlace | None = None
+        self.reserved_buffers = 0
+        self.credits_granted = 0
+
+
+class Worker:
+    """One llama.cpp context behind a control socket and a KV socket."""
+
+    def __init__(self, model: Model, context: Context, geometry: KVGeometry, decode: Decode, link: Link) -> None:
+        self.name = f"{decode.advertise_host}:{decode.control_port}"
+        self._geometry = geometry
+        self._model = model
+        self._decode = decode
+        self._link = link
+        self._form = Landing(cell_type=decode.cell_type, rope_order=model.rope_order)
+        self._admission = Admission(decode.num_cells, decode.max_sequences)
+        self._pool = LandingPool(geometry, link.chunk_tokens, decode.landing_mib << 20)
+        self._requests: dict[str, Admitted] = {}
+        self._clients: dict[bytes, int] = {}
+        self._outbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._stopping = threading.Event()
+        self.engine = Engine(context, batch_tokens=decode.prefill_batch_tokens, emit=self._post)
+        self._zmq: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._control = self._zmq.socket(zmq.ROUTER)
+        self._control.maxmsgsize = MAX_MESSAGE_BYTES
+        self._control.sndhwm = self._control.rcvhwm = 10_000
+        self._control.linger = 200
+        self._control.bind(_endpoint(decode.host, decode.control_port))
+        self._receiver = KVReceiver(self._zmq, _endpoint(decode.host, decode.kv_port), geometry, link.frame_mib << 20)
+
+    def run(self) -> None:
+        """Serve until :meth:`stop`, or until the engine fails (raises its :class:`EngineError`)."""
+        poller = zmq.Poller()
+        for source in (self._control, self._receiver.socket, self._wake):
+            poller.register(source, zmq.POLLIN)
+        self.engine.start()
+        log.info("decode worker is ready", worker=self.name, prefill=self.engine.prefill_basis)
+        try:
+            while not self._stopping.is_set() and self.engine.failed is None:
+                ready = dict(poller.poll(POLL_MS))
+                if self._wake in ready:
+                    os.eventfd_read(self._wake)
+                self._deliver()
+                self._listen()
+                self._receiver.turn()
+                self._drop_silent_clients()
+            self._deliver()
+        finally:
+            self.engine.stop()
+            self._control.close()
+            self._receiver.close()
+            self._zmq.term()
+            os.close(self._wake)
+        if self.engine.failed is not None and not self._stopping.is_set():
+            raise self.engine.failed
+
+    def stop(self) -> None:
+        """Make :meth:`run` return; safe from any thread and from a signal handler."""
+        self._stopping.set()
+
+    @property
+    def status(self) -> Status:
+        """What the worker would answer to a Ping now."""
+        return Status(
+            worker=self.name,
+            used_cells=self._admission.used_cells,
+            num_cells=self._admission.num_cells,
+            running_sequences=self.engine.running_sequences,
+            reserved_sequences=self._admission.admitted,
+            max_sequences=self._admission.max_sequences,
+            landing_bytes=self._pool.in_use * self._pool.buffer_bytes,
+            prefill_tokens_per_s=self.engine.prefill_tokens_per_s,
+            prefill_basis=self.engine.prefill_basis,
+        )
+
+    def _post(self, event: Event) -> None:
+        self._outbox.put(event)
+        os.eventfd_write(self._wake, 1)
+
+    # What the engine says.
+
+    def _deliver(self) -> None:
+        while not self._outbox.empty():
+            event = self._outbox.get()
+            request = self._requests.get(event.request_id)
+            match event:
+                case Injected():
+                    self._pool.give_back(event.chunk.buffer)
+                    if request is not None and request.ticket is not None:
+                        request.credits_granted += 1
+                        self._grant(request, request.ticket)
+                case Released():
+                    self._forget(event.request_id)
+                case Tokens() | Failure():
+                    if request is not None:
+                        self._send(request.client, event)
+
+    def _grant(self, request: Admitted, ticket: str) -> None:
+        if request.landing is not None:
+            request.landing.credit_chunks = request.credits_granted
+            self._receiver.grant(ticket, request.credits_granted)
+
+    def _forget(self, request_id: str) -> None:
+        request = self._requests.pop(request_id)
+        self._admission.release(request.seq_id)
+        self._pool.unreserve(request.reserved_buffers)
+        if request.ticket is not None:
+            self._receiver.cancel(request.ticket, "the request has ended")
+        if request.landing is not None:
+            request.landing.release()
+
+    # What clients say.
+
+    def _listen(self) -> None:
+        for _ in range(MESSAGES_PER_TURN):
+            try:
+                client, *parts = self._control.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._clients[client] = time.monotonic_ns()
+            request_id = ""
+            try:
+                if len(parts) != 1:
+                    raise ProtocolError(f"a control message has one part, not {len(parts)}")
+                message = decode_to_worker(parts[0])
+                request_id = getattr(message, "request_id", "")
+                match message:
+                    case Hello():
+                        self._send(client, self._welcome(message))
+                    case Ping():
+                        self._send(client, self.status)
+                    case Reserve():
+                        self._send(client, self._reserve(client, message))
+                    case Start():
+                        self._check_owner(client, request_id)
+                        self.engine.begin(request_id, message.first_token, first_text_sent=message.first_text_sent)
+                    case Abort():
+                        if request_id in self._requests:
+                            self._check_owner(client, request_id)
+                            self.engine.abort(request_id)
+            except IsthmusError as error:
+                log.warning("refused a control message", request_id=request_id, reason=str(error))
+                self._send(client, Failure(code=error.code, message=str(error), request_id=request_id))
+
+    def _welcome(self, hello: Hello) -> Welcome:
+        require_protocol(hello.protocol)
+        if hello.geometry is not None:
+            require_same(self._geometry, hello.geometry)
+        return Welcome(
+            worker=self.name,
+            geometry=self._geometry,
+            landing=self._form,
+            codecs=tuple(codecs.CODECS),
+            kv_endpoint=self._kv_endpoint,
+            num_cells=self._admission.num_cells,
+            max_sequences=self._admission.max_sequences,
+        )
+
+    @property
+    def _kv_endpoint(self) -> str:
+        return _endpoint(self._decode.advertise_host, self._receiver.port)
+
+    def _reserve(self, client: bytes, reserve: Reserve) -> Ticket:
+        """Promise everything that the request will need, or nothing."""
+        self._check_request(reserve)
+        seq_id = self._admission.admit(len(reserve.prompt) + reserve.sampling.max_tokens)
+        request = Admitted(client, seq_id)
+        ticket = secrets.token_hex(16)
+        try:
+            if reserve.source == "kv":
+                self._expect_kv(request, ticket, reserve)
+        except IsthmusError:
+            self._admission.release(seq_id)
+            raise
+        self._requests[reserve.request_id] = request
+        self.engine.admit(Sequence(reserve, seq_id, Sampler(self._model, reserve.sampling, reserve.prompt)))
+        return Ticket(
+            request_id=reserve.request_id,
+            ticket=ticket,
+            kv_endpoint=self._kv_endpoint,
+            codec=reserve.codec,
+            landing=self._form,
+            chunk_tokens=self._link.chunk_tokens,
+            credit_chunks=request.credits_granted,
+            deadline_ms=reserve.deadline_ms,
+        )
+
+    def _check_request(self, reserve: Reserve) -> None:
+        if reserve.request_id in self._requests:
+            raise RequestError(f"request id {reserve.request_id!r} is in use", "request_id")
+        if not reserve.prompt or reserve.sampling.max_tokens < 1:
+            raise RequestError("prompt and max_tokens must be at least 1 token", "max_tokens")
+        for param, tokens in (("prompt", reserve.prompt), ("logit_bias", list(reserve.sampling.logit_bias))):
+            if not 0 <= min(tokens, default=0) <= max(tokens, default=0) < self._model.vocab_size:
+                raise RequestError(f"{param} has token ids outside 0..{self._model.vocab_size - 1}", param)
+
+    def _expect_kv(self, request: Admitted, ticket: str, reserve: Reserve) -> None:
+        codecs.by_name(reserve.codec)
+        request.reserved_buffers = self._pool.reserve(self._link.credit_chunks)
+        request.credits_granted = request.reserved_buffers
+        request.ticket = ticket
+        request_id = reserve.request_id
+        request.landing = LandingPlace(
+            self._geometry,
+            self._decode.cell_type,
+            reserve.codec,
+            self._pool,
+            num_tokens=len(reserve.prompt),
+            chunk_tokens=self._link.chunk_tokens,
+            credit_chunks=request.credits_granted,
+            on_chunk=lambda chunk: self.engine.land(request_id, chunk),
+            on_end=lambda report: self.engine.complete(request_id, report),
+            on_fail=lambda error: self.engine.fail(request_id, error),
+        )
+        self._receiver.expect(ticket, request.landing)
+
+    def _check_owner(self, client: bytes, request_id: str) -> None:
+        request = self._requests.get(request_id)
+        if request is None or request.client != client:
+            raise ProtocolError(f"request {request_id!r} is not known here; reserve it first")
+
+    def _drop_silent_clients(self) -> None:
+        oldest = time.monotonic_ns() - int(CLIENT_SILENCE_S * 1e9)
+        for client in [c for c, seen_ns in self._clients.items() if seen_ns < oldest]:
+            del self._clients[client]
+            for request_id in [r for r, request in self._requests.items() if request.client == client]:
+                log.warning("client is gone, its request with it", request_id=request_id)
+                self.engine.abort(request_id)
+
+    def _send(self, client: bytes, message: FromWorker) -> None:
+        try:
+            self._control.send_multipart([client, encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            log.warning("could not answer a client", reason=str(error))
+
+
+def _endpoint(host: str, port: int) -> str:
+    return f"tcp://{host}:{port}"
