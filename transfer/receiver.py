@@ -155,18 +155,18 @@ class KVReceiver:
             if len(head) == HEADER_BYTES and head[6] == Kind.DATA:
                 self._send(sender, Cancel(ticket=ticket.hex(), reason="ticket is not open"))
             return
+        if incoming.sender is None:
+            incoming.sender = sender
+        if sender != incoming.sender:
+            log.warning("ignored a frame from a second sender", ticket=ticket.hex())
+            return
         try:
-            self._accept(incoming, sender, frames.parse(head, payload, self._max_payload_bytes), payload)
+            self._accept(incoming, frames.parse(head, payload, self._max_payload_bytes), payload)
         except IsthmusError as error:
             self.cancel(ticket.hex(), str(error))
             incoming.sink.fail(error)
 
-    def _accept(self, incoming: Incoming, sender: bytes, header: Header, payload: memoryview) -> None:
-        if incoming.sender is None:
-            incoming.sender = sender
-        if sender != incoming.sender:
-            log.warning("ignored a frame from a second sender", ticket=header.ticket.hex())
-            return
+    def _accept(self, incoming: Incoming, header: Header, payload: memoryview) -> None:
         if header.kind == Kind.ABORT:
             raise LinkError(f"prefill node aborted the transfer: {bytes(payload).decode(errors='replace')}")
         if header.sequence < incoming.sequence:
