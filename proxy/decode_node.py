@@ -221,7 +221,7 @@ class DecodeNode:
         self._heard_ns = time.monotonic_ns()
         while True:
             if time.monotonic_ns() - self._heard_ns > SILENCE_S * 1e9:
-                raise LinkError(f"the decode worker was silent for {SILENCE_S:g} s")
+                raise LinkError(f"no word from the decode worker for {SILENCE_S:g} s")
             if self.up:
                 await self.send(Ping())
             await asyncio.sleep(HEARTBEAT_S)

@@ -97,6 +97,7 @@ class Gateway:
         return entry
 
     async def _tokenize(self, body: Body) -> list[int]:
+        self.renderer.require_known(body.logit_bias or (), "logit_bias")
         if isinstance(body, ChatBody):
             return await self.renderer.chat(body.turns())
         return await self.renderer.completion(body.prompt)

@@ -90,6 +90,7 @@ async def gpu(job: Job, prefill: PrefillNode, account: Account) -> Pieces:
         with account.meter.stage("prefill"):
             delta = await anext(deltas)
         while True:
+            account.completion_tokens += 1
             if delta.finish_reason:
                 account.completion_tokens = delta.completion_tokens
                 account.cached_tokens = delta.cached_tokens
@@ -106,6 +107,7 @@ async def _decoded(conversation: Conversation, account: Account, first_wait_s: f
     while True:
         tokens = await conversation.tokens(wait_s)
         wait_s = STREAM_SILENCE_S
+        account.completion_tokens += len(tokens.token_ids)
         if tokens.report:
             account.report = tokens.report
             account.completion_tokens = tokens.report.completion_tokens

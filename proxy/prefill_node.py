@@ -50,6 +50,7 @@ class _Choice(msgspec.Struct):
 
 class _Error(msgspec.Struct):
     message: str
+    code: int | str | None = None
 
 
 class _Export(msgspec.Struct):
@@ -204,7 +205,7 @@ def _parse(data: bytes) -> _Completion:
     except msgspec.DecodeError as error:
         raise EngineError(f"vLLM's answer does not parse: {error}") from None
     if completion.error:
-        raise EngineError(f"vLLM failed: {completion.error.message}")
+        raise _failure(completion.error.code, completion.error.message)
     return completion
 
 
@@ -213,8 +214,12 @@ def _refusal(status: int, data: bytes) -> EngineError | RequestError:
         error = msgspec.json.decode(data, type=_Completion).error
     except msgspec.DecodeError:
         error = None
-    message = error.message if error else f"HTTP status {status}"
-    if status == httpx.codes.BAD_REQUEST:
+    return _failure(status, error.message if error else f"HTTP status {status}")
+
+
+def _failure(code: int | str | None, message: str) -> EngineError | RequestError:
+    """VLLM numbers errors as HTTP does, inside a stream too."""
+    if code == httpx.codes.BAD_REQUEST:
         return RequestError(f"vLLM refuses the request: {message}")
     return EngineError(f"vLLM failed: {message}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -34,6 +34,13 @@ class Renderer:
         """Token ids of a bare prompt, with the tokenizer's special tokens; ids are checked and passed on."""
         return await self._run(lambda: self._completion(prompt))
 
+    def require_known(self, token_ids: Iterable[int], param: str) -> None:
+        """Raise :class:`RequestError` about the first id in the request's field ``param`` that is not a token."""
+        vocab_size = len(self._tokenizer)
+        unknown = next((token for token in token_ids if not 0 <= token < vocab_size), None)
+        if unknown is not None:
+            raise RequestError(f"token id {unknown} is not in the vocabulary of {vocab_size}", param)
+
     def close(self) -> None:
         """Let the thread end."""
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -63,8 +70,5 @@ class Renderer:
         token_ids = list(self._tokenizer(prompt).input_ids) if isinstance(prompt, str) else prompt
         if not token_ids:
             raise RequestError("the prompt is empty", "prompt")
-        vocab_size = len(self._tokenizer)
-        unknown = next((token for token in token_ids if not 0 <= token < vocab_size), None)
-        if unknown is not None:
-            raise RequestError(f"token id {unknown} is not in the vocabulary of {vocab_size}", "prompt")
+        self.require_known(token_ids, "prompt")
         return token_ids
