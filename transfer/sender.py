@@ -304,6 +304,10 @@ class KVSender:
         except (IsthmusError, zmq.ZMQError) as error:
             self._fail(transfer, str(error))
             return False
+        except Exception as error:  # a fault in one transfer must not stop the others
+            log.exception("frame could not be made", request_id=transfer.ticket.request_id)
+            self._fail(transfer, f"internal error: {error}")
+            return False
         link.used_ns = time.monotonic_ns()
         transfer.blocked = None
         transfer.wire_bytes += sum(map(len, frame))

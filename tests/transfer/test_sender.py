@@ -176,6 +176,17 @@ def test_values_that_the_codec_refuses_fail_on_both_sides(sender, worker):
     assert worker.receiver.open_tickets == 0
 
 
+def test_elements_that_no_codec_takes_fail_their_own_transfer_only(sender, worker):
+    broken, ticket, chunks = make_ticket(worker.endpoint), make_ticket(worker.endpoint), make_chunks(8)
+    worker.expect(broken)
+    landed = worker.expect(ticket)
+    send(sender, broken, [(start, elements.astype(np.float64)) for start, elements in chunks])
+    send(sender, ticket, chunks)
+    assert worker.run_until(lambda: landed.over)
+    assert_landed(landed, chunks)
+    assert "internal error" in wait_for_failure(sender, broken)
+
+
 def test_abort_reaches_the_worker(sender, worker):
     ticket = make_ticket(worker.endpoint)
     landed = worker.expect(ticket, grants=False)
