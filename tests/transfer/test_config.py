@@ -62,7 +62,7 @@ def test_a_cluster_is_frozen(write):
         ("", "pair"),
         (MINIMAL + "[decode]\nport = 1", "port"),
         (MINIMAL + "[ledger]\nx = 1", "ledger"),
-        (MINIMAL + "[decode]\nkv_port = 0", "$.decode.kv_port"),
+        (MINIMAL + "[decode]\nkv_port = -1", "$.decode.kv_port"),
         (MINIMAL + "[decode]\nkv_port = 65536", "$.decode.kv_port"),
         (MINIMAL + '[decode]\nkv_port = "8103"', "$.decode.kv_port"),
         (MINIMAL + "[decode]\nmax_sequences = 256", "$.decode.max_sequences"),
