@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import shutil
+import struct
 import tempfile
 from importlib import metadata
 from pathlib import Path
@@ -152,7 +153,7 @@ def _convert(gguf: Path, out_dir: Path) -> None:
             dtype=torch.bfloat16,
             quantization_config=transformers.GgufConfig(dequantize=True),
         )
-    except (ValueError, KeyError, IndexError, NotImplementedError, RuntimeError, OSError) as error:
+    except (ValueError, LookupError, RuntimeError, OSError, struct.error) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"{gguf} cannot be converted: {reason or type(error).__name__}") from error
 

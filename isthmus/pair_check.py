@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def _read_metadata(gguf: Path) -> dict[str, Any]:
 
     try:
         fields = GGUFReader(gguf).fields
-    except (OSError, ValueError, KeyError, IndexError) as error:
+    except (OSError, ValueError, LookupError, struct.error) as error:
         raise ConfigError(f"cannot read {gguf}: {error}") from error
     wanted = ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.chat_template")
     return {key: fields[key].contents() for key in wanted if key in fields}

@@ -42,6 +42,7 @@ class _PlainLines:
     """One line when a child becomes healthy, and a sign of life from the others now and then."""
 
     SILENCE_S = 10.0
+    LINE = 120
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -55,7 +56,7 @@ class _PlainLines:
                 self._say(f"{view.name} is up after {view.seconds:.0f} s", view)
         for view in views:
             if not view.healthy and view.seconds - self._spoke_after_s > self.SILENCE_S:
-                self._say(f"{view.name} is starting, {view.seconds:.0f} s: {view.last_line}", view)
+                self._say(f"{view.name} is starting, {view.seconds:.0f} s: {view.last_line[: self.LINE]}", view)
 
     def _say(self, line: str, view: ChildView) -> None:
         self._spoke_after_s = max(self._spoke_after_s, view.seconds)

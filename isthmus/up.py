@@ -21,7 +21,8 @@ from transfer.config import Cluster, Decode, Pair, Prefill, Proxy, dump
 from transfer.errors import ProtocolError
 from transfer.messages import Hello, Ping, Status, decode_from_worker, encode
 
-START_DEADLINE_S = 300.0
+# The first start on a small machine compiles the model, which takes minutes.
+START_DEADLINE_S = 600.0
 GRACE_S = 15.0
 PROBE_S = 0.5
 
