@@ -1,0 +1,117 @@
+"""Find out, once at start, how vLLM has laid its caches out, and refuse what cannot be exported.
+
+The packing of a CPU cache is not asked of vLLM but seen: known tokens are written with vLLM's own operator into a
+scratch page and read back, so a release that packs otherwise is refused instead of exporting noise.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from gpu_prefill.pages import Packing, unpack
+from transfer.errors import ConfigError, EngineError
+from transfer.frames import Element
+from transfer.geometry import KVGeometry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+_CPU_PACKINGS: tuple[Packing, ...] = ("vec", "amx")
+
+
+def require_supported(config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    """Raise :class:`ConfigError` for ways to run vLLM whose KV the exporter would miss or mistake."""
+    if config.parallel_config.world_size > 1:
+        raise ConfigError("KV export works on one GPU; set tensor_parallel_size and pipeline_parallel_size to 1")
+    if config.lora_config is not None:
+        raise ConfigError("KV export does not know LoRA adapters, whose KV the decode node could not continue")
+    groups = kv_cache_config.kv_cache_groups
+    kinds = sorted({type(group.kv_cache_spec).__name__ for group in groups})
+    if len(groups) != 1 or kinds != ["FullAttentionSpec"]:
+        raise ConfigError(f"KV export needs plain attention in every layer; this model's caches are {', '.join(kinds)}")
+
+
+def in_layer_order(kv_caches: dict[str, Tensor], geometry: KVGeometry) -> list[Tensor]:
+    """The caches by layer index, checked against the geometry; raises :class:`EngineError`.
+
+    Each is ``[B, H, N, 2 * D]``, bf16 or f16.
+    """
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    layers = [kv_caches[name] for name in sorted(kv_caches, key=extract_layer_index)]
+    if len(layers) != geometry.num_layers:
+        raise EngineError(f"vLLM has caches for {len(layers)} layers, the model's config says {geometry.num_layers}")
+    wanted = (geometry.num_kv_heads, geometry.head_dim_k + geometry.head_dim_v)
+    for layer in layers:
+        found = (layer.shape[1], layer.shape[3]) if layer.dim() == 4 else None
+        if found != wanted:
+            raise EngineError(f"vLLM's cache has shape {tuple(layer.shape)}; heads and width should be {wanted}")
+    return layers
+
+
+def element_of(layers: list[Tensor]) -> Element:
+    """The element type of the caches; :class:`ConfigError` unless it is bf16 or f16."""
+    import torch
+
+    kinds = {torch.bfloat16: Element.BF16, torch.float16: Element.F16}
+    dtype = layers[0].dtype
+    if dtype not in kinds:
+        raise ConfigError(
+            f"vLLM's KV cache holds {dtype}; run it with dtype bfloat16 or float16 and kv_cache_dtype auto"
+        )
+    return kinds[dtype]
+
+
+def find_packing(layers: list[Tensor]) -> Packing:
+    """How the caches pack a page; :class:`EngineError` if this vLLM packs in a way unknown here."""
+    if layers[0].device.type != "cpu":
+        return "strided"
+    _, heads, block_size, width = layers[0].shape
+    pages, k, v = _write_scratch_pages(heads, block_size, width // 2, layers[0].dtype)
+    for packing in _CPU_PACKINGS:
+        if block_size % 16 == 0 and all(
+            bool((found == wanted).all()) for found, wanted in zip(unpack(pages, packing), (k, v), strict=True)
+        ):
+            return packing
+    raise EngineError("this vLLM build packs its CPU cache in an unknown way; use the version in requirements/cpu.txt")
+
+
+@contextmanager
+def unbound(packing: Packing) -> Iterator[None]:
+    """Let threads started in the body run on every core that vLLM may use.
+
+    OpenMP binds a CPU worker's main thread to its first core, and threads inherit that: the sender would compete with
+    the attention kernels for one core. The engine process above the worker is not bound.
+    """
+    bound = os.sched_getaffinity(0)
+    if packing != "strided":
+        os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()) | bound)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, bound)
+
+
+def _write_scratch_pages(heads: int, block_size: int, dim: int, dtype: object) -> tuple[Tensor, Tensor, Tensor]:
+    """Two pages as vLLM's CPU attention writes them, and the K and V, ``[2, N, H, D]``, that went in."""
+    import torch
+    from vllm import _custom_ops
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, block_size, heads, dim)
+    k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    pages = torch.zeros((2, heads, block_size, 2 * dim), dtype=dtype)
+    key_cache, value_cache = pages.view(2, heads, 2 * block_size, dim).chunk(2, dim=2)
+    slots = torch.arange(2 * block_size)
+    isa = _get_attn_isa(dtype, block_size, dim)
+    _custom_ops.cpu_attn_reshape_and_cache(
+        k.flatten(0, 1), v.flatten(0, 1), key_cache, value_cache, slots, isa,
+        k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto",
+    )  # fmt: skip
+    return pages, k, v

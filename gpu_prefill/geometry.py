@@ -1,0 +1,137 @@
+"""The KV geometry of a Hugging Face directory, read without torch and without vLLM.
+
+Only architectures whose KV cache was compared between vLLM and llama.cpp are accepted; see ``_ROPE_ORDER``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from gpu_prefill.checkpoint import read_final_norm
+from transfer.errors import ConfigError
+from transfer.geometry import KVGeometry, fingerprint_norm
+from transfer.layout import RopeOrder
+
+# How vLLM pairs rotary elements in the architectures that can be split: `is_neox_style` of `get_rope` in
+# vllm/model_executor/models. All have a plain attention cache and a final norm called `model.norm.weight`.
+_ROPE_ORDER: dict[str, RopeOrder] = {
+    "CohereForCausalLM": "interleaved",
+    "Glm4ForCausalLM": "interleaved",
+    "GraniteForCausalLM": "half",
+    "LlamaForCausalLM": "half",
+    "MistralForCausalLM": "half",
+    "MixtralForCausalLM": "half",
+    "Olmo2ForCausalLM": "half",
+    "Phi3ForCausalLM": "half",
+    "Qwen2ForCausalLM": "half",
+    "Qwen2MoeForCausalLM": "half",
+    "Qwen3ForCausalLM": "half",
+    "Qwen3MoeForCausalLM": "half",
+}
+
+_DEFAULT_ROPE_THETA = 10_000.0
+
+Config = dict[str, Any]
+
+
+def read_geometry(hf_dir: Path) -> KVGeometry:
+    """Derive the geometry from ``config.json`` and the final norm of the safetensors checkpoint.
+
+    Raises :class:`ConfigError` naming the file and the field if something is missing, or the reason if the
+    architecture's KV cache cannot be split.
+    """
+    config = _read_config(hf_dir)
+    _require_splittable(hf_dir, config)
+    num_heads = _count(hf_dir, config, "num_attention_heads")
+    head_dim = _count(hf_dir, config, "head_dim", _count(hf_dir, config, "hidden_size") // num_heads)
+    rope = _rope_parameters(config)
+    return KVGeometry(
+        model_fingerprint=fingerprint_norm(read_final_norm(hf_dir)),
+        num_layers=_count(hf_dir, config, "num_hidden_layers"),
+        num_kv_heads=_count(hf_dir, config, "num_key_value_heads", num_heads),
+        head_dim_k=head_dim,
+        head_dim_v=head_dim,
+        rope_dims=int(head_dim * float(_first(rope, config, "partial_rotary_factor") or 1.0)),
+        rope_theta=float(_first(rope, config, "rope_theta") or _DEFAULT_ROPE_THETA),
+        rope_scaling=_rope_scaling(hf_dir, rope),
+        sliding_window=0,
+        vocab_size=_count(hf_dir, config, "vocab_size"),
+    )
+
+
+def read_rope_order(hf_dir: Path) -> RopeOrder:
+    """The order in which vLLM keeps the rotary elements of K for this model; raises :class:`ConfigError`."""
+    config = _read_config(hf_dir)
+    return _ROPE_ORDER[_require_known(hf_dir, config)]
+
+
+def _read_config(hf_dir: Path) -> Config:
+    path = hf_dir / "config.json"
+    try:
+        config = msgspec.json.decode(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} does not hold an object")
+    return config
+
+
+def _require_known(hf_dir: Path, config: Config) -> str:
+    named = config.get("architectures") or ["unnamed"]
+    name = str(named[0])
+    if name.startswith("Gemma"):
+        raise ConfigError(
+            f"{hf_dir}: {name} cannot be split yet: GGUF stores its norms plus one, and it slides windows"
+        )
+    if name not in _ROPE_ORDER:
+        raise ConfigError(f"{hf_dir}: {name} cannot be split yet; these can: {', '.join(_ROPE_ORDER)}")
+    return name
+
+
+def _require_splittable(hf_dir: Path, config: Config) -> None:
+    name = _require_known(hf_dir, config)
+    if config.get("kv_lora_rank"):
+        raise ConfigError(f"{hf_dir}: {name} with kv_lora_rank caches a latent, not K and V; it cannot be split yet")
+    window = config.get("sliding_window") or 0
+    # Qwen configs carry a window that only `use_sliding_window` switches on.
+    used = config.get("use_sliding_window", True) and 0 < window < config.get("max_position_embeddings", window + 1)
+    if used or "sliding_attention" in (config.get("layer_types") or ()):
+        raise ConfigError(f"{hf_dir}: sliding_window {window} is in use; sliding-window caches cannot be split yet")
+
+
+def _count(hf_dir: Path, config: Config, field: str, default: int | None = None) -> int:
+    value = config.get(field)
+    if value is None:
+        value = default
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"{hf_dir / 'config.json'}: {field} must be a positive number, not {value!r}")
+    return value
+
+
+def _rope_parameters(config: Config) -> Config:
+    """``rope_parameters`` as transformers 5 writes it, else the older ``rope_scaling``."""
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+
+
+def _first(rope: Config, config: Config, field: str) -> Any:
+    value = rope.get(field)
+    return config.get(field) if value is None else value
+
+
+def _rope_scaling(hf_dir: Path, rope: Config) -> str:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    match kind:
+        case "default":
+            return "none"
+        case "linear" | "yarn":
+            return f"{kind}:{float(rope['factor']):g}"
+        case "llama3" | "longrope" | "su":
+            return "factors"
+    raise ConfigError(
+        f"{hf_dir / 'config.json'}: rope_type {kind!r} is unknown to llama.cpp; the model cannot be split"
+    )
