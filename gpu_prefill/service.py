@@ -26,6 +26,8 @@ ENVIRONMENT = {
 CPU_ENVIRONMENT = {
     # Idle OpenMP threads sleep instead of spinning on cores that the decode node may share.
     "OMP_WAIT_POLICY": "passive",
+    # vLLM 0.32 cannot load its ahead-of-time artifact again on a CPU and would compile at every start.
+    "VLLM_USE_AOT_COMPILE": "0",
 }
 
 
