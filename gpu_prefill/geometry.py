@@ -54,8 +54,8 @@ def read_geometry(hf_dir: Path) -> KVGeometry:
         num_kv_heads=_count(hf_dir, config, "num_key_value_heads", num_heads),
         head_dim_k=head_dim,
         head_dim_v=head_dim,
-        rope_dims=int(head_dim * float(_first(rope, config, "partial_rotary_factor") or 1.0)),
-        rope_theta=float(_first(rope, config, "rope_theta") or _DEFAULT_ROPE_THETA),
+        rope_dims=int(head_dim * _rope_number(hf_dir, rope, config, "partial_rotary_factor", 1.0)),
+        rope_theta=_rope_number(hf_dir, rope, config, "rope_theta", _DEFAULT_ROPE_THETA),
         rope_scaling=_rope_scaling(hf_dir, rope),
         sliding_window=0,
         vocab_size=_count(hf_dir, config, "vocab_size"),
@@ -118,9 +118,13 @@ def _rope_parameters(config: Config) -> Config:
     return config.get("rope_parameters") or config.get("rope_scaling") or {}
 
 
-def _first(rope: Config, config: Config, field: str) -> Any:
-    value = rope.get(field)
-    return config.get(field) if value is None else value
+def _rope_number(hf_dir: Path, rope: Config, config: Config, field: str, default: float | None = None) -> float:
+    """A number from the rope parameters, from the config's top level, or the default."""
+    found = (value for value in (rope.get(field), config.get(field), default) if value is not None)
+    value = next(found, None)
+    if not isinstance(value, int | float) or value <= 0:
+        raise ConfigError(f"{hf_dir / 'config.json'}: {field} must be a positive number, not {value!r}")
+    return float(value)
 
 
 def _rope_scaling(hf_dir: Path, rope: Config) -> str:
@@ -129,7 +133,7 @@ def _rope_scaling(hf_dir: Path, rope: Config) -> str:
         case "default":
             return "none"
         case "linear" | "yarn":
-            return f"{kind}:{float(rope['factor']):g}"
+            return f"{kind}:{_rope_number(hf_dir, rope, {}, 'factor'):g}"
         case "llama3" | "longrope" | "su":
             return "factors"
     raise ConfigError(
