@@ -11,7 +11,7 @@ from transfer.codecs import CODECS
 from transfer.errors import ConfigError
 from transfer.layout import ElementType
 
-Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 

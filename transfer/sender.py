@@ -2,7 +2,7 @@
 
 The engine's thread hands chunks over and goes on; it never waits for a codec or a socket. What may be queued is
 bounded: a transfer that would push the backlog over ``max_backlog_bytes`` fails alone. Each decode worker gets one
-DEALER socket and a handshake; each transfer sends only as many chunks as the worker has granted credits for.
+link (``link.py``); each transfer (``outgoing.py``) sends only as many chunks as the worker has granted credits for.
 """
 
 from __future__ import annotations
@@ -11,93 +11,25 @@ import os
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import msgspec
 import structlog
 import zmq
 
-from transfer import codecs, frames
-from transfer.errors import IsthmusError, LinkError, ProtocolError
-from transfer.frames import Element, Header, Kind
+from transfer.errors import IsthmusError, LinkError
+from transfer.frames import Element
 from transfer.geometry import KVGeometry
-from transfer.layout import Elements, layers_per_frame
-from transfer.messages import (
-    TICKET_BYTES,
-    Cancel,
-    Credit,
-    Failure,
-    SenderHello,
-    SenderWelcome,
-    Ticket,
-    decode_from_receiver,
-    encode,
-    require_protocol,
-)
-from transfer.stages import SenderReport
+from transfer.layout import Elements
+from transfer.link import Link
+from transfer.messages import Cancel, Credit, Ticket
+from transfer.outgoing import Chunk, Outgoing
 
 log = structlog.get_logger()
 
 MAX_LINKS = 64
 IDLE_LINK_S = 60.0
 POLL_MS = 200
-# A worker takes frames as fast as it can land them; more in ZeroMQ's queue would only hold memory.
-SEND_HIGH_WATER_MARK_FRAMES = 4
 CLOSE_LINGER_MS = 1000
-
-
-class Chunk(msgspec.Struct):
-    """A token range of all layers that waits to be sent: uint16 ``[num_layers, elements of one layer]``."""
-
-    start_token: int
-    num_tokens: int
-    elements: Elements
-    element: Element
-
-
-class Transfer:
-    """One ticket's way over the wire. Only the sender thread touches it."""
-
-    def __init__(self, ticket: Ticket) -> None:
-        self.ticket = ticket
-        self.key = _key(ticket.ticket)
-        self.codec = codecs.by_name(ticket.codec)
-        self.pending: deque[Chunk] = deque()
-        self.frames: Iterator[tuple[bytes, codecs.Payload]] | None = None
-        self.blocked: tuple[bytes, codecs.Payload] | None = None
-        self.credit_chunks = ticket.credit_chunks
-        self.started_chunks = 0
-        self.sequence = 0
-        self.total_tokens: int | None = None
-        self.closing = False
-        self.deadline_ns = time.monotonic_ns() + ticket.deadline_ms * 1_000_000
-        self.raw_bytes = self.wire_bytes = self.gather_ns = self.encode_ns = 0
-
-
-def _key(ticket: str) -> bytes:
-    try:
-        key = bytes.fromhex(ticket)
-    except ValueError:
-        key = b""
-    if len(key) != TICKET_BYTES:
-        raise ProtocolError(f"ticket must be {2 * TICKET_BYTES} hex digits, not {ticket[:64]!r}")
-    return key
-
-
-class Link:
-    """The socket to one decode worker and how far its handshake has come."""
-
-    def __init__(self, socket: zmq.Socket[bytes]) -> None:
-        self.socket = socket
-        self.unanswered_hellos = 0
-        self.max_frame_bytes = 0
-        self.used_ns = time.monotonic_ns()
-
-    @property
-    def welcome(self) -> bool:
-        """Whether the worker, as it is now, has accepted this sender."""
-        return self.unanswered_hellos == 0
 
 
 class KVSender:
@@ -113,7 +45,7 @@ class KVSender:
         self._backlog_bytes = 0
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._transfers: dict[str, Transfer] = {}
+        self._transfers: dict[str, Outgoing] = {}
         self._links: dict[str, Link] = {}
         self._context = zmq.Context()
         self._poller = zmq.Poller()
@@ -134,7 +66,7 @@ class KVSender:
         Raises :class:`ProtocolError` for a ticket that is not one, :class:`CodecError` for an unknown codec and
         :class:`LinkError` for a ticket in use.
         """
-        transfer = Transfer(ticket)
+        transfer = Outgoing(ticket, self._geometry, self._release)
         with self._lock:
             if ticket.ticket in self._open:
                 raise LinkError(f"ticket {ticket.ticket} is already in use")
@@ -209,8 +141,8 @@ class KVSender:
             if action is None:
                 return False
             action()
-        for endpoint, link in list(self._links.items()):
-            self._listen(endpoint, link)
+        for link in list(self._links.values()):
+            self._listen(link)
         self._expire()
         # The transfer whose time runs out first goes first; one frame a turn keeps the inbox answered.
         for transfer in sorted(self._transfers.values(), key=lambda transfer: transfer.deadline_ns):
@@ -221,86 +153,52 @@ class KVSender:
 
     def _watch(self) -> None:
         """Wake up for writable sockets only where something waits to be written."""
-        wanted = {t.ticket.kv_endpoint for t in self._transfers.values() if self._has_frame(t)}
+        waiting = {t.ticket.kv_endpoint for t in self._transfers.values() if t.has_frame}
         for endpoint, link in self._links.items():
-            self._poller.modify(link.socket, zmq.POLLIN | (zmq.POLLOUT if endpoint in wanted else 0))
+            wanted = link.has_farewell or (link.welcome and endpoint in waiting)
+            self._poller.modify(link.socket, zmq.POLLIN | (zmq.POLLOUT if wanted else 0))
 
-    def _has_frame(self, transfer: Transfer) -> bool:
-        if not self._links[transfer.ticket.kv_endpoint].welcome:
-            return False
-        if transfer.blocked is not None or transfer.frames is not None:
-            return True
-        if transfer.pending:
-            return transfer.started_chunks < transfer.credit_chunks
-        return transfer.total_tokens is not None
-
-    def _start(self, transfer: Transfer) -> None:
+    def _start(self, transfer: Outgoing) -> None:
         endpoint = transfer.ticket.kv_endpoint
-        if endpoint not in self._links:
-            try:
-                self._links[endpoint] = self._connect(endpoint)
-            except (LinkError, zmq.ZMQError) as error:
-                self._fail(transfer, f"cannot connect to {endpoint}: {error}")
-                return
+        try:
+            link = self._links.get(endpoint) or self._connect(endpoint)
+        except LinkError as error:
+            self._fail(transfer, str(error))
+            return
         self._transfers[transfer.ticket.ticket] = transfer
-        # Said again for every transfer: the worker may have been restarted since the last one.
-        self._say_hello(self._links[endpoint])
+        link.hello()
 
     def _connect(self, endpoint: str) -> Link:
         if len(self._links) >= MAX_LINKS:
             raise LinkError(f"already connected to {MAX_LINKS} decode workers")
-        socket = self._context.socket(zmq.DEALER)
-        socket.sndhwm = SEND_HIGH_WATER_MARK_FRAMES
-        socket.rcvhwm = 1000
-        socket.linger = 0
-        try:
-            socket.connect(endpoint)
-        except zmq.ZMQError:
-            socket.close()
-            raise
-        self._poller.register(socket, zmq.POLLIN)
-        return Link(socket)
-
-    def _say_hello(self, link: Link) -> None:
-        link.used_ns = time.monotonic_ns()
-        hello = SenderHello(geometry=self._geometry, codecs=tuple(codecs.CODECS))
-        try:
-            link.socket.send(encode(hello), zmq.NOBLOCK)
-        except zmq.Again:
-            # Hellos or frames that wait already will be answered, or the transfer's deadline will tell.
-            log.info("hello could not be queued")
-        else:
-            link.unanswered_hellos += 1
+        link = self._links[endpoint] = Link(self._context, endpoint, self._geometry)
+        self._poller.register(link.socket, zmq.POLLIN)
+        return link
 
     def _queue(self, ticket: str, chunk: Chunk, gather_ns: int) -> None:
-        transfer = self._transfers.get(ticket)
-        if transfer is None:
-            self._release(chunk)
-            return
-        transfer.pending.append(chunk)
-        transfer.gather_ns += gather_ns
+        if transfer := self._transfers.get(ticket):
+            transfer.queue(chunk)
+            transfer.gather_ns += gather_ns
+        else:
+            self._release(chunk.elements.nbytes)
 
     def _finish(self, ticket: str, num_tokens: int) -> None:
         if transfer := self._transfers.get(ticket):
             transfer.total_tokens = num_tokens
 
-    def _release(self, chunk: Chunk) -> None:
+    def _release(self, num_bytes: int) -> None:
         with self._lock:
-            self._backlog_bytes -= chunk.elements.nbytes
+            self._backlog_bytes -= num_bytes
 
-    def _advance(self, transfer: Transfer) -> bool:
+    def _advance(self, transfer: Outgoing) -> bool:
         """Send at most one frame; whether one was sent."""
         link = self._links[transfer.ticket.kv_endpoint]
-        if not self._has_frame(transfer) or not link.socket.poll(0, zmq.POLLOUT):
+        if not link.welcome or not transfer.has_frame or not link.socket.poll(0, zmq.POLLOUT):
             return False
         try:
-            frame = transfer.blocked or self._next_frame(transfer)
-            if frame is None:
+            frame = transfer.frame(min(self._frame_bytes, link.max_frame_bytes))
+            if frame is None or not link.send(frame):
                 return False
-            transfer.blocked = frame
-            link.socket.send_multipart(frame, zmq.NOBLOCK, copy=False)
-        except zmq.Again:
-            return False
         except (IsthmusError, zmq.ZMQError) as error:
             self._fail(transfer, str(error))
             return False
@@ -308,140 +206,67 @@ class KVSender:
             log.exception("frame could not be made", request_id=transfer.ticket.request_id)
             self._fail(transfer, f"internal error: {error}")
             return False
-        link.used_ns = time.monotonic_ns()
-        transfer.blocked = None
-        transfer.wire_bytes += sum(map(len, frame))
-        if transfer.closing:
+        transfer.sent()
+        if transfer.ended:
             self._forget(transfer)
         return True
 
-    def _next_frame(self, transfer: Transfer) -> tuple[bytes, codecs.Payload] | None:
-        while transfer.frames is not None or transfer.pending:
-            if transfer.frames is None:
-                if transfer.started_chunks == transfer.credit_chunks:
-                    return None
-                transfer.started_chunks += 1
-                transfer.frames = self._frames_of(transfer, transfer.pending[0])
-            if frame := next(transfer.frames, None):
-                return frame
-            transfer.frames = None
-            self._release(transfer.pending.popleft())
-        return None if transfer.total_tokens is None else self._end_frame(transfer, transfer.total_tokens)
-
-    def _frames_of(self, transfer: Transfer, chunk: Chunk) -> Iterator[tuple[bytes, codecs.Payload]]:
-        """Encode the chunk's layer groups one by one, just before each leaves."""
-        frame_bytes = min(self._frame_bytes, self._links[transfer.ticket.kv_endpoint].max_frame_bytes)
-        group = layers_per_frame(self._geometry, chunk.num_tokens, frame_bytes)
-        for first in range(0, self._geometry.num_layers, group):
-            elements = chunk.elements[first : first + group]
-            began = time.monotonic_ns()
-            payload = transfer.codec.encode(elements.reshape(-1), chunk.element)
-            transfer.encode_ns += time.monotonic_ns() - began
-            transfer.raw_bytes += elements.nbytes
-            header = Header(
-                kind=Kind.DATA,
-                ticket=transfer.key,
-                sequence=transfer.sequence,
-                codec=transfer.codec.wire_id,
-                element=chunk.element,
-                start_token=chunk.start_token,
-                num_tokens=chunk.num_tokens,
-                first_layer=first,
-                num_layers=len(elements),
-            )
-            transfer.sequence += 1
-            yield frames.pack(header, payload), payload
-
-    def _end_frame(self, transfer: Transfer, total_tokens: int) -> tuple[bytes, codecs.Payload]:
-        report = SenderReport(
-            num_tokens=total_tokens,
-            num_frames=transfer.sequence,
-            kv_raw_bytes=transfer.raw_bytes,
-            kv_wire_bytes=transfer.wire_bytes,
-            gather_ns=transfer.gather_ns,
-            encode_ns=transfer.encode_ns,
-        )
-        transfer.closing = True
-        return self._closing_frame(transfer, Kind.END, msgspec.msgpack.encode(report))
-
-    def _closing_frame(self, transfer: Transfer, kind: Kind, payload: bytes) -> tuple[bytes, codecs.Payload]:
-        header = Header(
-            kind=kind,
-            ticket=transfer.key,
-            sequence=transfer.sequence,
-            num_tokens=transfer.total_tokens or 0,
-        )
-        return frames.pack(header, payload), payload
-
-    def _listen(self, endpoint: str, link: Link) -> None:
-        while link.socket.poll(0, zmq.POLLIN):
-            try:
-                message = decode_from_receiver(link.socket.recv(zmq.NOBLOCK))
+    def _listen(self, link: Link) -> None:
+        link.flush()
+        try:
+            for message in link.messages():
+                transfer = self._transfers.get(message.ticket)
+                if transfer is None:
+                    continue
                 match message:
-                    case SenderWelcome():
-                        require_protocol(message.protocol)
-                        link.max_frame_bytes = message.max_frame_bytes
-                        link.unanswered_hellos = max(0, link.unanswered_hellos - 1)
                     case Credit():
-                        if transfer := self._transfers.get(message.ticket):
-                            transfer.credit_chunks = max(transfer.credit_chunks, message.chunks)
+                        transfer.credit_chunks = max(transfer.credit_chunks, message.chunks)
                     case Cancel():
-                        if transfer := self._transfers.get(message.ticket):
-                            self._fail(transfer, f"cancelled by the decode worker: {message.reason}", tell=False)
-                    case Failure():
-                        self._lose(endpoint, link, f"refused this sender: {message.message}")
-                        return
-            except IsthmusError as error:
-                self._lose(endpoint, link, str(error))
-                return
+                        self._fail(transfer, f"cancelled by the decode worker: {message.reason}", tell=False)
+        except IsthmusError as error:
+            self._lose(link, str(error))
 
-    def _lose(self, endpoint: str, link: Link, reason: str) -> None:
+    def _lose(self, link: Link, reason: str) -> None:
         """Give the link up, and every transfer on it."""
-        log.error("link lost", endpoint=endpoint, reason=reason)
-        for transfer in [t for t in self._transfers.values() if t.ticket.kv_endpoint == endpoint]:
-            self._fail(transfer, f"{endpoint}: {reason}", tell=False)
-        self._drop_link(endpoint, link)
+        log.error("link lost", endpoint=link.endpoint, reason=reason)
+        for transfer in [t for t in self._transfers.values() if t.ticket.kv_endpoint == link.endpoint]:
+            self._fail(transfer, f"{link.endpoint}: {reason}", tell=False)
+        self._drop_link(link)
 
     def _expire(self) -> None:
         now = time.monotonic_ns()
         for transfer in [t for t in self._transfers.values() if t.deadline_ns < now]:
-            endpoint = transfer.ticket.kv_endpoint
-            link = self._links.get(endpoint)
+            link = self._links.get(transfer.ticket.kv_endpoint)
             if link is None:
                 continue
             if link.welcome:
                 self._fail(transfer, f"transfer did not finish within {transfer.ticket.deadline_ms} ms")
             else:
-                self._lose(endpoint, link, "the handshake was not answered in time")
+                self._lose(link, "the handshake was not answered in time")
         busy = {transfer.ticket.kv_endpoint for transfer in self._transfers.values()}
         for endpoint, link in list(self._links.items()):
             if endpoint not in busy and now - link.used_ns > IDLE_LINK_S * 1e9:
-                self._drop_link(endpoint, link)
+                self._drop_link(link)
 
-    def _drop_link(self, endpoint: str, link: Link) -> None:
+    def _drop_link(self, link: Link) -> None:
         self._poller.unregister(link.socket)
         link.socket.close()
-        del self._links[endpoint]
+        del self._links[link.endpoint]
 
     def _fail_by_id(self, ticket: str, reason: str) -> None:
         if transfer := self._transfers.get(ticket):
             self._fail(transfer, reason)
 
-    def _fail(self, transfer: Transfer, reason: str, *, tell: bool = True) -> None:
+    def _fail(self, transfer: Outgoing, reason: str, *, tell: bool = True) -> None:
         log.warning("transfer failed", request_id=transfer.ticket.request_id, reason=reason)
         link = self._links.get(transfer.ticket.kv_endpoint)
-        if tell and link is not None and link.welcome:
-            frame = self._closing_frame(transfer, Kind.ABORT, reason.encode()[: frames.MAX_CONTROL_PAYLOAD_BYTES])
-            try:
-                link.socket.send_multipart(frame, zmq.NOBLOCK)
-            except zmq.ZMQError:
-                log.info("could not tell the worker", request_id=transfer.ticket.request_id)
+        if tell and link is not None:
+            link.bid_farewell(transfer.abort_frame(reason))
         self._forget(transfer, reason)
 
-    def _forget(self, transfer: Transfer, reason: str | None = None) -> None:
+    def _forget(self, transfer: Outgoing, reason: str | None = None) -> None:
         """Drop a transfer and what it holds; ``reason`` marks it failed."""
-        for chunk in transfer.pending:
-            self._release(chunk)
+        transfer.drop()
         self._transfers.pop(transfer.ticket.ticket, None)
         with self._lock:
             self._open.discard(transfer.ticket.ticket)
