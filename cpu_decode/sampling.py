@@ -1,8 +1,8 @@
 """One llama.cpp sampler chain per sequence.
 
-The order is vLLM's: penalties and biases on the raw logits, then temperature, then min_p, top_k and top_p on the scaled
-distribution (vLLM ``v1/sample/sampler.py``). Repetition penalty looks at prompt and output, presence and frequency at
-the output only, as in vLLM; hence two penalty samplers.
+The order is vLLM's: biases, then penalties on the raw logits, then temperature, then min_p, top_k and top_p on the
+scaled distribution (vLLM ``v1/sample/sampler.py``). Repetition penalty looks at prompt and output, presence and
+frequency at the output only, as in vLLM; hence two penalty samplers.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class Sampler:
 
     def __init__(self, model: Model, sampling: Sampling, prompt: list[int]) -> None:
         self._chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+        self._add_bias(model, sampling)
         window = len(prompt) + sampling.max_tokens
         if sampling.repetition_penalty != 1.0:
             repetition = llama_cpp.llama_sampler_init_penalties(
@@ -38,7 +39,6 @@ class Sampler:
                     model.vocab_size, window, 1.0, sampling.frequency_penalty, sampling.presence_penalty
                 )
             )
-        self._add_bias(model, sampling)
         if sampling.temperature < _GREEDY_BELOW:
             self._add(llama_cpp.llama_sampler_init_greedy())
             return

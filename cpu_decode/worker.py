@@ -123,6 +123,11 @@ class Worker:
         self._stopping.set()
 
     @property
+    def control_port(self) -> int:
+        """The TCP port that the control socket is bound to."""
+        return int(self._control.getsockopt_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
+
+    @property
     def status(self) -> Status:
         """What the worker would answer to a Ping now."""
         return Status(

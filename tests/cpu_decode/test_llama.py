@@ -1,0 +1,76 @@
+"""What the transplant rests on: llama.cpp takes our state, whole or in chunks, and computes the same logits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cpu_decode.llama import Batch
+from cpu_decode.state import ChunkState, state_bytes
+from tests.cpu_decode.native_kv import elements_of, prefill
+from transfer.errors import EngineError
+
+PROMPT = [(7 * i + 3) % 40_000 for i in range(200)]
+
+
+def chunk_of(geometry, elements, start, end) -> ChunkState:
+    """Tokens ``[start, end)`` of ``elements`` (all tokens) as state."""
+    count = end - start
+    chunk = ChunkState(np.zeros(state_bytes(geometry, count), np.uint8), geometry, "bf16", start, count)
+    k_row = geometry.num_kv_heads * geometry.head_dim_k
+    v_row = geometry.num_kv_heads * geometry.head_dim_v
+    tokens = elements.shape[1] // (k_row + v_row)
+    for layer in range(geometry.num_layers):
+        k_plane, v_plane = chunk.planes(layer, 1)
+        k_plane[:] = elements[layer, start * k_row : end * k_row]
+        v_plane[:] = elements[layer, tokens * k_row + start * v_row : tokens * k_row + end * v_row]
+    return chunk
+
+
+def last_logits(context, seq_id, position, token):
+    batch = Batch(1)
+    row = batch.add(seq_id, position, [token], want_logits=True)
+    context.decode(batch)
+    return context.logits(row)
+
+
+def test_our_state_is_byte_for_byte_llama_cpps_own(context, geometry):
+    prefill(context, 0, PROMPT)
+    native = context.state(0)
+    chunk = chunk_of(geometry, elements_of(native, geometry, len(PROMPT)), 0, len(PROMPT))
+    assert chunk.buffer.tobytes() == native
+
+
+@pytest.mark.parametrize("chunk_tokens", [200, 64, 33])
+def test_chunked_injection_gives_the_same_logits_bit_for_bit(context, geometry, chunk_tokens):
+    prefill(context, 0, PROMPT)
+    elements = elements_of(context.state(0), geometry, len(PROMPT))
+    expected = last_logits(context, 0, len(PROMPT), 42)
+    context.trim(0, 0)
+    for start in range(0, len(PROMPT), chunk_tokens):
+        context.inject(chunk_of(geometry, elements, start, min(start + chunk_tokens, len(PROMPT))), 0)
+    assert context.cached_tokens(0) == len(PROMPT)
+    assert np.array_equal(elements_of(context.state(0), geometry, len(PROMPT)), elements)
+    assert np.array_equal(last_logits(context, 0, len(PROMPT), 42), expected)
+
+
+def test_state_that_llama_cpp_refuses_leaves_no_cell_behind(context, geometry):
+    chunk = ChunkState(np.zeros(state_bytes(geometry, 8), np.uint8), geometry, "bf16", 0, 8)
+    chunk.buffer[0] ^= 1
+    with pytest.raises(EngineError, match="took 0 of"):
+        context.inject(chunk, 1)
+    assert context.cached_tokens(1) == 0
+
+
+def test_trim_frees_the_tail_and_then_everything(context):
+    prefill(context, 2, PROMPT)
+    context.trim(2, 150)
+    assert context.cached_tokens(2) == 150
+    context.trim(2, 0)
+    assert context.cached_tokens(2) == 0
+
+
+def test_pieces_join_to_text(model):
+    # "Hello world" and a control token in SmolLM2's vocabulary.
+    assert b"".join(map(model.piece, [19556, 905])) == b"Hello world"
+    assert model.piece(model.end_tokens[0]) == b""

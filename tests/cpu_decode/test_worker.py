@@ -1,0 +1,222 @@
+"""A real worker, a real sender, real sockets: llama.cpp's own KV goes over the wire and comes back as tokens."""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+import numpy as np
+import pytest
+
+from tests.cpu_decode.native_kv import elements_of, prefill
+from transfer.errors import CapacityError, CodecError, LinkError, RequestError
+from transfer.frames import Element
+from transfer.messages import PROTOCOL, Failure, Hello, Sampling, Ticket, Welcome
+
+GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
+
+
+def prompt_of(length: int, salt: int = 0) -> list[int]:
+    return [(11 * i + 5 + 131 * salt) % 40_000 for i in range(length)]
+
+
+def send_kv(running, context, ticket: Ticket, prompt: list[int], upto: int | None = None) -> int:
+    """Prefill elsewhere, send the KV on ``ticket``; returns the first token that prefill would sample."""
+    first = int(prefill(context, 0, prompt).argmax())
+    elements = elements_of(context.state(0), running.geometry, len(prompt))
+    context.trim(0, 0)
+    row = running.geometry.num_kv_heads * running.geometry.head_dim_k
+    split = len(prompt) * row
+    running.sender.open(ticket)
+    for start in range(0, len(prompt) if upto is None else upto, ticket.chunk_tokens):
+        end = min(start + ticket.chunk_tokens, len(prompt))
+        k, v = slice(start * row, end * row), slice(split + start * row, split + end * row)
+        part = np.ascontiguousarray(np.concatenate([elements[:, k], elements[:, v]], axis=1))
+        assert running.sender.submit(ticket.ticket, start, part, Element.BF16, 0)
+    if upto is None:
+        running.sender.finish(ticket.ticket, len(prompt))
+    return first
+
+
+def eventually(check, timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not check():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.02)
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks(running):
+    yield
+
+    def idle() -> bool:
+        status = running.client.status()
+        return not (status.used_cells or status.reserved_sequences or status.running_sequences or status.landing_bytes)
+
+    eventually(idle)
+    assert all(running.context.cached_tokens(seq_id) == 0 for seq_id in range(9))
+    assert running.sender.backlog_bytes == 0
+
+
+def locally(running, prompt: list[int], sampling: Sampling = GREEDY) -> tuple[list[int], str]:
+    ticket = running.client.reserve(prompt, sampling, "local")
+    running.client.start(ticket)
+    ids, text, _ = running.client.collect(ticket)
+    return ids, text
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 300])
+def test_transplanted_kv_continues_like_a_local_prefill(running, context, length):
+    prompt = prompt_of(length)
+    expected, text = locally(running, prompt)
+    ticket = running.client.reserve(prompt, GREEDY, "kv")
+    first = send_kv(running, context, ticket, prompt)
+    running.client.start(ticket, first)
+    ids, got, last = running.client.collect(ticket)
+    assert (ids, got) == (expected, text)
+    assert last.finish_reason == "length"
+    assert last.report.kv_raw_bytes == 2 * length * running.geometry.elements_per_token
+    assert last.report.completion_tokens == GREEDY.max_tokens
+
+
+def test_start_before_the_kv_waits_for_it(running, context):
+    prompt = prompt_of(150)
+    expected, _ = locally(running, prompt)
+    ticket = running.client.reserve(prompt, GREEDY, "kv")
+    running.client.start(ticket)
+    time.sleep(0.1)
+    assert running.client.status().running_sequences == 0
+    send_kv(running, context, ticket, prompt)
+    ids, _, last = running.client.collect(ticket)
+    assert ids == expected
+    assert last.report.transfer_exposed_ns > 50_000_000
+
+
+def test_the_first_tokens_text_is_not_sent_twice(running, context):
+    prompt = prompt_of(80)
+    ids, text = locally(running, prompt)
+    ticket = running.client.reserve(prompt, GREEDY, "kv")
+    first = send_kv(running, context, ticket, prompt)
+    running.client.start(ticket, first, first_text_sent=True)
+    got_ids, got, _ = running.client.collect(ticket)
+    assert got_ids == ids
+    assert running.model.piece(first).decode() + got == text
+
+
+def test_many_at_once_answer_as_one_by_one(running, context):
+    prompts = [prompt_of(20 + 37 * n, salt=n) for n in range(8)]
+    expected = [locally(running, prompt)[0] for prompt in prompts]
+    tickets = [running.client.reserve(p, GREEDY, "kv" if n % 2 else "local") for n, p in enumerate(prompts)]
+    for n, (ticket, prompt) in enumerate(zip(tickets, prompts, strict=True)):
+        running.client.start(ticket, send_kv(running, context, ticket, prompt) if n % 2 else None)
+    assert [running.client.collect(ticket)[0] for ticket in tickets] == expected
+
+
+def test_a_seed_repeats_itself_and_differs_from_another(running):
+    def draw(seed: int) -> list[int]:
+        return locally(running, prompt_of(40), Sampling(max_tokens=16, temperature=1.5, seed=seed, ignore_eos=True))[0]
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_logit_bias_forces_and_forbids(running):
+    forced = Sampling(max_tokens=3, temperature=0.0, logit_bias={905: 100.0}, ignore_eos=True)
+    assert locally(running, prompt_of(20), forced) == ([905] * 3, " world" * 3)
+
+
+def test_penalties_add_up_until_another_token_wins(running):
+    bias = {905: 100.0, 19556: 88.0}
+    plain = Sampling(max_tokens=24, temperature=0.0, logit_bias=bias, ignore_eos=True)
+    frequency = msgspec.structs.replace(plain, frequency_penalty=2.0)
+    repetition = msgspec.structs.replace(plain, repetition_penalty=2.0)
+    assert locally(running, prompt_of(20), plain)[0] == [905] * 24
+    assert set(locally(running, prompt_of(20), frequency)[0]) == {905, 19556}
+    assert locally(running, prompt_of(20), repetition)[0][:2] == [905, 19556]
+    # The prompt counts for the repetition penalty, and only for it.
+    assert locally(running, [905], repetition)[0][0] == 19556
+    assert locally(running, [905], frequency)[0][0] == 905
+
+
+def test_top_k_one_is_greedy_whatever_the_temperature(running):
+    prompt = prompt_of(30)
+    hot = Sampling(max_tokens=12, temperature=2.0, top_k=1, seed=3, ignore_eos=True)
+    assert locally(running, prompt, hot)[0] == locally(running, prompt)[0]
+
+
+def test_a_stop_string_ends_the_sequence(running):
+    forced = Sampling(max_tokens=9, temperature=0.0, logit_bias={905: 100.0}, stop=("d wor",), ignore_eos=True)
+    assert locally(running, prompt_of(20), forced) == ([905, 905], " worl")
+
+
+def test_abort_at_every_stage_frees_everything(running, context):
+    long = Sampling(max_tokens=2000, temperature=0.0, ignore_eos=True)
+    reserved = running.client.reserve(prompt_of(40), GREEDY, "kv")
+    half_sent = running.client.reserve(prompt_of(200), GREEDY, "kv")
+    send_kv(running, context, half_sent, prompt_of(200), upto=100)
+    decoding = running.client.reserve(prompt_of(30), long, "local")
+    running.client.start(decoding)
+    eventually(lambda: running.client.status().running_sequences == 1)
+    for ticket in (reserved, half_sent, decoding):
+        running.client.abort(ticket)
+    eventually(lambda: half_sent.ticket in running.sender.take_failed())
+
+
+def test_a_transfer_that_ends_early_fails_the_request(running, context):
+    prompt = prompt_of(100)
+    ticket = running.client.reserve(prompt, GREEDY, "kv")
+    send_kv(running, context, ticket, prompt, upto=64)
+    running.sender.finish(ticket.ticket, 100)
+    running.client.start(ticket, 5)
+    with pytest.raises(Exception, match="64 of 100 tokens landed"):
+        running.client.collect(ticket)
+
+
+def test_a_sender_that_gives_up_fails_the_request(running, context):
+    prompt = prompt_of(100)
+    ticket = running.client.reserve(prompt, GREEDY, "kv")
+    send_kv(running, context, ticket, prompt, upto=64)
+    running.sender.abort(ticket.ticket, "preempted for good")
+    with pytest.raises(LinkError, match="preempted for good"):
+        running.client.collect(ticket)
+
+
+def test_a_reservation_that_nobody_uses_expires(running):
+    ticket = running.client.reserve(prompt_of(10), GREEDY, "kv", deadline_ms=100)
+    with pytest.raises(LinkError, match="expired waiting for a start"):
+        running.client.collect(ticket)
+    ticket = running.client.reserve(prompt_of(10), GREEDY, "kv", deadline_ms=100)
+    running.client.start(ticket, 3)
+    with pytest.raises(LinkError, match="expired waiting for its KV"):
+        running.client.collect(ticket)
+
+
+def test_what_cannot_be_served_is_refused_and_holds_nothing(running):
+    with pytest.raises(RequestError, match="max_tokens need 5010 cells"):
+        running.client.reserve(prompt_of(5000), Sampling(max_tokens=10), "kv")
+    with pytest.raises(RequestError, match="prompt has token ids outside"):
+        running.client.reserve([1, 49_152], GREEDY, "local")
+    with pytest.raises(RequestError, match="logit_bias has token ids outside"):
+        running.client.reserve([1], Sampling(max_tokens=1, logit_bias={-1: 1.0}), "local")
+    with pytest.raises(CodecError, match="raw, lz4, q8"):
+        running.client.reserve([1], GREEDY, "kv", codec="zip")
+
+
+def test_a_full_worker_says_so(running):
+    tickets = [running.client.reserve(prompt_of(10), GREEDY, "local") for _ in range(8)]
+    with pytest.raises(CapacityError, match="all 8 sequences"):
+        running.client.reserve(prompt_of(10), GREEDY, "local")
+    for ticket in tickets:
+        running.client.abort(ticket)
+
+
+def test_hello_compares_protocol_and_geometry(running):
+    welcome = running.client.ask(Hello(geometry=running.geometry))
+    assert isinstance(welcome, Welcome)
+    assert welcome.landing.rope_order == "interleaved"
+    other = msgspec.structs.replace(running.geometry, num_kv_heads=8)
+    refusal = running.client.ask(Hello(geometry=other))
+    assert isinstance(refusal, Failure)
+    assert "num_kv_heads: 3 here, 8 there" in refusal.message
+    refusal = running.client.ask(Hello(protocol=PROTOCOL + 1))
+    assert isinstance(refusal, Failure)
+    assert "protocol version differs" in refusal.message

@@ -1,0 +1,99 @@
+"""A control client for tests: plain blocking calls over a DEALER socket."""
+
+from __future__ import annotations
+
+import itertools
+
+import zmq
+
+from transfer.errors import from_wire
+from transfer.messages import (
+    Abort,
+    Failure,
+    FromWorker,
+    Message,
+    Ping,
+    Reserve,
+    Sampling,
+    Start,
+    Status,
+    Ticket,
+    Tokens,
+    decode_from_worker,
+    encode,
+)
+
+_ids = itertools.count()
+
+
+class WorkerClient:
+    """Speaks the control protocol to one worker; every wait is bounded."""
+
+    def __init__(self, port: int, timeout_s: float = 60.0) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.linger = 0
+        self._socket.rcvtimeo = int(timeout_s * 1000)
+        self._socket.connect(f"tcp://127.0.0.1:{port}")
+        self._early: list[FromWorker] = []
+
+    def ask(self, message: Message) -> FromWorker:
+        """Send and return the next message that is not about another request."""
+        self._socket.send(encode(message))
+        return self._next()
+
+    def send(self, message: Message) -> None:
+        self._socket.send(encode(message))
+
+    def status(self) -> Status:
+        self._socket.send(encode(Ping()))
+        return self._wait_for(lambda message: isinstance(message, Status))
+
+    def reserve(self, prompt: list[int], sampling: Sampling, source: str, **more: object) -> Ticket:
+        request_id = f"r{next(_ids)}"
+        self._socket.send(
+            encode(Reserve(request_id=request_id, prompt=prompt, sampling=sampling, source=source, **more))
+        )
+        answer = self._wait_for(lambda message: getattr(message, "request_id", None) == request_id)
+        if isinstance(answer, Failure):
+            raise from_wire(answer.code, answer.message)
+        assert isinstance(answer, Ticket)
+        return answer
+
+    def start(self, ticket: Ticket, first_token: int | None = None, *, first_text_sent: bool = False) -> None:
+        self.send(Start(request_id=ticket.request_id, first_token=first_token, first_text_sent=first_text_sent))
+
+    def abort(self, ticket: Ticket) -> None:
+        self.send(Abort(request_id=ticket.request_id))
+
+    def collect(self, ticket: Ticket) -> tuple[list[int], str, Tokens]:
+        """All token ids and text of a request, and its last message; raises what the worker reports."""
+        ids: list[int] = []
+        text = ""
+        while True:
+            message = self._wait_for(lambda message: getattr(message, "request_id", None) == ticket.request_id)
+            if isinstance(message, Failure):
+                raise from_wire(message.code, message.message)
+            assert isinstance(message, Tokens)
+            ids += message.token_ids
+            text += message.text
+            if message.finish_reason:
+                return ids, text, message
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()
+
+    def _wait_for(self, wanted):  # type: ignore[no-untyped-def]
+        for index, message in enumerate(self._early):
+            if wanted(message):
+                return self._early.pop(index)
+        while not wanted(message := self._next_from_socket()):
+            self._early.append(message)
+        return message
+
+    def _next(self) -> FromWorker:
+        return self._early.pop(0) if self._early else self._next_from_socket()
+
+    def _next_from_socket(self) -> FromWorker:
+        return decode_from_worker(self._socket.recv())
