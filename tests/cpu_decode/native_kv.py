@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from cpu_decode.llama import Batch, Context
-from cpu_decode.state import state_bytes
+from cpu_decode.state import ChunkState, state_bytes
 from transfer.geometry import KVGeometry
-from transfer.layout import Elements
+from transfer.layout import Elements, ElementType
 
 
 def prefill(context: Context, seq_id: int, prompt: list[int]) -> np.ndarray:
@@ -32,3 +32,19 @@ def elements_of(state: bytes, geometry: KVGeometry, num_tokens: int) -> Elements
         planes.append(np.stack(rows))
     assert at == len(state)
     return np.ascontiguousarray(np.concatenate(planes, axis=1))
+
+
+def chunk_of(
+    geometry: KVGeometry, elements: Elements, start: int, end: int, cell_type: ElementType = "bf16"
+) -> ChunkState:
+    """Tokens ``[start, end)`` of ``elements`` (all tokens) as state."""
+    count = end - start
+    chunk = ChunkState(np.zeros(state_bytes(geometry, count), np.uint8), geometry, cell_type, start, count)
+    k_row = geometry.num_kv_heads * geometry.head_dim_k
+    v_row = geometry.num_kv_heads * geometry.head_dim_v
+    tokens = elements.shape[1] // (k_row + v_row)
+    for layer in range(geometry.num_layers):
+        k_plane, v_plane = chunk.planes(layer, 1)
+        k_plane[:] = elements[layer, start * k_row : end * k_row]
+        v_plane[:] = elements[layer, tokens * k_row + start * v_row : tokens * k_row + end * v_row]
+    return chunk

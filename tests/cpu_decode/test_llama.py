@@ -7,24 +7,10 @@ import pytest
 
 from cpu_decode.llama import Batch
 from cpu_decode.state import ChunkState, state_bytes
-from tests.cpu_decode.native_kv import elements_of, prefill
+from tests.cpu_decode.native_kv import chunk_of, elements_of, prefill
 from transfer.errors import EngineError
 
 PROMPT = [(7 * i + 3) % 40_000 for i in range(200)]
-
-
-def chunk_of(geometry, elements, start, end) -> ChunkState:
-    """Tokens ``[start, end)`` of ``elements`` (all tokens) as state."""
-    count = end - start
-    chunk = ChunkState(np.zeros(state_bytes(geometry, count), np.uint8), geometry, "bf16", start, count)
-    k_row = geometry.num_kv_heads * geometry.head_dim_k
-    v_row = geometry.num_kv_heads * geometry.head_dim_v
-    tokens = elements.shape[1] // (k_row + v_row)
-    for layer in range(geometry.num_layers):
-        k_plane, v_plane = chunk.planes(layer, 1)
-        k_plane[:] = elements[layer, start * k_row : end * k_row]
-        v_plane[:] = elements[layer, tokens * k_row + start * v_row : tokens * k_row + end * v_row]
-    return chunk
 
 
 def last_logits(context, seq_id, position, token):

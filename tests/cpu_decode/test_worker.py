@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.cpu_decode.native_kv import elements_of, prefill
+from tests.cpu_decode.serving import MAX_SEQUENCES
 from transfer.errors import CapacityError, CodecError, LinkError, RequestError
 from transfer.frames import Element
 from transfer.messages import PROTOCOL, Failure, Hello, Sampling, Ticket, Welcome
@@ -54,7 +55,7 @@ def nothing_leaks(running):
         return not (status.used_cells or status.reserved_sequences or status.running_sequences or status.landing_bytes)
 
     eventually(idle)
-    assert all(running.context.cached_tokens(seq_id) == 0 for seq_id in range(9))
+    assert all(running.context.cached_tokens(seq_id) == 0 for seq_id in range(MAX_SEQUENCES + 1))
     assert running.sender.backlog_bytes == 0
 
 
@@ -202,8 +203,8 @@ def test_what_cannot_be_served_is_refused_and_holds_nothing(running):
 
 
 def test_a_full_worker_says_so(running):
-    tickets = [running.client.reserve(prompt_of(10), GREEDY, "local") for _ in range(8)]
-    with pytest.raises(CapacityError, match="all 8 sequences"):
+    tickets = [running.client.reserve(prompt_of(10), GREEDY, "local") for _ in range(MAX_SEQUENCES)]
+    with pytest.raises(CapacityError, match=f"all {MAX_SEQUENCES} sequences"):
         running.client.reserve(prompt_of(10), GREEDY, "local")
     for ticket in tickets:
         running.client.abort(ticket)

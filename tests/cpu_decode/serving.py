@@ -1,0 +1,62 @@
+"""A real worker in a thread of the test's process, so that a test may look into its cells."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from cpu_decode.llama import Context, Model
+from cpu_decode.worker import Worker
+from tests.cpu_decode.worker_client import WorkerClient
+from transfer.config import Decode, Link
+from transfer.geometry import KVGeometry
+from transfer.layout import ElementType
+from transfer.sender import KVSender
+
+MAX_SEQUENCES = 10
+LINK = Link(chunk_tokens=64, credit_chunks=2, frame_mib=1)
+
+
+@dataclass
+class Running:
+    """A worker that serves in a thread, and what a test may look at."""
+
+    worker: Worker
+    client: WorkerClient
+    model: Model
+    context: Context
+    geometry: KVGeometry
+    sender: KVSender
+
+
+@contextmanager
+def serving(model: Model, geometry: KVGeometry, cell_type: ElementType) -> Iterator[Running]:
+    """Serve on ports of the system's choice for the body; the worker must end when asked."""
+    decode = Decode(
+        control_port=0,
+        kv_port=0,
+        num_cells=4096,
+        max_sequences=MAX_SEQUENCES,
+        cell_type=cell_type,
+        threads=2,
+        landing_mib=64,
+    )
+    context = Context(
+        model, num_cells=4096, max_sequences=MAX_SEQUENCES, batch_tokens=512, threads=2, cell_type=cell_type
+    )
+    worker = Worker(model, context, geometry, decode, LINK)
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    client = WorkerClient(worker.control_port)
+    sender = KVSender(geometry, max_backlog_bytes=1 << 28, frame_bytes=1 << 20)
+    try:
+        yield Running(worker, client, model, context, geometry, sender)
+    finally:
+        sender.close()
+        client.close()
+        worker.stop()
+        thread.join(10)
+        assert not thread.is_alive()
+        context.close()
