@@ -23,8 +23,9 @@ def run(cluster: Cluster) -> None:
     """
     if find_spec("llama_cpp") is None:
         raise ConfigError("llama-cpp-python is not installed; install isthmus[decode]")
-    # Read by the OpenMP runtime when llama.cpp is loaded: idle threads that spin take the cores from a busy engine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Read by the OpenMP runtime when llama.cpp is loaded. Threads at a barrier spin for microseconds, then sleep: a
+    # token has hundreds of barriers, so sleeping at once doubles its time, and spinning on takes an idle engine's core.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
     from cpu_decode.geometry import read_geometry
     from cpu_decode.llama import Context, Model

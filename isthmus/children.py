@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
@@ -28,12 +28,15 @@ _libc = ctypes.CDLL(None)
 
 
 class Child(msgspec.Struct, frozen=True, kw_only=True):
-    """One process to run. ``is_healthy`` is asked every ``POLL_S`` and must answer within about a second."""
+    """One process to run, once the child called ``after`` is healthy.
+
+    ``is_healthy`` is asked every ``POLL_S`` and must answer within about a second.
+    """
 
     name: str
     command: Sequence[str]
     is_healthy: Callable[[], bool]
-    env: Mapping[str, str] = {}
+    after: str | None = None
 
 
 class ChildView(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,12 +75,13 @@ class Children:
         Raises :class:`EngineError` when one dies or the deadline passes.
         """
         self._began_ns = time.monotonic_ns()
-        for child in self._children:
-            self._processes[child.name] = self._spawn(child)
         while len(self._healthy_after_s) < len(self._children):
             self.require_alive()
             for child in self._children:
-                if child.name not in self._healthy_after_s and child.is_healthy():
+                if child.name not in self._processes:
+                    if child.after is None or child.after in self._healthy_after_s:
+                        self._processes[child.name] = self._spawn(child)
+                elif child.name not in self._healthy_after_s and child.is_healthy():
                     self._healthy_after_s[child.name] = self._elapsed_s()
             show(self._views())
             self._require_in_time()
@@ -131,14 +135,14 @@ class Children:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **child.env},
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
                 start_new_session=True,
                 preexec_fn=_die_with_parent,
             )
 
     def _require_in_time(self) -> None:
         if self._elapsed_s() > self._start_deadline_s and len(self._healthy_after_s) < len(self._children):
-            late = next(child.name for child in self._children if child.name not in self._healthy_after_s)
+            late = next(name for name in self._processes if name not in self._healthy_after_s)
             raise EngineError(
                 f"{late} was not healthy after {self._start_deadline_s:.0f} s; its last lines:\n{self._tail(late)}"
             )
@@ -149,7 +153,7 @@ class Children:
                 name=child.name,
                 healthy=child.name in self._healthy_after_s,
                 seconds=self._healthy_after_s.get(child.name, self._elapsed_s()),
-                last_line=self._tail(child.name, 1),
+                last_line=self._tail(child.name, 1) if child.name in self._processes else f"waits for {child.after}",
             )
             for child in self._children
         ]

@@ -114,10 +114,10 @@ def _nodes(config: Path, probes: _Probes) -> list[Child]:
         return [sys.executable, "-P", "-m", "isthmus", node, "--config", str(config)]
 
     return [
-        Child(name="prefill", command=command("prefill"), is_healthy=probes.prefill),
-        # The three share this host's cores: threads that wait for work must sleep, not spin.
-        Child(name="decode", command=command("decode"), is_healthy=probes.decode, env={"OMP_WAIT_POLICY": "passive"}),
-        Child(name="proxy", command=command("proxy"), is_healthy=probes.proxy),
+        # First and alone: it times its own prefill at start, for the ledger's estimates.
+        Child(name="decode", command=command("decode"), is_healthy=probes.decode),
+        Child(name="prefill", command=command("prefill"), is_healthy=probes.prefill, after="decode"),
+        Child(name="proxy", command=command("proxy"), is_healthy=probes.proxy, after="decode"),
     ]
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-# As the decode service does: engines in one test process share the cores, idle ones must not spin.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# As the decode service does: engines in one test process share the cores, idle ones must not spin for long.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 @dataclass(frozen=True)

@@ -171,3 +171,35 @@ def test_no_process_survives_a_signal_to_the_supervisor(number: signal.Signals, 
     else:
         assert rest == "interrupted\n"
         assert running(pids) == []
+
+
+def test_a_child_starts_when_the_one_it_comes_after_is_healthy(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    # The second fails at once unless the first has got healthy before.
+    children = [
+        Child(
+            name="second",
+            command=[
+                sys.executable,
+                "-c",
+                f"import pathlib, time; pathlib.Path({str(first)!r}).stat(); "
+                f"pathlib.Path({str(second)!r}).touch(); time.sleep(60)",
+            ],
+            is_healthy=second.exists,
+            after="first",
+        ),
+        Child(
+            name="first",
+            command=[
+                sys.executable,
+                "-c",
+                f"import pathlib, time; time.sleep(0.5); pathlib.Path({str(first)!r}).touch(); time.sleep(60)",
+            ],
+            is_healthy=first.exists,
+        ),
+    ]
+    lines: list[str] = []
+    with Children(children, tmp_path, start_deadline_s=20, grace_s=5) as running:
+        running.start(lambda views: lines.extend(view.last_line for view in views))
+        running.require_alive()
+    assert "waits for first" in lines
