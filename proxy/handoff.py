@@ -6,8 +6,10 @@ both nodes.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from typing import NamedTuple
 
 import structlog
@@ -15,10 +17,11 @@ import structlog
 from proxy.decode_node import Conversation, DecodeNode
 from proxy.ledger import Account
 from proxy.prefill_node import STREAM_SILENCE_S, FirstToken, PrefillNode
-from transfer.errors import EngineError
-from transfer.messages import FinishReason, Reserve, Sampling
+from transfer.errors import CapacityError, EngineError
+from transfer.messages import FinishReason, Reserve, Sampling, Ticket
 
 RESERVE_S = 10.0
+FULL_RETRY_S = 0.05
 _REPLACEMENT = "\ufffd"
 
 log = structlog.get_logger()
@@ -46,9 +49,7 @@ class Job(NamedTuple):
 
 async def split(job: Job, prefill: PrefillNode, decode: DecodeNode, account: Account) -> Pieces:
     """Prefill in vLLM, decode in llama.cpp."""
-    async with decode.conversation(job.request_id, job.sampling.max_tokens) as conversation:
-        with account.meter.stage("reserve"):
-            ticket = await conversation.reserve(_reserve(job, kv=True), RESERVE_S)
+    async with _reserved(job, decode, account, kv=True) as (conversation, ticket):
         with account.meter.stage("prefill"):
             first = await conversation.guard(
                 prefill.prefill(job.request_id, job.prompt, job.sampling, ticket, job.deadline_s)
@@ -74,9 +75,7 @@ async def split(job: Job, prefill: PrefillNode, decode: DecodeNode, account: Acc
 
 async def cpu(job: Job, decode: DecodeNode, account: Account) -> Pieces:
     """Prefill and decode in llama.cpp."""
-    async with decode.conversation(job.request_id, job.sampling.max_tokens) as conversation:
-        with account.meter.stage("reserve"):
-            ticket = await conversation.reserve(_reserve(job, kv=False), RESERVE_S)
+    async with _reserved(job, decode, account, kv=False) as (conversation, ticket):
         account.cached_tokens = ticket.reused_tokens
         await conversation.start(None, first_text_sent=False)
         async with aclosing(_decoded(conversation, account, STREAM_SILENCE_S)) as pieces:
@@ -99,6 +98,33 @@ async def gpu(job: Job, prefill: PrefillNode, account: Account) -> Pieces:
                 return
             with account.meter.stage("decode"):
                 delta = await anext(deltas)
+
+
+@asynccontextmanager
+async def _reserved(
+    job: Job, decode: DecodeNode, account: Account, *, kv: bool
+) -> AsyncIterator[tuple[Conversation, Ticket]]:
+    """A conversation whose cells are promised; a full worker is asked again until ``job.deadline_s`` has passed."""
+    deadline_ns = time.monotonic_ns() + int(job.deadline_s * 1e9)
+    while True:
+        async with decode.conversation(job.request_id, job.sampling.max_tokens) as conversation:
+            with account.meter.stage("reserve"):
+                ticket = await _ask(conversation, _reserve(job, kv=kv), deadline_ns)
+            if ticket is not None:
+                yield conversation, ticket
+                return
+        with account.meter.stage("reserve"):
+            await asyncio.sleep(FULL_RETRY_S)
+
+
+async def _ask(conversation: Conversation, reserve: Reserve, deadline_ns: int) -> Ticket | None:
+    """The ticket, or None if the worker is full and there is time to ask again."""
+    try:
+        return await conversation.reserve(reserve, RESERVE_S)
+    except CapacityError:
+        if time.monotonic_ns() > deadline_ns:
+            raise
+        return None
 
 
 async def _decoded(conversation: Conversation, account: Account, first_wait_s: float) -> Pieces:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import threading
 
 import pytest
 
@@ -12,7 +13,7 @@ from proxy import answer, app, decode_node
 from proxy.failures import describe
 from tests.proxy.conftest import Stack, make_cluster, running, wait_until
 from transfer.errors import CapacityError, EngineError, LinkError
-from transfer.messages import Abort, Failure, Start
+from transfer.messages import Abort, Failure, Reserve, Start
 
 CPU = {"X-Isthmus-Route": "cpu"}
 GPU = {"X-Isthmus-Route": "gpu"}
@@ -143,6 +144,15 @@ def test_the_worker_refuses(stack, code, status):
     stack.worker.script.refuse_reserve = Failure(code=code, message="no room")
     assert "no room" in error_of(stack.chat(), status)["message"]
     assert not stack.prefill.bodies
+
+
+def test_a_full_worker_is_asked_again_until_it_has_room(stack):
+    stack.worker.script.refuse_reserve = Failure(code="capacity_exceeded", message="no room")
+    timer = threading.Timer(0.3, lambda: setattr(stack.worker.script, "refuse_reserve", None))
+    timer.start()
+    assert stack.chat().status_code == 200
+    timer.join()
+    assert len(stack.worker.heard(Reserve)) > 2
 
 
 @pytest.mark.parametrize(("said", "status"), [((400, "bad bias"), 400), ((500, "dead engine"), 502)])
