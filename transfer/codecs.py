@@ -15,6 +15,8 @@ name      id  payload for N elements                                            
 ``q8``    3   fp16 scale of every 32 elements; then N int8 codes. scale = amax / 127,    8.5
               code = round half away(x / scale): llama.cpp's ``quantize_row_q8_0_ref``
               (ggml/src/ggml-quants.c), stored as two planes. N must divide by 32.
+``zstd``  4   as ``lz4``, but L bytes are one Zstandard frame (RFC 8878) that declares   10 to 11, bf16
+              its content size, N, and a window of 256 KiB at most. Lossless.
 ========  ==  =========================================================================  =============
 """
 
@@ -22,11 +24,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import lz4.block
 import numpy as np
 import numpy.typing as npt
+import zstandard
 
 from transfer import kernels
 from transfer.errors import CodecError
@@ -38,6 +42,19 @@ Payload = bytes | bytearray | memoryview
 Bytes = npt.NDArray[np.uint8]
 
 _LENGTH = struct.Struct("<I")
+
+# An entropy coder, little more: on exponents, looking for matches costs time and gains nothing.
+_WINDOW_LOG = 18
+_ZSTD_PARAMETERS = zstandard.ZstdCompressionParameters(
+    strategy=zstandard.STRATEGY_FAST,
+    window_log=_WINDOW_LOG,
+    hash_log=6,
+    chain_log=6,
+    search_log=1,
+    min_match=7,
+    target_length=0,
+    write_content_size=True,
+)
 
 
 class Codec(NamedTuple):
@@ -82,11 +99,38 @@ def _decode_raw(payload: Payload, element: Element, cells: Element, outs: Sequen
         at += out.size
 
 
-def _encode_lz4(elements: Elements, element: Element) -> Payload:
+def _compress_lz4(plane: Bytes) -> bytes:
+    return bytes(lz4.block.compress(plane.data, store_size=False))
+
+
+def _decompress_lz4(packed: memoryview, num_bytes: int) -> bytes:
+    try:
+        return bytes(lz4.block.decompress(packed, uncompressed_size=num_bytes))
+    except lz4.block.LZ4BlockError as error:
+        raise CodecError(f"lz4 plane is corrupt: {error}") from None
+
+
+def _compress_zstd(plane: Bytes) -> bytes:
+    return zstandard.ZstdCompressor(compression_params=_ZSTD_PARAMETERS).compress(plane.data)
+
+
+def _decompress_zstd(packed: memoryview, num_bytes: int) -> bytes:
+    try:
+        # The declared size is what decompression allocates.
+        declared_bytes = zstandard.frame_content_size(packed)
+        if declared_bytes != num_bytes:
+            raise CodecError(f"zstd plane declares {declared_bytes} bytes, not {num_bytes}")
+        decompressor = zstandard.ZstdDecompressor(max_window_size=1 << _WINDOW_LOG)
+        return decompressor.decompress(packed, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise CodecError(f"zstd plane is corrupt: {error}") from None
+
+
+def _encode_planes(compress: Callable[[Bytes], bytes], elements: Elements, element: Element) -> Payload:
     count = elements.size
     planes = np.empty((2, count), np.uint8)
     _finite(kernels.split(elements, planes[0], planes[1], element), element)
-    high = lz4.block.compress(planes[0].data, store_size=False)
+    high = compress(planes[0])
     payload = bytearray(_LENGTH.size + count + len(high))
     _LENGTH.pack_into(payload, 0, len(high))
     payload[_LENGTH.size : _LENGTH.size + count] = planes[1].data
@@ -94,19 +138,22 @@ def _encode_lz4(elements: Elements, element: Element) -> Payload:
     return payload
 
 
-def _decode_lz4(payload: Payload, element: Element, cells: Element, outs: Sequence[Elements]) -> None:
+def _decode_planes(
+    decompress: Callable[[memoryview, int], bytes],
+    payload: Payload,
+    element: Element,
+    cells: Element,
+    outs: Sequence[Elements],
+) -> None:
     count = _count(outs)
     if len(payload) < _LENGTH.size + count:
-        raise CodecError(f"lz4 payload of {len(payload)} bytes is too short for {count} elements")
+        raise CodecError(f"payload of {len(payload)} bytes is too short for {count} elements")
     (length,) = _LENGTH.unpack_from(payload)
     _expect(payload, _LENGTH.size + count + length)
     view = memoryview(payload)
-    try:
-        high = lz4.block.decompress(view[_LENGTH.size + count :], uncompressed_size=count)
-    except lz4.block.LZ4BlockError as error:
-        raise CodecError(f"lz4 plane is corrupt: {error}") from None
+    high = decompress(view[_LENGTH.size + count :], count)
     if len(high) != count:
-        raise CodecError(f"lz4 plane decodes to {len(high)} bytes, not {count}")
+        raise CodecError(f"high plane decodes to {len(high)} bytes, not {count}")
     high_plane = np.frombuffer(high, np.uint8)
     low_plane = np.frombuffer(view[_LENGTH.size : _LENGTH.size + count], np.uint8)
     at = 0
@@ -149,8 +196,9 @@ CODECS: dict[str, Codec] = {
     codec.name: codec
     for codec in (
         Codec("raw", 1, _encode_raw, _decode_raw),
-        Codec("lz4", 2, _encode_lz4, _decode_lz4),
+        Codec("lz4", 2, partial(_encode_planes, _compress_lz4), partial(_decode_planes, _decompress_lz4)),
         Codec("q8", 3, _encode_q8, _decode_q8),
+        Codec("zstd", 4, partial(_encode_planes, _compress_zstd), partial(_decode_planes, _decompress_zstd)),
     )
 }
 _BY_WIRE_ID = {codec.wire_id: codec for codec in CODECS.values()}

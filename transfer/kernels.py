@@ -216,7 +216,7 @@ def convert(source: Any, out: Any, element: Element, cells: Element) -> int:
 
 
 def split(source: Any, high: Any, low: Any, element: Element) -> int:
-    """Split uint16 ``[n]`` into the two uint8 planes of codec ``lz4``."""
+    """Split uint16 ``[n]`` into the two uint8 planes of codecs ``lz4`` and ``zstd``."""
     return int(_split(source, high, low, element == _BF16))
 
 

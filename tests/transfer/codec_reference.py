@@ -7,6 +7,7 @@ import struct
 
 import lz4.block
 import numpy as np
+import zstandard
 
 
 def to_float(elements, kind):
@@ -40,24 +41,46 @@ def decode_raw(payload, kind, cells):
     return elements if kind == cells else from_float(to_float(elements, kind), cells)
 
 
-def encode_lz4(elements, kind):
+def split(elements, kind):
     if kind == "bf16":
         sign, exponent, mantissa = elements >> 15, (elements >> 7) & 0xFF, elements & 0x7F
         high, low = exponent, sign << 7 | mantissa
     else:
         high, low = elements >> 8, elements & 0xFF
-    packed = lz4.block.compress(high.astype(np.uint8).tobytes(), store_size=False)
-    return struct.pack("<I", len(packed)) + low.astype(np.uint8).tobytes() + packed
+    return high.astype(np.uint8).tobytes(), low.astype(np.uint8).tobytes()
+
+
+def merge(high, low, kind):
+    high, low = np.frombuffer(high, np.uint8).astype(np.uint16), np.frombuffer(low, np.uint8).astype(np.uint16)
+    return (low >> 7) << 15 | high << 7 | low & 0x7F if kind == "bf16" else high << 8 | low
+
+
+def encode_lz4(elements, kind):
+    high, low = split(elements, kind)
+    packed = lz4.block.compress(high, store_size=False)
+    return struct.pack("<I", len(packed)) + low + packed
 
 
 def decode_lz4(payload, kind, cells):
     (length,) = struct.unpack_from("<I", payload)
-    count = len(payload) - 4 - length
-    low = np.frombuffer(payload, np.uint8, count, 4).astype(np.uint16)
-    high = lz4.block.decompress(payload[4 + count :], uncompressed_size=count)
-    high = np.frombuffer(high, np.uint8).astype(np.uint16)
-    elements = (low >> 7) << 15 | high << 7 | low & 0x7F if kind == "bf16" else high << 8 | low
-    return decode_raw(elements.tobytes(), kind, cells)
+    low, packed = payload[4 : len(payload) - length], payload[len(payload) - length :]
+    high = lz4.block.decompress(packed, uncompressed_size=len(low))
+    return decode_raw(merge(high, low, kind).tobytes(), kind, cells)
+
+
+def encode_zstd(elements, kind):
+    high, low = split(elements, kind)
+    settings = zstandard.ZstdCompressionParameters(
+        strategy=1, window_log=18, hash_log=6, chain_log=6, search_log=1, min_match=7, target_length=0
+    )
+    packed = zstandard.ZstdCompressor(compression_params=settings).compress(high)
+    return struct.pack("<I", len(packed)) + low + packed
+
+
+def decode_zstd(payload, kind, cells):
+    (length,) = struct.unpack_from("<I", payload)
+    low, packed = payload[4 : len(payload) - length], payload[len(payload) - length :]
+    return decode_raw(merge(zstandard.decompress(packed), low, kind).tobytes(), kind, cells)
 
 
 def encode_q8(elements, kind):
@@ -78,5 +101,5 @@ def decode_q8(payload, _kind, cells):
     return from_float((scale[:, None] * codes.astype(np.float32)).reshape(-1), cells)
 
 
-ENCODE = {"raw": encode_raw, "lz4": encode_lz4, "q8": encode_q8}
-DECODE = {"raw": decode_raw, "lz4": decode_lz4, "q8": decode_q8}
+ENCODE = {"raw": encode_raw, "lz4": encode_lz4, "q8": encode_q8, "zstd": encode_zstd}
+DECODE = {"raw": decode_raw, "lz4": decode_lz4, "q8": decode_q8, "zstd": decode_zstd}

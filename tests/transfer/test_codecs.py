@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -15,6 +16,8 @@ from transfer.frames import Element
 KINDS = {"bf16": Element.BF16, "f16": Element.F16}
 INFINITY = {"bf16": 0x7F80, "f16": 0x7C00}
 EVERY_PATTERN = np.arange(1 << 16, dtype=np.uint16)
+
+LOSSLESS = ["raw", "lz4", "zstd"]
 
 codec_names = pytest.mark.parametrize("name", CODECS)
 source_kinds = pytest.mark.parametrize("kind", KINDS)
@@ -85,7 +88,7 @@ def test_decode_equals_the_reference(name, kind, cells, data):
     assert np.array_equal(decode(name, payload, kind, cells, [elements.size]), expected)
 
 
-@pytest.mark.parametrize("name", ["raw", "lz4"])
+@pytest.mark.parametrize("name", LOSSLESS)
 @source_kinds
 @cell_kinds
 def test_every_finite_pattern_is_converted_like_the_reference(name, kind, cells):
@@ -108,7 +111,7 @@ def test_conversion_equals_torch(kind, cells):
     assert np.array_equal(ours, theirs.view(torch.int16).numpy().view(np.uint16))
 
 
-@pytest.mark.parametrize("name", ["raw", "lz4"])
+@pytest.mark.parametrize("name", LOSSLESS)
 @source_kinds
 @cell_kinds
 def test_every_pattern_without_a_finite_value_is_refused(name, kind, cells):
@@ -131,10 +134,10 @@ def test_encode_refuses_every_infinity_and_nan(name, kind):
             encode(name, elements, kind)
 
 
-@pytest.mark.parametrize("name", ["raw", "lz4"])
+@pytest.mark.parametrize("name", LOSSLESS)
 @source_kinds
 @given(data=st.data())
-def test_raw_and_lz4_are_lossless(name, kind, data):
+def test_lossless_codecs_are_lossless(name, kind, data):
     elements = data.draw(elements_of(kind))
     assert np.array_equal(decode(name, encode(name, elements, kind), kind, kind, [elements.size]), elements)
 
@@ -279,11 +282,38 @@ def test_lz4_shrinks_real_looking_bf16():
     assert len(encode("lz4", elements, "bf16")) < 0.9 * elements.nbytes
 
 
+def zstd_payload(count, frame):
+    """A payload of ``count`` elements whose high plane is ``frame``."""
+    return len(frame).to_bytes(4, "little") + bytes(count) + frame
+
+
+def test_zstd_shrinks_real_looking_bf16_more_than_lz4():
+    elements = random_elements("bf16", 1 << 14)
+    assert len(encode("zstd", elements, "bf16")) < 0.8 * len(encode("lz4", elements, "bf16"))
+
+
+@pytest.mark.parametrize("declared", [0, 63, 65, 1 << 40])
+def test_zstd_refuses_another_declared_size_before_it_allocates(declared):
+    # A frame header by hand (RFC 8878, 3.1.1.1): single segment, content size in 8 bytes; then an empty last block.
+    frame = b"\x28\xb5\x2f\xfd" + b"\xe0" + declared.to_bytes(8, "little") + b"\x01\x00\x00"
+    with pytest.raises(CodecError, match=f"declares {declared} bytes, not 64"):
+        decode("zstd", zstd_payload(64, frame), "bf16", "bf16", [64])
+
+
+def test_zstd_refuses_a_frame_of_unknown_size_and_bytes_after_a_frame():
+    unsized = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(64))
+    with pytest.raises(CodecError, match="declares -1"):
+        decode("zstd", zstd_payload(64, unsized), "bf16", "bf16", [64])
+    frame = zstandard.ZstdCompressor().compress(bytes(64))
+    with pytest.raises(CodecError, match="unused data"):
+        decode("zstd", zstd_payload(64, frame + frame), "bf16", "bf16", [64])
+
+
 def test_codecs_are_found_by_name_and_number():
     for codec in CODECS.values():
         assert by_name(codec.name) is codec
         assert by_wire_id(codec.wire_id) is codec
-    with pytest.raises(CodecError, match="raw, lz4, q8"):
-        by_name("zstd")
+    with pytest.raises(CodecError, match="raw, lz4, q8, zstd"):
+        by_name("snappy")
     with pytest.raises(CodecError, match="99"):
         by_wire_id(99)

@@ -68,7 +68,7 @@ def test_a_cluster_is_frozen(write):
         (MINIMAL + "[decode]\nmax_sequences = 256", "$.decode.max_sequences"),
         (MINIMAL + '[decode]\ncell_type = "f32"', "$.decode.cell_type"),
         (MINIMAL + "[proxy]\nmax_running = 0", "$.proxy.max_running"),
-        (MINIMAL + '[link]\ncodec = "zstd"', "$.link.codec"),
+        (MINIMAL + '[link]\ncodec = "snappy"', "$.link.codec"),
         (MINIMAL + "[link]\nframe_mib = 65", "$.link.frame_mib"),
         (MINIMAL + "[link]\ntransfer_deadline_s = 0.0", "$.link.transfer_deadline_s"),
         (MINIMAL + "[prefill]\ngpu_memory_utilization = 1.5", "$.prefill.gpu_memory_utilization"),

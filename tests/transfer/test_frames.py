@@ -194,7 +194,7 @@ def test_frozen_payloads_decode_to_the_same_elements(name, cells):
 
 @pytest.mark.parametrize("name", [name for name in GOLDEN if name.startswith(("raw", "q8"))])
 def test_frozen_payloads_are_made_again(name):
-    # lz4's library may find another encoding of the same plane.
+    # The libraries of lz4 and zstd may find another encoding of the same plane.
     _, payload = GOLDEN[name]
     assert examples.frames()[name][1] == payload
 

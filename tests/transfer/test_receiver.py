@@ -118,7 +118,7 @@ def test_a_whole_transfer_lands(worker, peer, ticket, landed):
             "geometry_mismatch",
             "head_dim_k: 32 here, 64 there",
         ),
-        (msgspec.structs.replace(HELLO, codecs=("zstd",)), "codec_error", "zstd there"),
+        (msgspec.structs.replace(HELLO, codecs=("snappy",)), "codec_error", "snappy there"),
     ],
 )
 def test_a_sender_that_does_not_fit_is_refused_with_the_reason(connect, ticket, landed, hello, code, words):
