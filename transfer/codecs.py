@@ -1,9 +1,9 @@
 """The codec table: how KV elements become payload bytes and land in cells.
 
 Elements are the 16-bit values that vLLM holds (bf16 or f16). A codec encodes a frame's elements, a flat array in the
-order of ``transfer/layout.py``, and decodes a payload straight into the decode node's cells (f16 or bf16), given as
-consecutive destination arrays. Conversions round to nearest even. An infinity or NaN is refused on both sides:
-llama.cpp reads masked cells too, so one of them poisons every token.
+order of ``transfer/layout.py`` (planes: K rows, V rows, K rows, ...), and decodes a payload straight into the decode
+node's cells (f16 or bf16), given as consecutive destination arrays. Conversions round to nearest even. An infinity or
+NaN is refused on both sides: llama.cpp reads masked cells too, so one of them poisons every token.
 
 ========  ==  =========================================================================  =============
 name      id  payload for N elements                                                     bits / element
@@ -17,6 +17,11 @@ name      id  payload for N elements                                            
               (ggml/src/ggml-quants.c), stored as two planes. N must divide by 32.
 ``zstd``  4   as ``lz4``, but L bytes are one Zstandard frame (RFC 8878) that declares   10 to 11, bf16
               its content size, N, and a window of 256 KiB at most. Lossless.
+``k8v4``  5   for each plane of n elements: K as ``q8``; V: fp16 scale of every 32, then   6.5, K and V
+              n / 2 bytes. scale = m / -8, m the first element of largest magnitude;       the same size
+              code = min(15, trunc(x / scale + 8.5)); byte j of a block holds code j in
+              its low half and code j + 16 in its high half: llama.cpp's
+              ``quantize_row_q4_0_ref``, as two planes. Every n must divide by 32.
 ========  ==  =========================================================================  =============
 """
 
@@ -35,7 +40,7 @@ import zstandard
 from transfer import kernels
 from transfer.errors import CodecError
 from transfer.frames import Element
-from transfer.kernels import Q8_BLOCK
+from transfer.kernels import BLOCK
 from transfer.layout import Elements
 
 Payload = bytes | bytearray | memoryview
@@ -60,14 +65,15 @@ _ZSTD_PARAMETERS = zstandard.ZstdCompressionParameters(
 class Codec(NamedTuple):
     """One row of the table.
 
-    ``encode(elements, element)`` returns the payload of ``elements``, contiguous uint16 ``[n]``; ``raw``'s payload is
-    a view of them. ``decode(payload, element, cells, outs)`` fills ``outs``, consecutive contiguous uint16 arrays of
-    cell type ``cells``. Both raise :class:`CodecError`; a failed decode leaves ``outs`` partly written.
+    ``encode(elements, element, planes)`` returns the payload of ``elements``, contiguous uint16 ``[n]``; ``raw``'s
+    payload is a view of them. ``planes`` are the elements of each plane, K and V in turn. ``decode(payload, element,
+    cells, outs)`` fills ``outs``, one contiguous uint16 array of cell type ``cells`` for each plane. Both raise
+    :class:`CodecError`; a failed decode leaves ``outs`` partly written.
     """
 
     name: str
     wire_id: int
-    encode: Callable[[Elements, Element], Payload]
+    encode: Callable[[Elements, Element, Sequence[int]], Payload]
     decode: Callable[[Payload, Element, Element, Sequence[Elements]], None]
 
 
@@ -85,7 +91,7 @@ def _expect(payload: Payload, expected_bytes: int) -> None:
         raise CodecError(f"payload has {len(payload)} bytes, its elements need {expected_bytes}")
 
 
-def _encode_raw(elements: Elements, element: Element) -> Payload:
+def _encode_raw(elements: Elements, element: Element, _planes: Sequence[int]) -> Payload:
     _finite(kernels.largest(elements), element)
     return elements.view(np.uint8).data
 
@@ -126,7 +132,9 @@ def _decompress_zstd(packed: memoryview, num_bytes: int) -> bytes:
         raise CodecError(f"zstd plane is corrupt: {error}") from None
 
 
-def _encode_planes(compress: Callable[[Bytes], bytes], elements: Elements, element: Element) -> Payload:
+def _encode_split(
+    compress: Callable[[Bytes], bytes], elements: Elements, element: Element, _planes: Sequence[int]
+) -> Payload:
     count = elements.size
     planes = np.empty((2, count), np.uint8)
     _finite(kernels.split(elements, planes[0], planes[1], element), element)
@@ -138,7 +146,7 @@ def _encode_planes(compress: Callable[[Bytes], bytes], elements: Elements, eleme
     return payload
 
 
-def _decode_planes(
+def _decode_split(
     decompress: Callable[[memoryview, int], bytes],
     payload: Payload,
     element: Element,
@@ -163,42 +171,74 @@ def _decode_planes(
         at += out.size
 
 
-def _encode_q8(elements: Elements, element: Element) -> Payload:
-    count = elements.size
-    if count % Q8_BLOCK:
-        raise CodecError(f"q8 needs a multiple of {Q8_BLOCK} elements, not {count}")
-    scale_bytes = 2 * (count // Q8_BLOCK)
-    payload = np.empty(scale_bytes + count, np.uint8)
-    scales, codes = payload[:scale_bytes].view(np.uint16), payload[scale_bytes:].view(np.int8)
+def _quantized_bytes(count: int, code_bits: int) -> int:
+    if count % BLOCK:
+        raise CodecError(f"quantized planes must be multiples of {BLOCK} elements, not {count}")
+    return 2 * (count // BLOCK) + count * code_bits // 8
+
+
+def _scales_and_codes(payload: Bytes, count: int) -> tuple[npt.NDArray[np.uint16], Bytes]:
+    scale_bytes = 2 * (count // BLOCK)
+    return payload[:scale_bytes].view(np.dtype("<u2")), payload[scale_bytes:]
+
+
+def _encode_q8(elements: Elements, element: Element, _planes: Sequence[int]) -> Payload:
+    payload = np.empty(_quantized_bytes(elements.size, 8), np.uint8)
+    scales, codes = _scales_and_codes(payload, elements.size)
     _finite(kernels.quantize_q8(elements, scales, codes, element), Element.F16)
     return payload.data
 
 
 def _decode_q8(payload: Payload, _element: Element, cells: Element, outs: Sequence[Elements]) -> None:
-    count = _count(outs)
-    if count % Q8_BLOCK or any(out.size % Q8_BLOCK for out in outs):
-        raise CodecError(f"q8 needs planes that are multiples of {Q8_BLOCK} elements")
-    scale_bytes = 2 * (count // Q8_BLOCK)
-    _expect(payload, scale_bytes + count)
-    view = memoryview(payload)
-    scales = np.frombuffer(view[:scale_bytes], np.dtype("<u2"))
-    codes = np.frombuffer(view[scale_bytes:], np.int8)
+    _expect(payload, sum(_quantized_bytes(out.size, 8) for out in outs))
+    scales, codes = _scales_and_codes(np.frombuffer(payload, np.uint8), _count(outs))
     _finite(kernels.largest(scales), Element.F16)
     at = 0
     for out in outs:
         end = at + out.size
-        largest = kernels.dequantize_q8(scales[at // Q8_BLOCK : end // Q8_BLOCK], codes[at:end], out, cells)
-        _finite(largest, cells)
+        _finite(kernels.dequantize_q8(scales[at // BLOCK : end // BLOCK], codes[at:end], out, cells), cells)
         at = end
+
+
+def _k8v4_bytes(planes: Sequence[int]) -> list[int]:
+    if len(planes) % 2:
+        raise CodecError(f"k8v4 needs a V plane for each K plane, not {len(planes)} planes")
+    return [_quantized_bytes(count, (8, 4)[index % 2]) for index, count in enumerate(planes)]
+
+
+def _encode_k8v4(elements: Elements, element: Element, planes: Sequence[int]) -> Payload:
+    sizes_bytes = _k8v4_bytes(planes)
+    payload = np.empty(sum(sizes_bytes), np.uint8)
+    first, at = 0, 0
+    for index, (count, size_bytes) in enumerate(zip(planes, sizes_bytes, strict=True)):
+        scales, codes = _scales_and_codes(payload[at : at + size_bytes], count)
+        quantize = kernels.quantize_q4 if index % 2 else kernels.quantize_q8
+        _finite(quantize(elements[first : first + count], scales, codes, element), Element.F16)
+        first, at = first + count, at + size_bytes
+    return payload.data
+
+
+def _decode_k8v4(payload: Payload, _element: Element, cells: Element, outs: Sequence[Elements]) -> None:
+    sizes_bytes = _k8v4_bytes([out.size for out in outs])
+    _expect(payload, sum(sizes_bytes))
+    whole = np.frombuffer(payload, np.uint8)
+    at = 0
+    for index, (out, size_bytes) in enumerate(zip(outs, sizes_bytes, strict=True)):
+        scales, codes = _scales_and_codes(whole[at : at + size_bytes], out.size)
+        _finite(kernels.largest(scales), Element.F16)
+        dequantize = kernels.dequantize_q4 if index % 2 else kernels.dequantize_q8
+        _finite(dequantize(scales, codes, out, cells), cells)
+        at += size_bytes
 
 
 CODECS: dict[str, Codec] = {
     codec.name: codec
     for codec in (
         Codec("raw", 1, _encode_raw, _decode_raw),
-        Codec("lz4", 2, partial(_encode_planes, _compress_lz4), partial(_decode_planes, _decompress_lz4)),
+        Codec("lz4", 2, partial(_encode_split, _compress_lz4), partial(_decode_split, _decompress_lz4)),
         Codec("q8", 3, _encode_q8, _decode_q8),
-        Codec("zstd", 4, partial(_encode_planes, _compress_zstd), partial(_decode_planes, _decompress_zstd)),
+        Codec("zstd", 4, partial(_encode_split, _compress_zstd), partial(_decode_split, _decompress_zstd)),
+        Codec("k8v4", 5, _encode_k8v4, _decode_k8v4),
     )
 }
 _BY_WIRE_ID = {codec.wire_id: codec for codec in CODECS.values()}

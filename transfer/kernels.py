@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 from transfer.frames import Element
 
 _BF16 = int(Element.BF16)
-Q8_BLOCK = 32
+BLOCK = 32
 
 
 def _array(dtype: Any, *, readonly: bool) -> Any:
@@ -157,12 +157,12 @@ def _round(value):  # type: ignore[no-untyped-def]
 def _quantize_q8(source, scales, codes, source_is_bf16):  # type: ignore[no-untyped-def]
     top = uint16(0)
     infinity = uint16(0x7F80) if source_is_bf16 else uint16(0x7C00)
-    rows = source.reshape(scales.size, Q8_BLOCK)
-    code_rows = codes.reshape(scales.size, Q8_BLOCK)
+    rows = source.reshape(scales.size, BLOCK)
+    code_rows = codes.reshape(scales.size, BLOCK)
     for block in range(scales.size):
         row, code_row = rows[block], code_rows[block]
         block_top = uint16(0)
-        for i in range(Q8_BLOCK):
+        for i in range(BLOCK):
             block_top = max(block_top, uint16(row[i] & uint16(0x7FFF)))
         amax = _load_bf16(block_top) if source_is_bf16 else _load_f16(block_top)
         scale = amax / float32(127.0)
@@ -173,10 +173,10 @@ def _quantize_q8(source, scales, codes, source_is_bf16):  # type: ignore[no-unty
         scales[block] = half
         top = max(top, uint16(0x7FFF) if block_top >= infinity else half)
         if source_is_bf16:
-            for i in range(Q8_BLOCK):
+            for i in range(BLOCK):
                 code_row[i] = _round(_load_bf16(row[i]) * inverse)
         else:
-            for i in range(Q8_BLOCK):
+            for i in range(BLOCK):
                 code_row[i] = _round(_load_f16(row[i]) * inverse)
     return top
 
@@ -184,21 +184,79 @@ def _quantize_q8(source, scales, codes, source_is_bf16):  # type: ignore[no-unty
 @njit(uint16(_ELEMENTS_IN, _CODES_IN, _ELEMENTS_OUT, boolean), nogil=True, cache=True)
 def _dequantize_q8(scales, codes, out, out_is_bf16):  # type: ignore[no-untyped-def]
     top = uint16(0)
-    code_rows = codes.reshape(scales.size, Q8_BLOCK)
-    out_rows = out.reshape(scales.size, Q8_BLOCK)
+    code_rows = codes.reshape(scales.size, BLOCK)
+    out_rows = out.reshape(scales.size, BLOCK)
     for block in range(scales.size):
         code_row, out_row = code_rows[block], out_rows[block]
         scale = _load_f16(scales[block])
         if out_is_bf16:
-            for i in range(Q8_BLOCK):
+            for i in range(BLOCK):
                 bits = _store_bf16(scale * float32(code_row[i]))
                 out_row[i] = bits
                 top = max(top, uint16(bits & uint16(0x7FFF)))
         else:
-            for i in range(Q8_BLOCK):
+            for i in range(BLOCK):
                 bits = _store_f16(scale * float32(code_row[i]))
                 out_row[i] = bits
                 top = max(top, uint16(bits & uint16(0x7FFF)))
+    return top
+
+
+@njit(
+    uint16(_ELEMENTS_IN, _ELEMENTS_OUT, _BYTES_OUT, boolean),
+    nogil=True,
+    cache=True,
+    error_model="numpy",  # 1 / 0 is infinity
+)
+def _quantize_q4(source, scales, codes, source_is_bf16):  # type: ignore[no-untyped-def]
+    top = uint16(0)
+    infinity = uint16(0x7F80) if source_is_bf16 else uint16(0x7C00)
+    rows = source.reshape(scales.size, BLOCK)
+    code_rows = codes.reshape(scales.size, BLOCK // 2)
+    for block in range(scales.size):
+        row, code_row = rows[block], code_rows[block]
+        block_top = uint16(0)
+        for i in range(BLOCK):
+            block_top = max(block_top, uint16(row[i] & uint16(0x7FFF)))
+        first = 0
+        while uint16(row[first] & uint16(0x7FFF)) != block_top:
+            first += 1
+        # A block of zeros has a negative scale whatever their signs.
+        extreme = row[first] if block_top > uint16(0) else uint16(0)
+        scale = (_load_bf16(extreme) if source_is_bf16 else _load_f16(extreme)) / float32(-8.0)
+        inverse = float32(1.0) / scale
+        if abs(inverse) == float32(np.inf):  # no element would survive the f16 scale
+            inverse = float32(0.0)
+        half = _store_f16(scale)
+        scales[block] = half
+        top = max(top, uint16(0x7FFF) if block_top >= infinity else uint16(half & uint16(0x7FFF)))
+        if source_is_bf16:
+            for i in range(BLOCK // 2):
+                low = min(int32(15), int32(_load_bf16(row[i]) * inverse + float32(8.5)))
+                high = min(int32(15), int32(_load_bf16(row[i + BLOCK // 2]) * inverse + float32(8.5)))
+                code_row[i] = low | (high << int32(4))
+        else:
+            for i in range(BLOCK // 2):
+                low = min(int32(15), int32(_load_f16(row[i]) * inverse + float32(8.5)))
+                high = min(int32(15), int32(_load_f16(row[i + BLOCK // 2]) * inverse + float32(8.5)))
+                code_row[i] = low | (high << int32(4))
+    return top
+
+
+@njit(uint16(_ELEMENTS_IN, _BYTES_IN, _ELEMENTS_OUT, boolean), nogil=True, cache=True)
+def _dequantize_q4(scales, codes, out, out_is_bf16):  # type: ignore[no-untyped-def]
+    top = uint16(0)
+    code_rows = codes.reshape(scales.size, BLOCK // 2)
+    out_rows = out.reshape(scales.size, 2, BLOCK // 2)
+    for block in range(scales.size):
+        code_row, low_row, high_row = code_rows[block], out_rows[block, 0], out_rows[block, 1]
+        scale = _load_f16(scales[block])
+        for i in range(BLOCK // 2):
+            low = scale * float32(int32(code_row[i] & uint8(15)) - int32(8))
+            high = scale * float32(int32(code_row[i] >> uint8(4)) - int32(8))
+            low_row[i] = _store_bf16(low) if out_is_bf16 else _store_f16(low)
+            high_row[i] = _store_bf16(high) if out_is_bf16 else _store_f16(high)
+            top = max(top, uint16(low_row[i] & uint16(0x7FFF)), uint16(high_row[i] & uint16(0x7FFF)))
     return top
 
 
@@ -227,10 +285,20 @@ def merge(high: Any, low: Any, out: Any, element: Element, cells: Element) -> in
 
 
 def quantize_q8(source: Any, scales: Any, codes: Any, element: Element) -> int:
-    """Fill ``scales``, uint16 ``[n / 32]`` f16 bits, and ``codes``, int8 ``[n]``; returns the largest scale."""
-    return int(_quantize_q8(source, scales, codes, element == _BF16))
+    """Fill ``scales``, uint16 ``[n / 32]`` f16 bits, and ``codes``, int8 bits in uint8 ``[n]``; returns the largest."""
+    return int(_quantize_q8(source, scales, codes.view(np.int8), element == _BF16))
 
 
 def dequantize_q8(scales: Any, codes: Any, out: Any, cells: Element) -> int:
     """Write ``scale * code`` to ``out``, uint16 ``[n]`` of type ``cells``."""
-    return int(_dequantize_q8(scales, codes, out, cells == _BF16))
+    return int(_dequantize_q8(scales, codes.view(np.int8), out, cells == _BF16))
+
+
+def quantize_q4(source: Any, scales: Any, codes: Any, element: Element) -> int:
+    """Fill ``scales``, uint16 ``[n / 32]`` f16 bits, and ``codes``, uint8 ``[n / 2]``; returns the largest scale."""
+    return int(_quantize_q4(source, scales, codes, element == _BF16))
+
+
+def dequantize_q4(scales: Any, codes: Any, out: Any, cells: Element) -> int:
+    """Write ``scale * (code - 8)`` to ``out``, uint16 ``[n]`` of type ``cells``."""
+    return int(_dequantize_q4(scales, codes, out, cells == _BF16))

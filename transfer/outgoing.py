@@ -12,7 +12,7 @@ from transfer import codecs, frames
 from transfer.errors import ProtocolError
 from transfer.frames import MAX_CONTROL_PAYLOAD_BYTES, Element, Header, Kind
 from transfer.geometry import KVGeometry
-from transfer.layout import Elements, layers_per_frame
+from transfer.layout import Elements, layers_per_frame, plane_elements
 from transfer.messages import TICKET_BYTES, Ticket
 from transfer.stages import SenderReport
 
@@ -110,8 +110,9 @@ class Outgoing:
         group = layers_per_frame(self._geometry, chunk.num_tokens, frame_bytes)
         for first in range(0, self._geometry.num_layers, group):
             elements = chunk.elements[first : first + group]
+            planes = plane_elements(self._geometry, chunk.num_tokens) * len(elements)
             began = time.monotonic_ns()
-            payload = self._codec.encode(elements.reshape(-1), chunk.element)
+            payload = self._codec.encode(elements.reshape(-1), chunk.element, planes)
             self._encode_ns += time.monotonic_ns() - began
             self._raw_bytes += elements.nbytes
             header = Header(

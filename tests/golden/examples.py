@@ -7,6 +7,7 @@ from transfer import messages
 from transfer.codecs import CODECS
 from transfer.frames import Element, Header, Kind
 from transfer.geometry import KVGeometry
+from transfer.layout import plane_elements
 from transfer.stages import DecodeReport, SenderReport
 
 TICKET = bytes(range(16))
@@ -35,6 +36,8 @@ DECODE_REPORT = DecodeReport(prompt_tokens=2, completion_tokens=1, kv_raw_bytes=
 
 
 def _data(codec: str, element: Element) -> tuple[Header, bytes]:
+    # A plane must hold a whole block of 32.
+    num_tokens, num_layers = (4, 1) if codec == "k8v4" else (2, 2)
     header = Header(
         kind=Kind.DATA,
         ticket=TICKET,
@@ -42,11 +45,12 @@ def _data(codec: str, element: Element) -> tuple[Header, bytes]:
         codec=CODECS[codec].wire_id,
         element=element,
         start_token=512,
-        num_tokens=2,
+        num_tokens=num_tokens,
         first_layer=0,
-        num_layers=2,
+        num_layers=num_layers,
     )
-    return header, bytes(CODECS[codec].encode(ELEMENTS, element))
+    planes = plane_elements(GEOMETRY, num_tokens) * num_layers
+    return header, bytes(CODECS[codec].encode(ELEMENTS, element, planes))
 
 
 def frames() -> dict[str, tuple[Header, bytes]]:

@@ -101,5 +101,42 @@ def decode_q8(payload, _kind, cells):
     return from_float((scale[:, None] * codes.astype(np.float32)).reshape(-1), cells)
 
 
-ENCODE = {"raw": encode_raw, "lz4": encode_lz4, "q8": encode_q8, "zstd": encode_zstd}
-DECODE = {"raw": decode_raw, "lz4": decode_lz4, "q8": decode_q8, "zstd": decode_zstd}
+def encode_q4(elements, kind):
+    blocks = to_float(elements, kind).reshape(-1, 32)
+    extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1)[:, None], axis=1)
+    scale = np.where(extreme == 0, np.float32(0), extreme) / np.float32(-8)
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.float32(1) / scale
+    inverse[np.isinf(inverse)] = 0
+    codes = np.minimum(15, np.trunc(blocks * inverse + np.float32(8.5))).astype(np.uint8)
+    return from_float(scale, "f16").tobytes() + (codes[:, :16] | codes[:, 16:] << 4).tobytes()
+
+
+def decode_q4(payload, _kind, cells):
+    blocks = len(payload) // 18
+    scale = to_float(np.frombuffer(payload, np.uint16, blocks), "f16")
+    packed = np.frombuffer(payload, np.uint8, offset=2 * blocks).reshape(blocks, 16)
+    codes = np.concatenate([packed & 15, packed >> 4], axis=1).astype(np.float32)
+    return from_float((scale[:, None] * (codes - 8)).reshape(-1), cells)
+
+
+def one_layer(count):
+    """``count`` elements, a multiple of 32, as one K plane and one V plane of whole blocks."""
+    k_elements = count // 64 * 32
+    return [k_elements, count - k_elements]
+
+
+def encode_k8v4(elements, kind):
+    """Of one layer."""
+    k_elements, _ = one_layer(elements.size)
+    return encode_q8(elements[:k_elements], kind) + encode_q4(elements[k_elements:], kind)
+
+
+def decode_k8v4(payload, kind, cells):
+    """Of one layer: 34 bytes a block of K, 18 a block of V, which has one block more if their number is odd."""
+    k_bytes = len(payload) // 52 * 34
+    return np.concatenate([decode_q8(payload[:k_bytes], kind, cells), decode_q4(payload[k_bytes:], kind, cells)])
+
+
+ENCODE = {"raw": encode_raw, "lz4": encode_lz4, "q8": encode_q8, "zstd": encode_zstd, "k8v4": encode_k8v4}
+DECODE = {"raw": decode_raw, "lz4": decode_lz4, "q8": decode_q8, "zstd": decode_zstd, "k8v4": decode_k8v4}

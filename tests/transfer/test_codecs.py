@@ -18,18 +18,27 @@ INFINITY = {"bf16": 0x7F80, "f16": 0x7C00}
 EVERY_PATTERN = np.arange(1 << 16, dtype=np.uint16)
 
 LOSSLESS = ["raw", "lz4", "zstd"]
+# Elements of a block, and the largest code, of those that quantize.
+BLOCK = {"q8": 32, "k8v4": 32}
+LARGEST_CODE = {"q8": 127, "k8v4": 8}
 
 codec_names = pytest.mark.parametrize("name", CODECS)
 source_kinds = pytest.mark.parametrize("kind", KINDS)
 cell_kinds = pytest.mark.parametrize("cells", KINDS)
 
 
-def encode(name, elements, kind):
-    return bytes(CODECS[name].encode(elements, KINDS[kind]))
+def planes_of(name, count):
+    return reference.one_layer(count) if name == "k8v4" else [count]
 
 
-def decode(name, payload, kind, cells, sizes):
-    outs = [np.full(size, 0xDEAD, np.uint16) for size in sizes]
+def encode(name, elements, kind, planes=None):
+    planes = planes_of(name, elements.size) if planes is None else planes
+    return bytes(CODECS[name].encode(elements, KINDS[kind], planes))
+
+
+def decode(name, payload, kind, cells, planes):
+    planes = planes_of(name, planes) if isinstance(planes, int) else planes
+    outs = [np.full(plane, 0xDEAD, np.uint16) for plane in planes]
     CODECS[name].decode(payload, KINDS[kind], KINDS[cells], outs)
     return np.concatenate(outs) if outs else np.empty(0, np.uint16)
 
@@ -66,12 +75,11 @@ def random_elements(kind, count, seed=0):
 @source_kinds
 @given(data=st.data())
 def test_encode_equals_the_reference(name, kind, data):
-    elements = data.draw(elements_of(kind, 32 if name == "q8" else 1))
+    elements = data.draw(elements_of(kind, BLOCK.get(name, 1)))
     try:
         payload = encode(name, elements, kind)
-    except CodecError:  # a q8 scale that f16 cannot hold
-        assert name == "q8"
-        assert np.abs(reference.to_float(elements, kind)).max() / 127 >= 65520
+    except CodecError:  # a scale that f16 cannot hold
+        assert np.abs(reference.to_float(elements, kind)).max() / LARGEST_CODE[name] >= 65520
         return
     assert payload == reference.ENCODE[name](elements, kind)
 
@@ -81,11 +89,11 @@ def test_encode_equals_the_reference(name, kind, data):
 @cell_kinds
 @given(data=st.data())
 def test_decode_equals_the_reference(name, kind, cells, data):
-    elements = data.draw(elements_of(kind, 32 if name == "q8" else 1))
-    elements = elements[fits(elements, kind, cells)] if name != "q8" else elements & 0xBFFF
+    elements = data.draw(elements_of(kind, BLOCK.get(name, 1)))
+    elements = elements & 0xBFFF if name in BLOCK else elements[fits(elements, kind, cells)]
     payload = reference.ENCODE[name](elements, kind)
     expected = reference.DECODE[name](payload, kind, cells)
-    assert np.array_equal(decode(name, payload, kind, cells, [elements.size]), expected)
+    assert np.array_equal(decode(name, payload, kind, cells, elements.size), expected)
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
@@ -96,7 +104,7 @@ def test_every_finite_pattern_is_converted_like_the_reference(name, kind, cells)
     elements = elements[fits(elements, kind, cells)]
     payload = encode(name, elements, kind)
     expected = reference.decode_raw(elements.tobytes(), kind, cells)
-    assert np.array_equal(decode(name, payload, kind, cells, [elements.size]), expected)
+    assert np.array_equal(decode(name, payload, kind, cells, elements.size), expected)
 
 
 @source_kinds
@@ -107,7 +115,7 @@ def test_conversion_equals_torch(kind, cells):
     elements = finite_patterns(kind)
     elements = elements[fits(elements, kind, cells)]
     theirs = torch.from_numpy(elements.view(np.int16)).view(types[kind]).to(types[cells])
-    ours = decode("raw", elements.tobytes(), kind, cells, [elements.size])
+    ours = decode("raw", elements.tobytes(), kind, cells, elements.size)
     assert np.array_equal(ours, theirs.view(torch.int16).numpy().view(np.uint16))
 
 
@@ -121,7 +129,7 @@ def test_every_pattern_without_a_finite_value_is_refused(name, kind, cells):
     for pattern in np.concatenate([patterns, too_large[:: max(1, too_large.size // 500)], too_large[:1]]):
         elements = np.array([0, pattern, 0], np.uint16)
         with pytest.raises(CodecError, match="infinity"):
-            decode(name, reference.ENCODE[name](elements, kind), kind, cells, [3])
+            decode(name, reference.ENCODE[name](elements, kind), kind, cells, 3)
 
 
 @codec_names
@@ -139,7 +147,7 @@ def test_encode_refuses_every_infinity_and_nan(name, kind):
 @given(data=st.data())
 def test_lossless_codecs_are_lossless(name, kind, data):
     elements = data.draw(elements_of(kind))
-    assert np.array_equal(decode(name, encode(name, elements, kind), kind, kind, [elements.size]), elements)
+    assert np.array_equal(decode(name, encode(name, elements, kind), kind, kind, elements.size), elements)
 
 
 @source_kinds
@@ -147,7 +155,7 @@ def test_lossless_codecs_are_lossless(name, kind, data):
 def test_q8_is_within_half_a_step_of_every_element(kind, data):
     elements = data.draw(elements_of(kind, 32)) & 0xBFFF
     values = reference.to_float(elements, kind).astype(np.float64)
-    decoded = decode("q8", encode("q8", elements, kind), kind, "bf16", [elements.size])
+    decoded = decode("q8", encode("q8", elements, kind), kind, "bf16", elements.size)
     error = np.abs(reference.to_float(decoded, "bf16") - values).reshape(-1, 32)
     amax = np.abs(values).reshape(-1, 32).max(axis=1, keepdims=True)
     # Half a step; the f16 scale's rounding (at least half its smallest subnormal) times the code; bf16's rounding.
@@ -160,7 +168,7 @@ def test_q8_is_within_half_a_step_of_every_element(kind, data):
 def test_q8_keeps_zeros_and_signs(kind, cells):
     elements = np.zeros(64, np.uint16)
     elements[3], elements[4] = reference.from_float(np.array([127.0, -127.0], np.float32), kind)
-    decoded = reference.to_float(decode("q8", encode("q8", elements, kind), kind, cells, [64]), cells)
+    decoded = reference.to_float(decode("q8", encode("q8", elements, kind), kind, cells, 64), cells)
     assert decoded[3] == 127
     assert decoded[4] == -127
     assert np.count_nonzero(decoded) == 2
@@ -178,28 +186,50 @@ def test_q8_equals_the_reference_for_every_element_under_every_amax(kind):
         assert encode("q8", elements.reshape(-1), kind) == reference.encode_q8(elements.reshape(-1), kind)
 
 
-def test_q8_equals_ggml():
+@pytest.fixture(scope="module")
+def ggml():
     llama_cpp = pytest.importorskip("llama_cpp")
-    ggml = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so.0"))
+    return ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so.0"))
+
+
+def through_ggml(ggml, name, block_bytes, floats):
+    """ggml's blocks of ``floats``, uint8 ``[blocks, block_bytes]``, and what it makes of them."""
+    blocks, back = np.empty((floats.size // 32, block_bytes), np.uint8), np.empty(floats.size, np.float32)
+    count = ctypes.c_int64(floats.size)
+    packed = blocks.ctypes.data_as(ctypes.c_void_p)
+    getattr(ggml, f"quantize_row_{name}_ref")(floats.ctypes.data_as(ctypes.c_void_p), packed, count)
+    getattr(ggml, f"dequantize_row_{name}")(packed, back.ctypes.data_as(ctypes.c_void_p), count)
+    return blocks, back
+
+
+@pytest.mark.parametrize(("name", "row", "block_bytes"), [("q8", "q8_0", 34), ("k8v4", "q4_0", 18)])
+def test_quantized_rows_equal_ggmls(ggml, name, row, block_bytes):
     rng = np.random.default_rng(1)
-    # Blocks of every size whose values fit f16, magnitudes spread over each block.
+    # Blocks of every size whose values fit f16, magnitudes spread over each block; some of zeros of both signs.
     values = rng.standard_normal((4096, 32)) * np.exp2(rng.uniform(-20, 12, (4096, 1)))
+    values[::100] = np.copysign(0, values[::100])
     elements = reference.from_float(values.astype(np.float32).reshape(-1), "bf16")
-    floats = reference.to_float(elements, "bf16")
-    theirs = np.empty(4096 * 34, np.uint8)
-    ggml.quantize_row_q8_0_ref(
-        floats.ctypes.data_as(ctypes.c_void_p), theirs.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(floats.size)
-    )
-    theirs = theirs.reshape(4096, 34)
-    payload = np.frombuffer(encode("q8", elements, "bf16"), np.uint8)
-    assert np.array_equal(payload[:8192].reshape(4096, 2), theirs[:, :2])
-    assert np.array_equal(payload[8192:].reshape(4096, 32), theirs[:, 2:])
-    back = np.empty(floats.size, np.float32)
-    ggml.dequantize_row_q8_0(
-        theirs.ctypes.data_as(ctypes.c_void_p), back.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(back.size)
-    )
-    ours = decode("q8", payload.data, "bf16", "f16", [floats.size])
+    blocks, back = through_ggml(ggml, row, block_bytes, reference.to_float(elements, "bf16"))
+    planes = [elements.size] if name == "q8" else [0, elements.size]
+    payload = np.frombuffer(encode(name, elements, "bf16", planes), np.uint8)
+    assert np.array_equal(payload[:8192].reshape(4096, 2), blocks[:, :2])
+    assert np.array_equal(payload[8192:].reshape(4096, -1), blocks[:, 2:])
+    ours = decode(name, payload.data, "bf16", "f16", planes)
     assert np.array_equal(ours, back.astype(np.float16).view(np.uint16))
+
+
+@source_kinds
+def test_q4_equals_the_reference_for_every_element_under_every_amax(kind):
+    one, octave = {"bf16": (0x3F80, 128), "f16": (0x3C00, 1024)}[kind]
+    for amax in range(one, one + octave):
+        # Six octaves below amax everything rounds to 0. Its opposite follows it, then goes before it.
+        smaller = np.arange(amax - 6 * octave, amax + 1, dtype=np.uint16)
+        smaller = np.pad(smaller, (0, -smaller.size % 31)).reshape(-1, 31)
+        elements = np.insert(smaller, 0, amax, axis=1)
+        elements[:, 1::2] |= 0x8000
+        elements[::2] ^= 0x8000
+        encoded = encode("k8v4", elements.reshape(-1), kind, [0, elements.size])
+        assert encoded == reference.encode_q4(elements.reshape(-1), kind)
 
 
 @codec_names
@@ -224,7 +254,7 @@ def test_damaged_payloads_decode_or_raise_codec_error(name, kind, cells, flips):
     for at, mask in flips:
         payload[at % len(payload)] ^= mask
     try:
-        decoded = decode(name, payload, kind, cells, [256])
+        decoded = decode(name, payload, kind, cells, 256)
     except CodecError:
         return
     assert is_finite(decoded, cells).all()
@@ -236,26 +266,48 @@ def test_damaged_payloads_decode_or_raise_codec_error(name, kind, cells, flips):
 def test_payloads_of_another_length_are_refused(name, cells, change):
     payload = encode(name, random_elements("bf16", 64), "bf16")
     with pytest.raises(CodecError):
-        decode(name, payload + bytes(change) if change > 0 else payload[:change], "bf16", cells, [64])
+        decode(name, payload + bytes(change) if change > 0 else payload[:change], "bf16", cells, 64)
 
 
-@codec_names
+@pytest.mark.parametrize("name", [*LOSSLESS, "q8"])
 @cell_kinds
 @given(cuts=st.lists(st.integers(0, 8), max_size=4))
 def test_destinations_may_be_split(name, cells, cuts):
     payload = encode(name, random_elements("bf16", 256), "bf16")
     edges = [0, *sorted(32 * cut for cut in cuts), 256]
     sizes = np.diff(edges)
-    assert np.array_equal(decode(name, payload, "bf16", cells, sizes), decode(name, payload, "bf16", cells, [256]))
+    assert np.array_equal(decode(name, payload, "bf16", cells, sizes), decode(name, payload, "bf16", cells, 256))
 
 
 @codec_names
 @cell_kinds
 def test_payloads_may_be_read_only_and_unaligned(name, cells):
     payload = encode(name, random_elements("bf16", 64), "bf16")
-    expected = decode(name, payload, "bf16", cells, [64])
+    expected = decode(name, payload, "bf16", cells, 64)
     shifted = memoryview(b"x" + payload)[1:]
-    assert np.array_equal(decode(name, shifted, "bf16", cells, [64]), expected)
+    assert np.array_equal(decode(name, shifted, "bf16", cells, 64), expected)
+
+
+def test_k8v4_quantizes_each_plane_on_its_own():
+    planes = [random_elements("bf16", count, seed) for seed, count in enumerate([64, 32, 96, 160])]
+    sizes = [plane.size for plane in planes]
+    payload = encode("k8v4", np.concatenate(planes), "bf16", sizes)
+    layers = [
+        reference.encode_q8(k, "bf16") + reference.encode_q4(v, "bf16")
+        for k, v in zip(planes[::2], planes[1::2], strict=True)
+    ]
+    assert payload == b"".join(layers)
+    decoded = decode("k8v4", payload, "bf16", "f16", sizes)
+    alone = [decode("k8v4", layer, "bf16", "f16", sizes[at : at + 2]) for layer, at in zip(layers, (0, 2), strict=True)]
+    assert np.array_equal(decoded, np.concatenate(alone))
+
+
+@pytest.mark.parametrize("planes", [[33, 32], [32, 33], [32], [32, 32, 32], [16, 16]])
+def test_k8v4_refuses_planes_that_are_no_pairs_of_blocks(planes):
+    with pytest.raises(CodecError, match=r"32|V plane"):
+        encode("k8v4", np.zeros(sum(planes), np.uint16), "bf16", planes)
+    with pytest.raises(CodecError, match=r"32|V plane"):
+        decode("k8v4", bytes(52), "bf16", "f16", planes)
 
 
 @pytest.mark.parametrize("count", [1, 31, 33, 63])
@@ -274,7 +326,7 @@ def test_q8_refuses_a_scale_beyond_f16():
 
 def test_raw_payload_is_a_view():
     elements = random_elements("bf16", 64)
-    assert np.shares_memory(np.frombuffer(CODECS["raw"].encode(elements, Element.BF16), np.uint16), elements)
+    assert np.shares_memory(np.frombuffer(CODECS["raw"].encode(elements, Element.BF16, [64]), np.uint16), elements)
 
 
 def test_lz4_shrinks_real_looking_bf16():
@@ -297,23 +349,23 @@ def test_zstd_refuses_another_declared_size_before_it_allocates(declared):
     # A frame header by hand (RFC 8878, 3.1.1.1): single segment, content size in 8 bytes; then an empty last block.
     frame = b"\x28\xb5\x2f\xfd" + b"\xe0" + declared.to_bytes(8, "little") + b"\x01\x00\x00"
     with pytest.raises(CodecError, match=f"declares {declared} bytes, not 64"):
-        decode("zstd", zstd_payload(64, frame), "bf16", "bf16", [64])
+        decode("zstd", zstd_payload(64, frame), "bf16", "bf16", 64)
 
 
 def test_zstd_refuses_a_frame_of_unknown_size_and_bytes_after_a_frame():
     unsized = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(64))
     with pytest.raises(CodecError, match="declares -1"):
-        decode("zstd", zstd_payload(64, unsized), "bf16", "bf16", [64])
+        decode("zstd", zstd_payload(64, unsized), "bf16", "bf16", 64)
     frame = zstandard.ZstdCompressor().compress(bytes(64))
     with pytest.raises(CodecError, match="unused data"):
-        decode("zstd", zstd_payload(64, frame + frame), "bf16", "bf16", [64])
+        decode("zstd", zstd_payload(64, frame + frame), "bf16", "bf16", 64)
 
 
 def test_codecs_are_found_by_name_and_number():
     for codec in CODECS.values():
         assert by_name(codec.name) is codec
         assert by_wire_id(codec.wire_id) is codec
-    with pytest.raises(CodecError, match="raw, lz4, q8, zstd"):
+    with pytest.raises(CodecError, match="raw, lz4, q8, zstd, k8v4"):
         by_name("snappy")
     with pytest.raises(CodecError, match="99"):
         by_wire_id(99)
