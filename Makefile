@@ -27,6 +27,7 @@ test: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest
+	$(BIN)/pytest -m own_process
 
 lock:
 	$(COMPILE) --extra prefill-cpu --overrides requirements/overrides-cpu.txt -o requirements/cpu.txt

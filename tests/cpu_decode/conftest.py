@@ -28,7 +28,7 @@ def model(default_pair) -> Iterator[Model]:
 @pytest.fixture
 def context(model: Model) -> Iterator[Context]:
     """A context of its own, for calls on the test's thread."""
-    context = Context(model, num_cells=2048, max_sequences=4, batch_tokens=512, threads=2, cell_type="bf16")
+    context = Context(model, num_cells=2048, max_sequences=4, batch_tokens=512, threads=1, cell_type="bf16")
     yield context
     context.close()
 

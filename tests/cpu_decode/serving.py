@@ -40,11 +40,11 @@ def serving(model: Model, geometry: KVGeometry, cell_type: ElementType) -> Itera
         num_cells=4096,
         max_sequences=MAX_SEQUENCES,
         cell_type=cell_type,
-        threads=2,
+        threads=1,
         landing_mib=64,
     )
     context = Context(
-        model, num_cells=4096, max_sequences=MAX_SEQUENCES, batch_tokens=512, threads=2, cell_type=cell_type
+        model, num_cells=4096, max_sequences=MAX_SEQUENCES, batch_tokens=512, threads=1, cell_type=cell_type
     )
     worker = Worker(model, context, geometry, decode, LINK)
     thread = threading.Thread(target=worker.run)

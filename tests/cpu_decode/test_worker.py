@@ -105,12 +105,31 @@ def test_the_first_tokens_text_is_not_sent_twice(running, context):
 
 
 def test_many_at_once_answer_as_one_by_one(running, context):
-    prompts = [prompt_of(20 + 37 * n, salt=n) for n in range(8)]
-    expected = [locally(running, prompt)[0] for prompt in prompts]
-    tickets = [running.client.reserve(p, GREEDY, "kv" if n % 2 else "local") for n, p in enumerate(prompts)]
-    for n, (ticket, prompt) in enumerate(zip(tickets, prompts, strict=True)):
-        running.client.start(ticket, send_kv(running, context, ticket, prompt) if n % 2 else None)
-    assert [running.client.collect(ticket)[0] for ticket in tickets] == expected
+    prompts = [prompt_of(20 + 37 * n, salt=n) for n in range(MAX_SEQUENCES)]
+
+    def reserve_and_send(prompt: list[int]) -> tuple[Ticket, int]:
+        ticket = running.client.reserve(prompt, GREEDY, "kv")
+        return ticket, send_kv(running, context, ticket, prompt)
+
+    alone = []
+    for prompt in prompts:
+        ticket, first = reserve_and_send(prompt)
+        running.client.start(ticket, first)
+        alone.append(running.client.collect(ticket)[0])
+    together = [reserve_and_send(prompt) for prompt in prompts]
+    for ticket, first in together:
+        running.client.start(ticket, first)
+    assert [running.client.collect(ticket)[0] for ticket, _ in together] == alone
+
+
+def test_local_prefills_share_the_batch_with_running_sequences(running):
+    # Not compared word for word: llama.cpp rounds a prompt's KV differently in batches of other sizes.
+    tickets = [running.client.reserve(prompt_of(50 + 90 * n, salt=n), GREEDY, "local") for n in range(4)]
+    for ticket in tickets:
+        running.client.start(ticket)
+    answers = [running.client.collect(ticket) for ticket in tickets]
+    assert [len(ids) for ids, _, _ in answers] == [GREEDY.max_tokens] * 4
+    assert len({tuple(ids) for ids, _, _ in answers}) == 4
 
 
 def test_a_seed_repeats_itself_and_differs_from_another(running):

@@ -48,7 +48,7 @@ def bf16(model: Model, default_pair: ModelPair) -> Iterator[Serving]:
 
 @pytest.fixture
 def f16_context(model: Model) -> Iterator[Context]:
-    context = Context(model, num_cells=2048, max_sequences=2, batch_tokens=2048, threads=2, cell_type="f16")
+    context = Context(model, num_cells=2048, max_sequences=2, batch_tokens=2048, threads=1, cell_type="f16")
     yield context
     context.close()
 
@@ -117,7 +117,7 @@ def test_keys_and_values_are_in_llama_cpps_order(stack: Running, f16: Serving, f
 
 def test_split_decoding_is_decoding_from_the_transplanted_kv(stack: Running, bf16: Serving, model: Model, prompts: Any):
     """The worker, with chunks, credits and batches, against one whole injection and a plain greedy loop."""
-    context = Context(model, num_cells=2048, max_sequences=1, batch_tokens=64, threads=2, cell_type="bf16")
+    context = Context(model, num_cells=2048, max_sequences=1, batch_tokens=64, threads=1, cell_type="bf16")
     for prompt in (prompts["a sentence"], prompts["a page, in several steps"]):
         with landed(bf16, stack.prefill_url, stack.cluster.pair.name, prompt) as (elements, ticket, first):
             bf16.client.start(ticket, first)
@@ -143,7 +143,7 @@ def test_ten_at_once_decode_as_one_by_one(stack: Running, bf16: Serving, model: 
         for ticket, first in zip(tickets, firsts, strict=True):
             bf16.client.start(ticket, first)
         together = [bf16.client.collect(ticket)[0] for ticket in tickets]
-    context = Context(model, num_cells=1024, max_sequences=1, batch_tokens=64, threads=2, cell_type="bf16")
+    context = Context(model, num_cells=1024, max_sequences=1, batch_tokens=64, threads=1, cell_type="bf16")
     alone = [
         decode_alone(context, chunk_of(bf16.geometry, elements, 0, len(prompt)), first)
         for prompt, elements, first in zip(ten, kv, firsts, strict=True)

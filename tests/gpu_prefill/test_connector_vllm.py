@@ -1,4 +1,8 @@
-"""The connector inside the real vLLM CPU engine, against Hugging Face in fp32."""
+"""The connector inside the real vLLM CPU engine, against Hugging Face in fp32.
+
+vLLM in the test's own process pins its thread to one core and reloads modules, so this file gets a process to itself:
+``pytest -m own_process``.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,7 @@ from transfer.messages import Landing, Ticket
 
 pytestmark = [
     pytest.mark.engines,
+    pytest.mark.own_process,
     pytest.mark.filterwarnings("ignore"),
 ]
 pytest.importorskip("vllm")
