@@ -14,8 +14,9 @@ import msgspec
 import structlog
 
 from transfer import codecs
-from transfer.errors import IsthmusError, RequestError
-from transfer.messages import TICKET_BYTES, Ticket
+from transfer.errors import IsthmusError, ProtocolError, RequestError
+from transfer.messages import Ticket
+from transfer.outgoing import ticket_key
 
 log = structlog.get_logger()
 
@@ -186,11 +187,9 @@ def _plan_export(plan: StepPlan, export: Export, end: int) -> None:
 def _read_ticket(value: object, prompt_tokens: int) -> Ticket:
     try:
         ticket = msgspec.convert(value, Ticket)
-        well_formed = len(bytes.fromhex(ticket.ticket)) == TICKET_BYTES
-    except (msgspec.ValidationError, ValueError) as error:
-        raise RequestError(f"kv_transfer_params.{PARAMS_KEY} is not a ticket: {error}") from None
-    if not well_formed:
-        raise RequestError(f"ticket must be {2 * TICKET_BYTES} hex digits, not {ticket.ticket[:64]!r}", "ticket")
+        ticket_key(ticket.ticket)
+    except (msgspec.ValidationError, ProtocolError) as error:
+        raise RequestError(f"kv_transfer_params.{PARAMS_KEY} is not a ticket: {error}", PARAMS_KEY) from None
     if ticket.chunk_tokens < 1:
         raise RequestError(f"chunk_tokens must be at least 1, not {ticket.chunk_tokens}", "chunk_tokens")
     if not 0 <= ticket.reused_tokens <= prompt_tokens:
