@@ -102,7 +102,8 @@ class LandingPlace:
         self._check(header)
         chunk = self._current or self._open_chunk(header)
         planes = chunk.planes(header.first_layer, header.num_layers)
-        self._codec.decode(payload, header.element, _ELEMENT[self._cell_type], planes)
+        tokens = range(header.start_token, header.start_token + header.num_tokens)
+        self._codec.decode(payload, header.element, _ELEMENT[self._cell_type], planes, tokens)
         self._next_layer += header.num_layers
         self._decode_frame_ns += time.monotonic_ns() - began
         if self._next_layer == self._geometry.num_layers:

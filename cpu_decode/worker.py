@@ -89,6 +89,7 @@ class Worker:
         self._control.maxmsgsize = MAX_MESSAGE_BYTES
         self._control.sndhwm = self._control.rcvhwm = 10_000
         self._control.linger = 200
+        self._control.router_mandatory = True
         self._control.bind(_endpoint(decode.host, decode.control_port))
         self._receiver = KVReceiver(self._zmq, _endpoint(decode.host, decode.kv_port), geometry, link.frame_mib << 20)
 
@@ -161,8 +162,9 @@ class Worker:
                 case Released():
                     self._forget(event.request_id)
                 case Tokens() | Failure():
-                    if request is not None:
-                        self._send(request.client, event)
+                    if request is not None and not self._send(request.client, event):
+                        # A stream with a hole would be a wrong answer.
+                        self.engine.abort(event.request_id)
 
     def _grant(self, request: Admitted, ticket: str) -> None:
         if request.landing is not None:
@@ -296,11 +298,14 @@ class Worker:
                 log.warning("client is gone, its request with it", request_id=request_id)
                 self.engine.abort(request_id)
 
-    def _send(self, client: bytes, message: FromWorker) -> None:
+    def _send(self, client: bytes, message: FromWorker) -> bool:
+        """Queue ``message``; False if the client is gone or has stopped reading."""
         try:
             self._control.send_multipart([client, encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError as error:
-            log.warning("could not answer a client", reason=str(error))
+            log.warning("could not answer a client", request_id=getattr(message, "request_id", ""), reason=str(error))
+            return False
+        return True
 
 
 def _endpoint(host: str, port: int) -> str:

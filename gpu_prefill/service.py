@@ -68,6 +68,7 @@ def command(cluster: Cluster) -> tuple[list[str], dict[str, str]]:
         "--enable-chunked-prefill",
         "--enable-prefix-caching" if prefill.prefix_caching else "--no-enable-prefix-caching",
         "--generation-config=vllm",
+        "--enable-prompt-tokens-details",
         "--disable-uvicorn-access-log",
         f"--kv-transfer-config={kv_transfer_config(cluster)}",
     ]

@@ -10,6 +10,7 @@ import pytest
 
 from tests.cpu_decode.native_kv import elements_of, prefill
 from tests.cpu_decode.serving import MAX_SEQUENCES
+from tests.cpu_decode.worker_client import WorkerClient
 from transfer.errors import CapacityError, CodecError, LinkError, RequestError
 from transfer.frames import Element
 from transfer.messages import PROTOCOL, Failure, Hello, Sampling, Ticket, Welcome
@@ -179,6 +180,15 @@ def test_abort_at_every_stage_frees_everything(running, context):
     for ticket in (reserved, half_sent, decoding):
         running.client.abort(ticket)
     eventually(lambda: half_sent.ticket in running.sender.take_failed())
+
+
+def test_a_client_that_vanishes_takes_its_requests_along(running):
+    other = WorkerClient(running.worker.control_port)
+    ticket = other.reserve(prompt_of(20), Sampling(max_tokens=3000, temperature=0.0, ignore_eos=True), "local")
+    other.start(ticket)
+    eventually(lambda: running.client.status().running_sequences == 1)
+    other.close()
+    eventually(lambda: running.client.status().running_sequences == 0)
 
 
 def test_a_transfer_that_ends_early_fails_the_request(running, context):

@@ -143,6 +143,13 @@ def test_stop_strings_end_the_answer(http: httpx.Client, shipped_text: str):
     assert answer["choices"][0]["finish_reason"] == "stop"
 
 
+@pytest.mark.parametrize("route", ["split", "gpu"])
+def test_cached_tokens_are_told(http: httpx.Client, shipped_text: str, route: str):
+    chat(http, shipped_text, route, max_tokens=2)
+    usage = chat(http, shipped_text, route, max_tokens=2)["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] >= 896
+
+
 def test_one_token_needs_no_decoder(http: httpx.Client, shipped_text: str):
     answer = chat(http, shipped_text, "split", max_tokens=1)
     assert text_of(answer)
