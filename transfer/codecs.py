@@ -22,6 +22,10 @@ name      id  payload for N elements                                            
               code = min(15, trunc(x / scale + 8.5)); byte j of a block holds code j in
               its low half and code j + 16 in its high half: llama.cpp's
               ``quantize_row_q4_0_ref``, as two planes. Every n must divide by 32.
+``kvz1``  6   uniform quantizer and entropy coder (``transfer/kvz.py``); steps of .1 RMS    varies
+              for K and .2 RMS for V
+``kvz2``  7   the same with .2 and .2                                                       varies
+``kvz3``  8   the same with .25 and .5                                                      varies
 ========  ==  =========================================================================  =============
 """
 
@@ -35,51 +39,30 @@ from typing import NamedTuple
 import lz4.block
 import numpy as np
 import numpy.typing as npt
-import zstandard
 
-from transfer import kernels
+from transfer import entropy, kernels, kvz
 from transfer.errors import CodecError
 from transfer.frames import Element
-from transfer.kernels import BLOCK
-from transfer.layout import Elements
-
-Payload = bytes | bytearray | memoryview
-Bytes = npt.NDArray[np.uint8]
+from transfer.kernels import BLOCK, require_finite
+from transfer.layout import Bytes, Elements, Payload
 
 _LENGTH = struct.Struct("<I")
-
-# An entropy coder, little more: on exponents, looking for matches costs time and gains nothing.
-_WINDOW_LOG = 18
-_ZSTD_PARAMETERS = zstandard.ZstdCompressionParameters(
-    strategy=zstandard.STRATEGY_FAST,
-    window_log=_WINDOW_LOG,
-    hash_log=6,
-    chain_log=6,
-    search_log=1,
-    min_match=7,
-    target_length=0,
-    write_content_size=True,
-)
 
 
 class Codec(NamedTuple):
     """One row of the table.
 
-    ``encode(elements, element, planes)`` returns the payload of ``elements``, contiguous uint16 ``[n]``; ``raw``'s
-    payload is a view of them. ``planes`` are the elements of each plane, K and V in turn. ``decode(payload, element,
-    cells, outs)`` fills ``outs``, one contiguous uint16 array of cell type ``cells`` for each plane. Both raise
-    :class:`CodecError`; a failed decode leaves ``outs`` partly written.
+    ``encode(elements, element, planes, tokens)`` returns the payload of ``elements``, contiguous uint16 ``[n]``;
+    ``raw``'s payload is a view of them. ``planes`` are the elements of each plane, K and V in turn; ``tokens`` are the
+    positions in the prompt that each plane holds. ``decode(payload, element, cells, outs, tokens)`` fills ``outs``, one
+    contiguous uint16 array of cell type ``cells`` for each plane. Both raise :class:`CodecError`; a failed decode
+    leaves ``outs`` partly written.
     """
 
     name: str
     wire_id: int
-    encode: Callable[[Elements, Element, Sequence[int]], Payload]
-    decode: Callable[[Payload, Element, Element, Sequence[Elements]], None]
-
-
-def _finite(largest: int, kind: Element) -> None:
-    if largest >= (0x7F80 if kind == Element.BF16 else 0x7C00):
-        raise CodecError(f"KV holds an infinity, a NaN or a value too large for {kind.name.lower()}")
+    encode: Callable[[Elements, Element, Sequence[int], range], Payload]
+    decode: Callable[[Payload, Element, Element, Sequence[Elements], range], None]
 
 
 def _count(outs: Sequence[Elements]) -> int:
@@ -91,17 +74,17 @@ def _expect(payload: Payload, expected_bytes: int) -> None:
         raise CodecError(f"payload has {len(payload)} bytes, its elements need {expected_bytes}")
 
 
-def _encode_raw(elements: Elements, element: Element, _planes: Sequence[int]) -> Payload:
-    _finite(kernels.largest(elements), element)
+def _encode_raw(elements: Elements, element: Element, _planes: Sequence[int], _tokens: range) -> Payload:
+    require_finite(kernels.largest(elements), element)
     return elements.view(np.uint8).data
 
 
-def _decode_raw(payload: Payload, element: Element, cells: Element, outs: Sequence[Elements]) -> None:
+def _decode_raw(payload: Payload, element: Element, cells: Element, outs: Sequence[Elements], _tokens: range) -> None:
     _expect(payload, 2 * _count(outs))
     source = np.frombuffer(payload, np.dtype("<u2"))
     at = 0
     for out in outs:
-        _finite(kernels.convert(source[at : at + out.size], out, element, cells), cells)
+        require_finite(kernels.convert(source[at : at + out.size], out, element, cells), cells)
         at += out.size
 
 
@@ -116,28 +99,12 @@ def _decompress_lz4(packed: memoryview, num_bytes: int) -> bytes:
         raise CodecError(f"lz4 plane is corrupt: {error}") from None
 
 
-def _compress_zstd(plane: Bytes) -> bytes:
-    return zstandard.ZstdCompressor(compression_params=_ZSTD_PARAMETERS).compress(plane.data)
-
-
-def _decompress_zstd(packed: memoryview, num_bytes: int) -> bytes:
-    try:
-        # The declared size is what decompression allocates.
-        declared_bytes = zstandard.frame_content_size(packed)
-        if declared_bytes != num_bytes:
-            raise CodecError(f"zstd plane declares {declared_bytes} bytes, not {num_bytes}")
-        decompressor = zstandard.ZstdDecompressor(max_window_size=1 << _WINDOW_LOG)
-        return decompressor.decompress(packed, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise CodecError(f"zstd plane is corrupt: {error}") from None
-
-
 def _encode_split(
-    compress: Callable[[Bytes], bytes], elements: Elements, element: Element, _planes: Sequence[int]
+    compress: Callable[[Bytes], bytes], elements: Elements, element: Element, _planes: Sequence[int], _tokens: range
 ) -> Payload:
     count = elements.size
     planes = np.empty((2, count), np.uint8)
-    _finite(kernels.split(elements, planes[0], planes[1], element), element)
+    require_finite(kernels.split(elements, planes[0], planes[1], element), element)
     high = compress(planes[0])
     payload = bytearray(_LENGTH.size + count + len(high))
     _LENGTH.pack_into(payload, 0, len(high))
@@ -152,6 +119,7 @@ def _decode_split(
     element: Element,
     cells: Element,
     outs: Sequence[Elements],
+    _tokens: range,
 ) -> None:
     count = _count(outs)
     if len(payload) < _LENGTH.size + count:
@@ -167,7 +135,7 @@ def _decode_split(
     at = 0
     for out in outs:
         span = slice(at, at + out.size)
-        _finite(kernels.merge(high_plane[span], low_plane[span], out, element, cells), cells)
+        require_finite(kernels.merge(high_plane[span], low_plane[span], out, element, cells), cells)
         at += out.size
 
 
@@ -182,21 +150,21 @@ def _scales_and_codes(payload: Bytes, count: int) -> tuple[npt.NDArray[np.uint16
     return payload[:scale_bytes].view(np.dtype("<u2")), payload[scale_bytes:]
 
 
-def _encode_q8(elements: Elements, element: Element, _planes: Sequence[int]) -> Payload:
+def _encode_q8(elements: Elements, element: Element, _planes: Sequence[int], _tokens: range) -> Payload:
     payload = np.empty(_quantized_bytes(elements.size, 8), np.uint8)
     scales, codes = _scales_and_codes(payload, elements.size)
-    _finite(kernels.quantize_q8(elements, scales, codes, element), Element.F16)
+    require_finite(kernels.quantize_q8(elements, scales, codes, element), Element.F16)
     return payload.data
 
 
-def _decode_q8(payload: Payload, _element: Element, cells: Element, outs: Sequence[Elements]) -> None:
+def _decode_q8(payload: Payload, _element: Element, cells: Element, outs: Sequence[Elements], _tokens: range) -> None:
     _expect(payload, sum(_quantized_bytes(out.size, 8) for out in outs))
     scales, codes = _scales_and_codes(np.frombuffer(payload, np.uint8), _count(outs))
-    _finite(kernels.largest(scales), Element.F16)
+    require_finite(kernels.largest(scales), Element.F16)
     at = 0
     for out in outs:
         end = at + out.size
-        _finite(kernels.dequantize_q8(scales[at // BLOCK : end // BLOCK], codes[at:end], out, cells), cells)
+        require_finite(kernels.dequantize_q8(scales[at // BLOCK : end // BLOCK], codes[at:end], out, cells), cells)
         at = end
 
 
@@ -206,28 +174,28 @@ def _k8v4_bytes(planes: Sequence[int]) -> list[int]:
     return [_quantized_bytes(count, (8, 4)[index % 2]) for index, count in enumerate(planes)]
 
 
-def _encode_k8v4(elements: Elements, element: Element, planes: Sequence[int]) -> Payload:
+def _encode_k8v4(elements: Elements, element: Element, planes: Sequence[int], _tokens: range) -> Payload:
     sizes_bytes = _k8v4_bytes(planes)
     payload = np.empty(sum(sizes_bytes), np.uint8)
     first, at = 0, 0
     for index, (count, size_bytes) in enumerate(zip(planes, sizes_bytes, strict=True)):
         scales, codes = _scales_and_codes(payload[at : at + size_bytes], count)
         quantize = kernels.quantize_q4 if index % 2 else kernels.quantize_q8
-        _finite(quantize(elements[first : first + count], scales, codes, element), Element.F16)
+        require_finite(quantize(elements[first : first + count], scales, codes, element), Element.F16)
         first, at = first + count, at + size_bytes
     return payload.data
 
 
-def _decode_k8v4(payload: Payload, _element: Element, cells: Element, outs: Sequence[Elements]) -> None:
+def _decode_k8v4(payload: Payload, _element: Element, cells: Element, outs: Sequence[Elements], _tokens: range) -> None:
     sizes_bytes = _k8v4_bytes([out.size for out in outs])
     _expect(payload, sum(sizes_bytes))
     whole = np.frombuffer(payload, np.uint8)
     at = 0
     for index, (out, size_bytes) in enumerate(zip(outs, sizes_bytes, strict=True)):
         scales, codes = _scales_and_codes(whole[at : at + size_bytes], out.size)
-        _finite(kernels.largest(scales), Element.F16)
+        require_finite(kernels.largest(scales), Element.F16)
         dequantize = kernels.dequantize_q4 if index % 2 else kernels.dequantize_q8
-        _finite(dequantize(scales, codes, out, cells), cells)
+        require_finite(dequantize(scales, codes, out, cells), cells)
         at += size_bytes
 
 
@@ -237,8 +205,12 @@ CODECS: dict[str, Codec] = {
         Codec("raw", 1, _encode_raw, _decode_raw),
         Codec("lz4", 2, partial(_encode_split, _compress_lz4), partial(_decode_split, _decompress_lz4)),
         Codec("q8", 3, _encode_q8, _decode_q8),
-        Codec("zstd", 4, partial(_encode_split, _compress_zstd), partial(_decode_split, _decompress_zstd)),
+        Codec("zstd", 4, partial(_encode_split, entropy.compress), partial(_decode_split, entropy.decompress)),
         Codec("k8v4", 5, _encode_k8v4, _decode_k8v4),
+        *(
+            Codec(name, wire_id, partial(kvz.encode, ratios), kvz.decode)
+            for wire_id, (name, ratios) in enumerate(kvz.PRESETS.items(), 6)
+        ),
     )
 }
 _BY_WIRE_ID = {codec.wire_id: codec for codec in CODECS.values()}

@@ -16,6 +16,7 @@ from llvmlite import ir
 from numba import boolean, float32, int8, int32, njit, types, uint8, uint16, uint32
 from numba.extending import intrinsic
 
+from transfer.errors import CodecError
 from transfer.frames import Element
 
 _BF16 = int(Element.BF16)
@@ -27,8 +28,8 @@ def _array(dtype: Any, *, readonly: bool) -> Any:
     return types.Array(dtype, 1, "C", readonly=readonly, aligned=False)
 
 
-_ELEMENTS_IN, _ELEMENTS_OUT = _array(uint16, readonly=True), _array(uint16, readonly=False)
-_BYTES_IN, _BYTES_OUT = _array(uint8, readonly=True), _array(uint8, readonly=False)
+ELEMENTS_IN, ELEMENTS_OUT = _array(uint16, readonly=True), _array(uint16, readonly=False)
+BYTES_IN, BYTES_OUT = _array(uint8, readonly=True), _array(uint8, readonly=False)
 _CODES_IN, _CODES_OUT = _array(int8, readonly=True), _array(int8, readonly=False)
 
 
@@ -53,12 +54,14 @@ def _bits_of(_typing: Any, _value: Any) -> Any:
 
 
 @njit(inline="always")
-def _load_bf16(element):  # type: ignore[no-untyped-def]
+def load_bf16(element):  # type: ignore[no-untyped-def]
+    """The float that a bf16 pattern stands for."""
     return _float_of(uint32(element) << uint32(16))
 
 
 @njit(inline="always")
-def _load_f16(element):  # type: ignore[no-untyped-def]
+def load_f16(element):  # type: ignore[no-untyped-def]
+    """The float that a finite f16 pattern stands for; an infinity or NaN loads as a finite number."""
     # Exponent bias 127 - 15 as one multiplication, which is exact for subnormals too.
     magnitude = uint32(element & uint16(0x7FFF)) << uint32(13)
     scaled = _float_of(magnitude) * float32(2.0**112)
@@ -66,7 +69,8 @@ def _load_f16(element):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _store_bf16(value):  # type: ignore[no-untyped-def]
+def store_bf16(value):  # type: ignore[no-untyped-def]
+    """The bf16 pattern nearest to a float, ties to even."""
     bits = _bits_of(value)
     rounded = (bits + uint32(0x7FFF) + ((bits >> uint32(16)) & uint32(1))) >> uint32(16)
     is_nan = (bits & uint32(0x7FFFFFFF)) > uint32(0x7F800000)
@@ -74,7 +78,8 @@ def _store_bf16(value):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _store_f16(value):  # type: ignore[no-untyped-def]
+def store_f16(value):  # type: ignore[no-untyped-def]
+    """The f16 pattern nearest to a float, ties to even; what is too large, and NaN, becomes an infinity."""
     bits = _bits_of(value)
     sign = (bits >> uint32(16)) & uint32(0x8000)
     magnitude = bits & uint32(0x7FFFFFFF)
@@ -87,7 +92,7 @@ def _store_f16(value):  # type: ignore[no-untyped-def]
     return uint16(sign | (uint32(0x7C00) if large else half))
 
 
-@njit(uint16(_ELEMENTS_IN), nogil=True, cache=True)
+@njit(uint16(ELEMENTS_IN), nogil=True, cache=True)
 def _largest(source):  # type: ignore[no-untyped-def]
     top = uint16(0)
     for i in range(source.size):
@@ -95,7 +100,7 @@ def _largest(source):  # type: ignore[no-untyped-def]
     return top
 
 
-@njit(uint16(_ELEMENTS_IN, _ELEMENTS_OUT, boolean, boolean), nogil=True, cache=True)
+@njit(uint16(ELEMENTS_IN, ELEMENTS_OUT, boolean, boolean), nogil=True, cache=True)
 def _convert(source, out, source_is_bf16, out_is_bf16):  # type: ignore[no-untyped-def]
     top = uint16(0)
     if source_is_bf16 == out_is_bf16:
@@ -104,20 +109,20 @@ def _convert(source, out, source_is_bf16, out_is_bf16):  # type: ignore[no-untyp
             top = max(top, source[i] & uint16(0x7FFF))
     elif source_is_bf16:
         for i in range(source.size):
-            half = _store_f16(_load_bf16(source[i]))
+            half = store_f16(load_bf16(source[i]))
             out[i] = half
             top = max(top, half & uint16(0x7FFF))
     else:
         for i in range(source.size):
             # An f16 infinity loads as a finite number, so the check must see the source before `out` overwrites it.
             element = source[i]
-            out[i] = _store_bf16(_load_f16(element))
+            out[i] = store_bf16(load_f16(element))
             top = max(top, element & uint16(0x7FFF))
         top = uint16(0x7F80) if top >= uint16(0x7C00) else uint16(0)
     return top
 
 
-@njit(uint16(_ELEMENTS_IN, _BYTES_OUT, _BYTES_OUT, boolean), nogil=True, cache=True)
+@njit(uint16(ELEMENTS_IN, BYTES_OUT, BYTES_OUT, boolean), nogil=True, cache=True)
 def _split(source, high, low, source_is_bf16):  # type: ignore[no-untyped-def]
     top = uint16(0)
     for i in range(source.size):
@@ -132,7 +137,7 @@ def _split(source, high, low, source_is_bf16):  # type: ignore[no-untyped-def]
     return top
 
 
-@njit(types.void(_BYTES_IN, _BYTES_IN, _ELEMENTS_OUT, boolean), nogil=True, cache=True)
+@njit(types.void(BYTES_IN, BYTES_IN, ELEMENTS_OUT, boolean), nogil=True, cache=True)
 def _merge(high, low, out, source_is_bf16):  # type: ignore[no-untyped-def]
     for i in range(out.size):
         if source_is_bf16:
@@ -149,7 +154,7 @@ def _round(value):  # type: ignore[no-untyped-def]
 
 
 @njit(
-    uint16(_ELEMENTS_IN, _ELEMENTS_OUT, _CODES_OUT, boolean),
+    uint16(ELEMENTS_IN, ELEMENTS_OUT, _CODES_OUT, boolean),
     nogil=True,
     cache=True,
     error_model="numpy",  # 1 / 0 is infinity
@@ -164,46 +169,46 @@ def _quantize_q8(source, scales, codes, source_is_bf16):  # type: ignore[no-unty
         block_top = uint16(0)
         for i in range(BLOCK):
             block_top = max(block_top, uint16(row[i] & uint16(0x7FFF)))
-        amax = _load_bf16(block_top) if source_is_bf16 else _load_f16(block_top)
+        amax = load_bf16(block_top) if source_is_bf16 else load_f16(block_top)
         scale = amax / float32(127.0)
         inverse = float32(1.0) / scale
         if inverse == float32(np.inf):  # no element would survive the f16 scale
             inverse = float32(0.0)
-        half = _store_f16(scale)
+        half = store_f16(scale)
         scales[block] = half
         top = max(top, uint16(0x7FFF) if block_top >= infinity else half)
         if source_is_bf16:
             for i in range(BLOCK):
-                code_row[i] = _round(_load_bf16(row[i]) * inverse)
+                code_row[i] = _round(load_bf16(row[i]) * inverse)
         else:
             for i in range(BLOCK):
-                code_row[i] = _round(_load_f16(row[i]) * inverse)
+                code_row[i] = _round(load_f16(row[i]) * inverse)
     return top
 
 
-@njit(uint16(_ELEMENTS_IN, _CODES_IN, _ELEMENTS_OUT, boolean), nogil=True, cache=True)
+@njit(uint16(ELEMENTS_IN, _CODES_IN, ELEMENTS_OUT, boolean), nogil=True, cache=True)
 def _dequantize_q8(scales, codes, out, out_is_bf16):  # type: ignore[no-untyped-def]
     top = uint16(0)
     code_rows = codes.reshape(scales.size, BLOCK)
     out_rows = out.reshape(scales.size, BLOCK)
     for block in range(scales.size):
         code_row, out_row = code_rows[block], out_rows[block]
-        scale = _load_f16(scales[block])
+        scale = load_f16(scales[block])
         if out_is_bf16:
             for i in range(BLOCK):
-                bits = _store_bf16(scale * float32(code_row[i]))
+                bits = store_bf16(scale * float32(code_row[i]))
                 out_row[i] = bits
                 top = max(top, uint16(bits & uint16(0x7FFF)))
         else:
             for i in range(BLOCK):
-                bits = _store_f16(scale * float32(code_row[i]))
+                bits = store_f16(scale * float32(code_row[i]))
                 out_row[i] = bits
                 top = max(top, uint16(bits & uint16(0x7FFF)))
     return top
 
 
 @njit(
-    uint16(_ELEMENTS_IN, _ELEMENTS_OUT, _BYTES_OUT, boolean),
+    uint16(ELEMENTS_IN, ELEMENTS_OUT, BYTES_OUT, boolean),
     nogil=True,
     cache=True,
     error_model="numpy",  # 1 / 0 is infinity
@@ -223,41 +228,47 @@ def _quantize_q4(source, scales, codes, source_is_bf16):  # type: ignore[no-unty
             first += 1
         # A block of zeros has a negative scale whatever their signs.
         extreme = row[first] if block_top > uint16(0) else uint16(0)
-        scale = (_load_bf16(extreme) if source_is_bf16 else _load_f16(extreme)) / float32(-8.0)
+        scale = (load_bf16(extreme) if source_is_bf16 else load_f16(extreme)) / float32(-8.0)
         inverse = float32(1.0) / scale
         if abs(inverse) == float32(np.inf):  # no element would survive the f16 scale
             inverse = float32(0.0)
-        half = _store_f16(scale)
+        half = store_f16(scale)
         scales[block] = half
         top = max(top, uint16(0x7FFF) if block_top >= infinity else uint16(half & uint16(0x7FFF)))
         if source_is_bf16:
             for i in range(BLOCK // 2):
-                low = min(int32(15), int32(_load_bf16(row[i]) * inverse + float32(8.5)))
-                high = min(int32(15), int32(_load_bf16(row[i + BLOCK // 2]) * inverse + float32(8.5)))
+                low = min(int32(15), int32(load_bf16(row[i]) * inverse + float32(8.5)))
+                high = min(int32(15), int32(load_bf16(row[i + BLOCK // 2]) * inverse + float32(8.5)))
                 code_row[i] = low | (high << int32(4))
         else:
             for i in range(BLOCK // 2):
-                low = min(int32(15), int32(_load_f16(row[i]) * inverse + float32(8.5)))
-                high = min(int32(15), int32(_load_f16(row[i + BLOCK // 2]) * inverse + float32(8.5)))
+                low = min(int32(15), int32(load_f16(row[i]) * inverse + float32(8.5)))
+                high = min(int32(15), int32(load_f16(row[i + BLOCK // 2]) * inverse + float32(8.5)))
                 code_row[i] = low | (high << int32(4))
     return top
 
 
-@njit(uint16(_ELEMENTS_IN, _BYTES_IN, _ELEMENTS_OUT, boolean), nogil=True, cache=True)
+@njit(uint16(ELEMENTS_IN, BYTES_IN, ELEMENTS_OUT, boolean), nogil=True, cache=True)
 def _dequantize_q4(scales, codes, out, out_is_bf16):  # type: ignore[no-untyped-def]
     top = uint16(0)
     code_rows = codes.reshape(scales.size, BLOCK // 2)
     out_rows = out.reshape(scales.size, 2, BLOCK // 2)
     for block in range(scales.size):
         code_row, low_row, high_row = code_rows[block], out_rows[block, 0], out_rows[block, 1]
-        scale = _load_f16(scales[block])
+        scale = load_f16(scales[block])
         for i in range(BLOCK // 2):
             low = scale * float32(int32(code_row[i] & uint8(15)) - int32(8))
             high = scale * float32(int32(code_row[i] >> uint8(4)) - int32(8))
-            low_row[i] = _store_bf16(low) if out_is_bf16 else _store_f16(low)
-            high_row[i] = _store_bf16(high) if out_is_bf16 else _store_f16(high)
+            low_row[i] = store_bf16(low) if out_is_bf16 else store_f16(low)
+            high_row[i] = store_bf16(high) if out_is_bf16 else store_f16(high)
             top = max(top, uint16(low_row[i] & uint16(0x7FFF)), uint16(high_row[i] & uint16(0x7FFF)))
     return top
+
+
+def require_finite(largest: int, kind: Element) -> None:
+    """Raise :class:`CodecError` if ``largest``, a magnitude of type ``kind``, is an infinity or NaN."""
+    if largest >= (0x7F80 if kind == Element.BF16 else 0x7C00):
+        raise CodecError(f"KV holds an infinity, a NaN or a value too large for {kind.name.lower()}")
 
 
 def largest(elements: Any) -> int:

@@ -22,6 +22,8 @@ from transfer.geometry import KVGeometry
 RopeOrder = Literal["half", "interleaved"]
 ElementType = Literal["bf16", "f16"]
 Elements = npt.NDArray[np.uint16]
+Bytes = npt.NDArray[np.uint8]
+Payload = bytes | bytearray | memoryview
 
 
 def plane_elements(geometry: KVGeometry, num_tokens: int) -> tuple[int, int]:

@@ -12,11 +12,11 @@ from transfer import codecs, frames
 from transfer.errors import ProtocolError
 from transfer.frames import MAX_CONTROL_PAYLOAD_BYTES, Element, Header, Kind
 from transfer.geometry import KVGeometry
-from transfer.layout import Elements, layers_per_frame, plane_elements
+from transfer.layout import Elements, Payload, layers_per_frame, plane_elements
 from transfer.messages import TICKET_BYTES, Ticket
 from transfer.stages import SenderReport
 
-Frame = tuple[bytes, codecs.Payload]
+Frame = tuple[bytes, Payload]
 
 
 class Chunk(msgspec.Struct):
@@ -108,11 +108,12 @@ class Outgoing:
 
     def _frames_of(self, chunk: Chunk, frame_bytes: int) -> Iterator[Frame]:
         group = layers_per_frame(self._geometry, chunk.num_tokens, frame_bytes)
+        tokens = range(chunk.start_token, chunk.start_token + chunk.num_tokens)
         for first in range(0, self._geometry.num_layers, group):
             elements = chunk.elements[first : first + group]
             planes = plane_elements(self._geometry, chunk.num_tokens) * len(elements)
             began = time.monotonic_ns()
-            payload = self._codec.encode(elements.reshape(-1), chunk.element, planes)
+            payload = self._codec.encode(elements.reshape(-1), chunk.element, planes, tokens)
             self._encode_ns += time.monotonic_ns() - began
             self._raw_bytes += elements.nbytes
             header = Header(

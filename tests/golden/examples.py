@@ -50,7 +50,7 @@ def _data(codec: str, element: Element) -> tuple[Header, bytes]:
         num_layers=num_layers,
     )
     planes = plane_elements(GEOMETRY, num_tokens) * num_layers
-    return header, bytes(CODECS[codec].encode(ELEMENTS, element, planes))
+    return header, bytes(CODECS[codec].encode(ELEMENTS, element, planes, range(512, 512 + num_tokens)))
 
 
 def frames() -> dict[str, tuple[Header, bytes]]:

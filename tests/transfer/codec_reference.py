@@ -68,12 +68,16 @@ def decode_lz4(payload, kind, cells):
     return decode_raw(merge(high, low, kind).tobytes(), kind, cells)
 
 
-def encode_zstd(elements, kind):
-    high, low = split(elements, kind)
+def compress_zstd(data):
     settings = zstandard.ZstdCompressionParameters(
         strategy=1, window_log=18, hash_log=6, chain_log=6, search_log=1, min_match=7, target_length=0
     )
-    packed = zstandard.ZstdCompressor(compression_params=settings).compress(high)
+    return zstandard.ZstdCompressor(compression_params=settings).compress(data)
+
+
+def encode_zstd(elements, kind):
+    high, low = split(elements, kind)
+    packed = compress_zstd(high)
     return struct.pack("<I", len(packed)) + low + packed
 
 
@@ -136,6 +140,61 @@ def decode_k8v4(payload, kind, cells):
     """Of one layer: 34 bytes a block of K, 18 a block of V, which has one block more if their number is odd."""
     k_bytes = len(payload) // 52 * 34
     return np.concatenate([decode_q8(payload[:k_bytes], kind, cells), decode_q4(payload[k_bytes:], kind, cells)])
+
+
+def tokens_of(count):
+    """Tokens that ``count`` elements of one plane can be rows of, two of them among the first four."""
+    return range(2, 10) if count % 8 == 0 else range(2, 3)
+
+
+def encode_kvz(ratios, elements, kind, planes, tokens):
+    sinks_of_plane = max(0, min(4 - tokens.start, len(tokens)))
+    steps, means, sinks, codes, escapes = [], [], [], [], []
+    for index, plane in enumerate(np.split(elements, np.cumsum(planes)[:-1])):
+        rows = plane.reshape(len(tokens), -1)
+        sinks.append(rows[:sinks_of_plane].reshape(-1))
+        rows = rows[sinks_of_plane:]
+        values = to_float(rows, kind).reshape(rows.shape)
+        if not rows.size:
+            steps.append(0)
+            means.append(np.zeros(rows.shape[1], np.uint16))
+            continue
+        mean = (0.0 + np.cumsum(values.astype(np.float64), axis=0)[-1]) / len(rows)  # a sum starts from +0
+        means.append(from_float(mean.astype(np.float32), "f16"))
+        deviation = values - to_float(means[-1], "f16")
+        squares = np.cumsum(deviation.astype(np.float64) ** 2, axis=0)[-1]
+        steps.append(np.float32(ratios[index % 2] * np.sqrt(np.cumsum(squares)[-1] / rows.size)))
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            q = np.where(deviation == 0, 0, np.rint(deviation / steps[-1]))
+        escaped = np.abs(q) > 127
+        codes.append(np.where(escaped, 0, np.where(escaped, 0, q) + 128).astype(np.uint8).reshape(-1))
+        escapes.append(rows[escaped])
+    codes, escapes = (np.concatenate([np.empty(0, kind), *parts]) for kind, parts in (("u1", codes), ("u2", escapes)))
+    head = struct.pack("<I", escapes.size) + np.array(steps, "<f4").tobytes()
+    shorts = [part.astype("<u2").tobytes() for part in (*means, *sinks, escapes)]
+    return b"".join([head, *shorts, compress_zstd(codes.tobytes())])
+
+
+def decode_kvz(payload, kind, cells, planes, tokens):
+    sinks_of_plane = max(0, min(4 - tokens.start, len(tokens)))
+    (num_escapes,) = struct.unpack_from("<I", payload)
+    steps = np.frombuffer(payload, "<f4", len(planes), 4)
+    channels = [plane // len(tokens) for plane in planes]
+    sizes = [*channels, *(sinks_of_plane * count for count in channels), num_escapes]
+    shorts = np.frombuffer(payload, "<u2", sum(sizes), 4 + steps.nbytes)
+    *shorts, escapes = np.split(shorts, np.cumsum(sizes)[:-1])
+    codes = np.frombuffer(zstandard.decompress(payload[4 + steps.nbytes + 2 * sum(sizes) :]), np.uint8)
+    rows = len(tokens) - sinks_of_plane
+    outs = []
+    for index, plane_codes in enumerate(np.split(codes, np.cumsum([rows * count for count in channels])[:-1])):
+        mean, sinks = to_float(shorts[index], "f16"), shorts[len(planes) + index]
+        q = plane_codes.reshape(rows, channels[index]).astype(np.float32) - 128
+        body = from_float((mean + q * steps[index]).reshape(-1), cells)
+        escaped = np.flatnonzero(plane_codes == 0)
+        body[escaped] = decode_raw(escapes[: escaped.size].tobytes(), kind, cells)
+        escapes = escapes[escaped.size :]
+        outs += [decode_raw(sinks.tobytes(), kind, cells), body]
+    return np.concatenate(outs)
 
 
 ENCODE = {"raw": encode_raw, "lz4": encode_lz4, "q8": encode_q8, "zstd": encode_zstd, "k8v4": encode_k8v4}

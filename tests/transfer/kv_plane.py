@@ -100,7 +100,8 @@ class Landed:
         codec = by_wire_id(header.codec)
         if codec.name != self.ticket.codec:
             raise CodecError(f"frame uses {codec.name}, the ticket says {self.ticket.codec}")
-        codec.decode(payload, header.element, Element.BF16, outs)
+        tokens = range(header.start_token, header.start_token + header.num_tokens)
+        codec.decode(payload, header.element, Element.BF16, outs, tokens)
         for layer, out in enumerate(outs, header.first_layer):
             assert layer not in self.rows[header.start_token]
             self.rows[header.start_token][layer] = out

@@ -23,6 +23,7 @@ BLOCK = {"q8": 32, "k8v4": 32}
 LARGEST_CODE = {"q8": 127, "k8v4": 8}
 
 codec_names = pytest.mark.parametrize("name", CODECS)
+plain_codec_names = pytest.mark.parametrize("name", reference.ENCODE)
 source_kinds = pytest.mark.parametrize("kind", KINDS)
 cell_kinds = pytest.mark.parametrize("cells", KINDS)
 
@@ -31,15 +32,17 @@ def planes_of(name, count):
     return reference.one_layer(count) if name == "k8v4" else [count]
 
 
-def encode(name, elements, kind, planes=None):
+def encode(name, elements, kind, planes=None, tokens=None):
     planes = planes_of(name, elements.size) if planes is None else planes
-    return bytes(CODECS[name].encode(elements, KINDS[kind], planes))
+    tokens = reference.tokens_of(elements.size) if tokens is None else tokens
+    return bytes(CODECS[name].encode(elements, KINDS[kind], planes, tokens))
 
 
-def decode(name, payload, kind, cells, planes):
+def decode(name, payload, kind, cells, planes, tokens=None):
     planes = planes_of(name, planes) if isinstance(planes, int) else planes
+    tokens = reference.tokens_of(sum(planes)) if tokens is None else tokens
     outs = [np.full(plane, 0xDEAD, np.uint16) for plane in planes]
-    CODECS[name].decode(payload, KINDS[kind], KINDS[cells], outs)
+    CODECS[name].decode(payload, KINDS[kind], KINDS[cells], outs, tokens)
     return np.concatenate(outs) if outs else np.empty(0, np.uint16)
 
 
@@ -71,7 +74,7 @@ def random_elements(kind, count, seed=0):
     return reference.from_float(values, kind)
 
 
-@codec_names
+@plain_codec_names
 @source_kinds
 @given(data=st.data())
 def test_encode_equals_the_reference(name, kind, data):
@@ -84,7 +87,7 @@ def test_encode_equals_the_reference(name, kind, data):
     assert payload == reference.ENCODE[name](elements, kind)
 
 
-@codec_names
+@plain_codec_names
 @source_kinds
 @cell_kinds
 @given(data=st.data())
@@ -326,7 +329,9 @@ def test_q8_refuses_a_scale_beyond_f16():
 
 def test_raw_payload_is_a_view():
     elements = random_elements("bf16", 64)
-    assert np.shares_memory(np.frombuffer(CODECS["raw"].encode(elements, Element.BF16, [64]), np.uint16), elements)
+    assert np.shares_memory(
+        np.frombuffer(CODECS["raw"].encode(elements, Element.BF16, [64], range(1)), np.uint16), elements
+    )
 
 
 def test_lz4_shrinks_real_looking_bf16():
@@ -365,7 +370,7 @@ def test_codecs_are_found_by_name_and_number():
     for codec in CODECS.values():
         assert by_name(codec.name) is codec
         assert by_wire_id(codec.wire_id) is codec
-    with pytest.raises(CodecError, match="raw, lz4, q8, zstd, k8v4"):
+    with pytest.raises(CodecError, match="raw, lz4, q8, zstd, k8v4, kvz1, kvz2, kvz3"):
         by_name("snappy")
     with pytest.raises(CodecError, match="99"):
         by_wire_id(99)

@@ -275,7 +275,7 @@ def test_arbitrary_messages_leave_the_receiver_working(lasting, parts):
     ),
     payload=st.binary(max_size=100)
     | st.just(PAYLOAD)
-    | st.just(bytes(CODECS["q8"].encode(LAYER, Element.BF16, [LAYER.size]))),
+    | st.just(bytes(CODECS["q8"].encode(LAYER, Element.BF16, [LAYER.size], range(1)))),
 )
 def test_well_formed_nonsense_ends_its_transfer_or_is_ignored(lasting, fields, payload):
     worker, peer = lasting
