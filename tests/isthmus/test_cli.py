@@ -3,14 +3,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
+import structlog
 from click.testing import CliRunner
 
 from isthmus.cli import cli, main
 from transfer.errors import ConfigError, EngineError, IsthmusError, LinkError, RequestError
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_they_were() -> Iterator[None]:
+    """``main`` points structlog at this test's stderr, which is closed when the test is over."""
+    yield
+    structlog.reset_defaults()
 
 
 def subcommands(group: click.Group, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
