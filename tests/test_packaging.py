@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"isthmus", "transfer", "gpu_prefill", "cpu_decode", "proxy"}
+PACKAGES = {"isthmus", "transfer", "gpu_prefill", "cpu_decode", "proxy", "measurements"}
 
 
 @pytest.fixture(scope="module")

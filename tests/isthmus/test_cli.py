@@ -52,6 +52,8 @@ def test_subcommands_are_those_that_are_documented() -> None:
         "pair make",
         "pair check",
         "demo",
+        "measure",
+        "measure codec",
         "version",
     }
 
