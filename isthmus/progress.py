@@ -28,10 +28,11 @@ def starting(console: Console) -> Iterator[Show]:
 
 
 def _table(views: list[ChildView], spinner: Spinner) -> Table:
-    table = Table.grid(padding=(0, 1))
-    for _ in range(3):
-        table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True, overflow="ellipsis", style="dim")
+    table = Table.grid(padding=(0, 1), expand=True)
+    for width in (1, 7, 6):
+        table.add_column(width=width)
+    # The log line takes what is left, however long it is.
+    table.add_column(ratio=1, no_wrap=True, overflow="ellipsis", style="dim")
     for view in views:
         mark = Text("✓", style="green") if view.healthy else spinner
         table.add_row(mark, view.name, f"{view.seconds:4.0f} s", Text("" if view.healthy else view.last_line))
