@@ -303,7 +303,10 @@ class Worker:
         try:
             self._control.send_multipart([client, encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError as error:
-            log.warning("could not answer a client", request_id=getattr(message, "request_id", ""), reason=str(error))
+            request_id = getattr(message, "request_id", "")
+            # A client that only asked how we are may leave before it hears.
+            say = log.warning if request_id else log.debug
+            say("could not answer a client", request_id=request_id, reason=str(error))
             return False
         return True
 
