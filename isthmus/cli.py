@@ -121,6 +121,22 @@ def demo(compare: bool, keep: bool, runs: int, codec: str) -> None:
     run(compare=compare, keep=keep, runs=runs, codec=codec)
 
 
+@cli.group()
+def measure() -> None:
+    """Measure something on this host; results hold every sample, the machine and the command."""
+
+
+@measure.command("codec")
+@click.option("--json", type=click.Path(path_type=Path), help="Write samples, summary and environment to this file.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the summary into this file: .png, .svg or .pdf.")
+@click.option("--rounds", type=click.IntRange(1, 1000), default=9, show_default=True, help="Rounds of the speed part.")
+def measure_codec(json: Path | None, plot: Path | None, rounds: int) -> None:
+    """Size, speed and fidelity of every codec, on KV of real prompts through the default model."""
+    from measurements.codec import run
+
+    run(json, plot, rounds)
+
+
 @cli.command()
 def version() -> None:
     """Print the version, and those of the engines that are installed."""
@@ -143,6 +159,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         # A node installs one extra only, so another node's command finds its engine missing.
         click.echo(
-            f"isthmus: {error.name} is not installed here; see the extras `prefill`, `decode`, `proxy`", err=True
+            f"isthmus: {error.name} is not installed here; see the extras `prefill`, `decode`, `proxy`, `measure`",
+            err=True,
         )
         sys.exit(1)

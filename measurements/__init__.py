@@ -1,0 +1,1 @@
+"""Questions put to this host, one module each; ``METHODOLOGY.md`` says how they are asked."""
