@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cpu_decode.llama import Batch
+from cpu_decode.llama import Batch, Context
 from cpu_decode.state import ChunkState, state_bytes
 from tests.cpu_decode.native_kv import chunk_of, elements_of, prefill
 from transfer.errors import EngineError
@@ -27,17 +27,25 @@ def test_our_state_is_byte_for_byte_llama_cpps_own(context, geometry):
     assert chunk.buffer.tobytes() == native
 
 
-@pytest.mark.parametrize("chunk_tokens", [200, 64, 33])
-def test_chunked_injection_gives_the_same_logits_bit_for_bit(context, geometry, chunk_tokens):
+@pytest.mark.parametrize("cell_type", ["bf16", "f16"])
+def test_chunked_injection_gives_the_same_logits_bit_for_bit(model, context, geometry, cell_type):
     prefill(context, 0, PROMPT)
     elements = elements_of(context.state(0), geometry, len(PROMPT))
-    expected = last_logits(context, 0, len(PROMPT), 42)
-    context.trim(0, 0)
-    for start in range(0, len(PROMPT), chunk_tokens):
-        context.inject(chunk_of(geometry, elements, start, min(start + chunk_tokens, len(PROMPT))), 0)
-    assert context.cached_tokens(0) == len(PROMPT)
-    assert np.array_equal(elements_of(context.state(0), geometry, len(PROMPT)), elements)
-    assert np.array_equal(last_logits(context, 0, len(PROMPT), 42), expected)
+    if cell_type == "f16":
+        elements = (elements.astype(np.uint32) << 16).view(np.float32).astype(np.float16).view(np.uint16)
+    logits = []
+    for chunk_tokens in (len(PROMPT), 64, 33):
+        # A new context each: f16 logits depend on which cells are filled, and a new one fills them from the first on.
+        fresh = Context(model, num_cells=1024, max_sequences=2, batch_tokens=64, threads=1, cell_type=cell_type)
+        for start in range(0, len(PROMPT), chunk_tokens):
+            end = min(start + chunk_tokens, len(PROMPT))
+            fresh.inject(chunk_of(geometry, elements, start, end, cell_type), 0)
+        assert fresh.cached_tokens(0) == len(PROMPT)
+        assert np.array_equal(elements_of(fresh.state(0), geometry, len(PROMPT)), elements)
+        logits.append(last_logits(fresh, 0, len(PROMPT), 42))
+        fresh.close()
+    assert np.array_equal(logits[1], logits[0])
+    assert np.array_equal(logits[2], logits[0])
 
 
 def test_state_that_llama_cpp_refuses_leaves_no_cell_behind(context, geometry):
