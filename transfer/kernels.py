@@ -114,7 +114,7 @@ def _convert(source, out, source_is_bf16, out_is_bf16):  # type: ignore[no-untyp
             top = max(top, half & uint16(0x7FFF))
     else:
         for i in range(source.size):
-            # An f16 infinity loads as a finite number, so the check must see the source before `out` overwrites it.
+            # An f16 infinity loads as a finite number, so the check must see the source.
             element = source[i]
             out[i] = store_bf16(load_f16(element))
             top = max(top, element & uint16(0x7FFF))
@@ -137,14 +137,43 @@ def _split(source, high, low, source_is_bf16):  # type: ignore[no-untyped-def]
     return top
 
 
-@njit(types.void(BYTES_IN, BYTES_IN, ELEMENTS_OUT, boolean), nogil=True, cache=True)
-def _merge(high, low, out, source_is_bf16):  # type: ignore[no-untyped-def]
-    for i in range(out.size):
-        if source_is_bf16:
-            sign = uint16(low[i] & uint16(0x80)) << uint16(8)
-            out[i] = sign | (uint16(high[i]) << uint16(7)) | uint16(low[i] & uint16(0x7F))
-        else:
-            out[i] = (uint16(high[i]) << uint16(8)) | uint16(low[i])
+@njit(inline="always")
+def _join_bf16(high, low):  # type: ignore[no-untyped-def]
+    sign = uint16(low & uint16(0x80)) << uint16(8)
+    return uint16(sign | (uint16(high) << uint16(7)) | uint16(low & uint16(0x7F)))
+
+
+@njit(inline="always")
+def _join_f16(high, low):  # type: ignore[no-untyped-def]
+    return uint16((uint16(high) << uint16(8)) | uint16(low))
+
+
+@njit(uint16(BYTES_IN, BYTES_IN, ELEMENTS_OUT, boolean, boolean), nogil=True, cache=True)
+def _merge(high, low, out, source_is_bf16, out_is_bf16):  # type: ignore[no-untyped-def]
+    # In one pass: a conversion in place would not become vector code.
+    top = uint16(0)
+    if source_is_bf16 and out_is_bf16:
+        for i in range(out.size):
+            element = _join_bf16(high[i], low[i])
+            out[i] = element
+            top = max(top, uint16(element & uint16(0x7FFF)))
+    elif source_is_bf16:
+        for i in range(out.size):
+            half = store_f16(load_bf16(_join_bf16(high[i], low[i])))
+            out[i] = half
+            top = max(top, uint16(half & uint16(0x7FFF)))
+    elif out_is_bf16:
+        for i in range(out.size):
+            element = _join_f16(high[i], low[i])
+            out[i] = store_bf16(load_f16(element))
+            top = max(top, uint16(element & uint16(0x7FFF)))
+        top = uint16(0x7F80) if top >= uint16(0x7C00) else uint16(0)
+    else:
+        for i in range(out.size):
+            element = _join_f16(high[i], low[i])
+            out[i] = element
+            top = max(top, uint16(element & uint16(0x7FFF)))
+    return top
 
 
 @njit(inline="always")
@@ -220,12 +249,11 @@ def _quantize_q4(source, scales, codes, source_is_bf16):  # type: ignore[no-unty
     code_rows = codes.reshape(scales.size, BLOCK // 2)
     for block in range(scales.size):
         row, code_row = rows[block], code_rows[block]
-        block_top = uint16(0)
+        # Magnitude above, place from the end below: the largest key is the first of the largest elements.
+        key = uint32(0)
         for i in range(BLOCK):
-            block_top = max(block_top, uint16(row[i] & uint16(0x7FFF)))
-        first = 0
-        while uint16(row[first] & uint16(0x7FFF)) != block_top:
-            first += 1
+            key = max(key, uint32((uint32(row[i] & uint16(0x7FFF)) << uint32(5)) | uint32(BLOCK - 1 - i)))
+        block_top, first = uint16(key >> uint32(5)), BLOCK - 1 - (key & uint32(BLOCK - 1))
         # A block of zeros has a negative scale whatever their signs.
         extreme = row[first] if block_top > uint16(0) else uint16(0)
         scale = (load_bf16(extreme) if source_is_bf16 else load_f16(extreme)) / float32(-8.0)
@@ -252,16 +280,23 @@ def _quantize_q4(source, scales, codes, source_is_bf16):  # type: ignore[no-unty
 def _dequantize_q4(scales, codes, out, out_is_bf16):  # type: ignore[no-untyped-def]
     top = uint16(0)
     code_rows = codes.reshape(scales.size, BLOCK // 2)
-    out_rows = out.reshape(scales.size, 2, BLOCK // 2)
+    out_rows = out.reshape(2 * scales.size, BLOCK // 2)
     for block in range(scales.size):
-        code_row, low_row, high_row = code_rows[block], out_rows[block, 0], out_rows[block, 1]
+        code_row = code_rows[block]
         scale = load_f16(scales[block])
-        for i in range(BLOCK // 2):
-            low = scale * float32(int32(code_row[i] & uint8(15)) - int32(8))
-            high = scale * float32(int32(code_row[i] >> uint8(4)) - int32(8))
-            low_row[i] = store_bf16(low) if out_is_bf16 else store_f16(low)
-            high_row[i] = store_bf16(high) if out_is_bf16 else store_f16(high)
-            top = max(top, uint16(low_row[i] & uint16(0x7FFF)), uint16(high_row[i] & uint16(0x7FFF)))
+        # A loop for each half: one that writes to two rows does not become vector code.
+        for half in range(2):
+            out_row, shift = out_rows[2 * block + half], uint8(4 * half)
+            if out_is_bf16:
+                for i in range(BLOCK // 2):
+                    bits = store_bf16(scale * float32(int32((code_row[i] >> shift) & uint8(15)) - int32(8)))
+                    out_row[i] = bits
+                    top = max(top, uint16(bits & uint16(0x7FFF)))
+            else:
+                for i in range(BLOCK // 2):
+                    bits = store_f16(scale * float32(int32((code_row[i] >> shift) & uint8(15)) - int32(8)))
+                    out_row[i] = bits
+                    top = max(top, uint16(bits & uint16(0x7FFF)))
     return top
 
 
@@ -277,10 +312,7 @@ def largest(elements: Any) -> int:
 
 
 def convert(source: Any, out: Any, element: Element, cells: Element) -> int:
-    """Write ``source``, uint16 ``[n]`` of type ``element``, to ``out`` as type ``cells``, rounding to nearest even.
-
-    ``source`` and ``out`` may be the same array.
-    """
+    """Write ``source``, uint16 ``[n]`` of type ``element``, to ``out`` as type ``cells``, rounding to nearest even."""
     return int(_convert(source, out, element == _BF16, cells == _BF16))
 
 
@@ -291,8 +323,7 @@ def split(source: Any, high: Any, low: Any, element: Element) -> int:
 
 def merge(high: Any, low: Any, out: Any, element: Element, cells: Element) -> int:
     """Undo :func:`split` into ``out`` of type ``cells``."""
-    _merge(high, low, out, element == _BF16)
-    return convert(out, out, element, cells)
+    return int(_merge(high, low, out, element == _BF16, cells == _BF16))
 
 
 def quantize_q8(source: Any, scales: Any, codes: Any, element: Element) -> int:

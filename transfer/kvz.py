@@ -153,7 +153,8 @@ def _center(source, means, is_bf16):  # type: ignore[no-untyped-def]
     """Write the channels' means; returns the RMS of what is left."""
     rows = source.reshape(source.size // means.size, means.size)
     sums = np.zeros(means.size, np.float64)
-    for row in rows:
+    for t in range(rows.shape[0]):
+        row = rows[t]
         for i in range(means.size):
             sums[i] += float64(load_bf16(row[i]) if is_bf16 else load_f16(row[i]))
     centers = np.empty(means.size, np.float32)
@@ -161,7 +162,8 @@ def _center(source, means, is_bf16):  # type: ignore[no-untyped-def]
         means[i] = store_f16(float32(sums[i] / rows.shape[0]))
         centers[i] = load_f16(means[i])
     sums[:] = 0
-    for row in rows:
+    for t in range(rows.shape[0]):
+        row = rows[t]
         for i in range(means.size):
             deviation = float64((load_bf16(row[i]) if is_bf16 else load_f16(row[i])) - centers[i])
             sums[i] += deviation * deviation
