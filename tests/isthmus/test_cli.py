@@ -54,6 +54,7 @@ def test_subcommands_are_those_that_are_documented() -> None:
         "demo",
         "measure",
         "measure codec",
+        "measure link",
         "version",
     }
 
