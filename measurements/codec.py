@@ -256,7 +256,9 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     size.legend()
     size.set_yscale("symlog", linthresh=1e-6)
     size.set(xlabel="bits an element, all metadata", ylabel="mean KL to uncompressed KV, nats", title="size, fidelity")
-    size.set_ylim(bottom=-2e-7)
+    largest = max(summary[name]["kl_mean"] for name in CODECS)
+    size.set_ylim(-2e-7, 3 * max(largest, 1e-5))
+    size.set_xlim(right=17.5)
     at = np.arange(len(CODECS))
     for shift, side in ((-0.2, "encode"), (0.2, "decode")):
         rates = [summary[name][f"{side}_gb_per_s"] for name in CODECS]
