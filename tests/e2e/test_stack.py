@@ -93,9 +93,12 @@ def test_ten_at_once_each_get_their_own_answer(http: httpx.Client, shipped_text:
     alone = [text_of(chat(http, prompt, "split")) for prompt in prompts]
     with ThreadPoolExecutor(10) as pool:
         together = list(pool.map(lambda prompt: text_of(chat(http, prompt, "split")), prompts))
-    pairs = list(zip(together, alone, strict=True))
-    assert min(same_characters(*pair) for pair in pairs) >= 8, pairs
-    assert sum(a == b for a, b in pairs) >= 5, pairs
+    own = 0
+    for text, mine in zip(together, alone, strict=True):
+        own += same_characters(text, mine) == max(same_characters(text, any_of_ten) for any_of_ten in alone)
+    # Rounding may turn an answer early now and then; mixed-up requests would turn most of them.
+    assert own >= 8, list(zip(alone, together, strict=True))
+    assert len(set(alone)) == 10
 
 
 def same_characters(a: str, b: str) -> int:
