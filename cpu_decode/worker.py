@@ -60,10 +60,10 @@ class Admitted:
     def __init__(self, client: bytes, seq_id: int) -> None:
         self.client = client
         self.seq_id = seq_id
-        self.ticket: str | None = None
+        # These three are for KV from the wire; a local prefill has no landing.
+        self.ticket = ""
         self.landing: LandingPlace | None = None
         self.reserved_buffers = 0
-        self.credits_granted = 0
 
 
 class Worker:
@@ -156,9 +156,9 @@ class Worker:
             match event:
                 case Injected():
                     self._pool.give_back(event.chunk.buffer)
-                    if request is not None and request.ticket is not None:
-                        request.credits_granted += 1
-                        self._grant(request, request.ticket)
+                    if request is not None and request.landing is not None:
+                        request.landing.credit_chunks += 1
+                        self._receiver.grant(request.ticket, request.landing.credit_chunks)
                 case Released():
                     self._forget(event.request_id)
                 case Tokens() | Failure():
@@ -166,18 +166,12 @@ class Worker:
                         # A stream with a hole would be a wrong answer.
                         self.engine.abort(event.request_id)
 
-    def _grant(self, request: Admitted, ticket: str) -> None:
-        if request.landing is not None:
-            request.landing.credit_chunks = request.credits_granted
-            self._receiver.grant(ticket, request.credits_granted)
-
     def _forget(self, request_id: str) -> None:
         request = self._requests.pop(request_id)
         self._admission.release(request.seq_id)
         self._pool.unreserve(request.reserved_buffers)
-        if request.ticket is not None:
-            self._receiver.cancel(request.ticket, "the request has ended")
         if request.landing is not None:
+            self._receiver.cancel(request.ticket, "the request has ended")
             request.landing.release()
 
     # What clients say.
@@ -252,7 +246,7 @@ class Worker:
             codec=reserve.codec,
             landing=self._form,
             chunk_tokens=self._link.chunk_tokens,
-            credit_chunks=request.credits_granted,
+            credit_chunks=request.reserved_buffers,
             deadline_ms=reserve.deadline_ms,
         )
 
@@ -268,7 +262,6 @@ class Worker:
     def _expect_kv(self, request: Admitted, ticket: str, reserve: Reserve) -> None:
         codecs.by_name(reserve.codec)
         request.reserved_buffers = self._pool.reserve(self._link.credit_chunks)
-        request.credits_granted = request.reserved_buffers
         request.ticket = ticket
         request_id = reserve.request_id
         request.landing = LandingPlace(
@@ -278,7 +271,7 @@ class Worker:
             self._pool,
             num_tokens=len(reserve.prompt),
             chunk_tokens=self._link.chunk_tokens,
-            credit_chunks=request.credits_granted,
+            credit_chunks=request.reserved_buffers,
             on_chunk=lambda chunk: self.engine.land(request_id, chunk),
             on_end=lambda report: self.engine.complete(request_id, report),
             on_fail=lambda error: self.engine.fail(request_id, error),

@@ -40,8 +40,11 @@ def make(gguf: Path, out_dir: Path) -> Pair:
     The directory appears complete or not at all. Raises :class:`ConfigError` naming the file when the GGUF is missing,
     broken or of a kind that transformers cannot convert, and when ``out_dir`` holds something that is not ours.
     """
+    return _make(gguf, out_dir, _sha256_of_gguf(gguf))
+
+
+def _make(gguf: Path, out_dir: Path, wanted_sha256: str) -> Pair:
     gguf, out_dir = gguf.resolve(), out_dir.resolve()
-    wanted_sha256 = _sha256_of_gguf(gguf)
     pair = Pair(name=model_name(gguf), hf_dir=str(out_dir), gguf=str(gguf))
     if _is_intact(out_dir, wanted_sha256):
         return pair
@@ -68,7 +71,8 @@ def default_pair() -> Pair:
     gguf = _packaged_gguf(DEFAULT_DISTRIBUTION)
     name = model_name(gguf)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return make(gguf, cache / "isthmus" / "pairs" / f"{name}-{_sha256_of_gguf(gguf)[:12]}")
+    sha256 = _sha256_of_gguf(gguf)
+    return _make(gguf, cache / "isthmus" / "pairs" / f"{name}-{sha256[:12]}", sha256)
 
 
 def model_name(gguf: Path) -> str:

@@ -6,6 +6,7 @@ Shapes: https://platform.openai.com/docs/api-reference/chat and https://platform
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import msgspec
@@ -32,7 +33,7 @@ def usage(account: Account) -> dict[str, Any]:
     }
 
 
-class Format:
+class Format(ABC):
     """What chat and completions share: the envelope around ``choices``."""
 
     id_prefix: ClassVar[str]
@@ -68,11 +69,13 @@ class Format:
         # A client that asked for usage sees the field, null, in every chunk but the last.
         return chunk | {"usage": None} if self._include_usage else chunk
 
+    @abstractmethod
     def _delta_choice(self, text: str, reason: FinishReason | None) -> dict[str, Any]:
-        raise NotImplementedError
+        """The choice of a chunk."""
 
+    @abstractmethod
     def _message(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+        """The text in a whole answer's choice."""
 
 
 class ChatFormat(Format):

@@ -32,7 +32,7 @@ name      id  payload for N elements                                            
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -69,6 +69,14 @@ def _count(outs: Sequence[Elements]) -> int:
     return sum(out.size for out in outs)
 
 
+def _spans(outs: Sequence[Elements]) -> Iterator[tuple[Elements, slice]]:
+    """Each destination with the range of the frame's elements that belongs into it."""
+    at = 0
+    for out in outs:
+        yield out, slice(at, at + out.size)
+        at += out.size
+
+
 def _expect(payload: Payload, expected_bytes: int) -> None:
     if len(payload) != expected_bytes:
         raise CodecError(f"payload has {len(payload)} bytes, its elements need {expected_bytes}")
@@ -82,10 +90,8 @@ def _encode_raw(elements: Elements, element: Element, _planes: Sequence[int], _t
 def _decode_raw(payload: Payload, element: Element, cells: Element, outs: Sequence[Elements], _tokens: range) -> None:
     _expect(payload, 2 * _count(outs))
     source = np.frombuffer(payload, np.dtype("<u2"))
-    at = 0
-    for out in outs:
-        require_finite(kernels.convert(source[at : at + out.size], out, element, cells), cells)
-        at += out.size
+    for out, span in _spans(outs):
+        require_finite(kernels.convert(source[span], out, element, cells), cells)
 
 
 def _compress_lz4(plane: Bytes) -> bytes:
@@ -132,11 +138,8 @@ def _decode_split(
         raise CodecError(f"high plane decodes to {len(high)} bytes, not {count}")
     high_plane = np.frombuffer(high, np.uint8)
     low_plane = np.frombuffer(view[_LENGTH.size : _LENGTH.size + count], np.uint8)
-    at = 0
-    for out in outs:
-        span = slice(at, at + out.size)
+    for out, span in _spans(outs):
         require_finite(kernels.merge(high_plane[span], low_plane[span], out, element, cells), cells)
-        at += out.size
 
 
 def _quantized_bytes(count: int, code_bits: int) -> int:
@@ -161,11 +164,9 @@ def _decode_q8(payload: Payload, _element: Element, cells: Element, outs: Sequen
     _expect(payload, sum(_quantized_bytes(out.size, 8) for out in outs))
     scales, codes = _scales_and_codes(np.frombuffer(payload, np.uint8), _count(outs))
     require_finite(kernels.largest(scales), Element.F16)
-    at = 0
-    for out in outs:
-        end = at + out.size
-        require_finite(kernels.dequantize_q8(scales[at // BLOCK : end // BLOCK], codes[at:end], out, cells), cells)
-        at = end
+    for out, span in _spans(outs):
+        out_scales = scales[span.start // BLOCK : span.stop // BLOCK]
+        require_finite(kernels.dequantize_q8(out_scales, codes[span], out, cells), cells)
 
 
 def _k8v4_bytes(planes: Sequence[int]) -> list[int]:
