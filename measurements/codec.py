@@ -76,7 +76,9 @@ def measure(rounds: int, console: Console) -> list[Sample]:
         model.close()
         # The longest prompt has a whole chunk.
         longest = max(held["bf16"], key=lambda prompt: len(prompt.prompt))
-        whole = [frame for frame in kv.frames_of(longest, geometry, link) if len(frame.tokens) == link.chunk_tokens]
+        whole = [
+            frame for frame in kv.frames_of(longest, geometry, link) if len(frame.slab.tokens) == link.chunk_tokens
+        ]
         timing = progress.add_task("speed", total=rounds * (len(CODECS) + 1))
         for sample in speeds(whole, rounds):
             samples.append(sample)
@@ -127,17 +129,17 @@ def speeds(frames: Sequence[Frame], rounds: int) -> Iterator[Sample]:
 
     GB/s of 16-bit elements. The order shifts by one each round; one round more, the first, is not counted.
     """
-    outs = [[np.empty(size, np.uint16) for size in frame.planes] for frame in frames]
+    outs = [[np.empty(size, np.uint16) for size in frame.slab.planes] for frame in frames]
     copies = [np.empty_like(frame.elements) for frame in frames]
     payloads: dict[str, list[Payload]] = {}
     num_bytes = sum(frame.elements.nbytes for frame in frames)
 
     def encode(codec: Codec) -> None:
-        payloads[codec.name] = [codec.encode(f.elements, Element.BF16, f.planes, f.tokens) for f in frames]
+        payloads[codec.name] = [codec.encode(f.elements, Element.BF16, f.slab) for f in frames]
 
     def decode(codec: Codec) -> None:
         for frame, payload, planes in zip(frames, payloads[codec.name], outs, strict=True):
-            codec.decode(payload, Element.BF16, Element.F16, planes, frame.tokens)
+            codec.decode(payload, Element.BF16, Element.F16, planes, frame.slab.tokens)
 
     def copy() -> None:
         for frame, target in zip(frames, copies, strict=True):

@@ -15,7 +15,7 @@ from transfer.config import Link
 from transfer.errors import ConfigError, EngineError
 from transfer.frames import Element
 from transfer.geometry import KVGeometry
-from transfer.layout import Elements, ElementType, layers_per_frame, plane_elements
+from transfer.layout import Elements, ElementType, Slab, layers_per_frame
 
 # Tokens of each text that are not prompt but continuation, known to all who predict them.
 CONTINUATION_TOKENS = 48
@@ -34,11 +34,10 @@ class PromptKV(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """Elements of some layers of some tokens, as the prefill node would encode them at once."""
+    """A slab and its elements, as the prefill node would encode them at once."""
 
-    tokens: range
     first_layer: int
-    planes: tuple[int, ...]
+    slab: Slab
     elements: Elements
 
 
@@ -99,8 +98,7 @@ def frames_of(kv: PromptKV, geometry: KVGeometry, link: Link) -> Iterator[Frame]
         for first in range(0, geometry.num_layers, group):
             planes = kv.planes[2 * first : 2 * (first + group)]
             rows = [plane.reshape(len(kv.prompt), -1)[tokens.start : tokens.stop].reshape(-1) for plane in planes]
-            sizes = plane_elements(geometry, len(tokens)) * (len(planes) // 2)
-            yield Frame(tokens, first, sizes, np.concatenate(rows))
+            yield Frame(first, Slab(geometry, len(planes) // 2, tokens), np.concatenate(rows))
 
 
 def through(
@@ -110,14 +108,15 @@ def through(
     chunks: dict[int, ChunkState] = {}
     wire_bytes = 0
     for frame in frames:
-        payload = codec.encode(frame.elements, element, frame.planes, frame.tokens)
+        payload = codec.encode(frame.elements, element, frame.slab)
         wire_bytes += len(payload)
-        start, count = frame.tokens.start, len(frame.tokens)
+        tokens = frame.slab.tokens
+        start, count = tokens.start, len(tokens)
         if start not in chunks:
             buffer = np.zeros(state_bytes(geometry, count), np.uint8)
             chunks[start] = ChunkState(buffer, geometry, "f16", start, count)
-        outs = chunks[start].planes(frame.first_layer, len(frame.planes) // 2)
-        codec.decode(payload, element, Element.F16, outs, frame.tokens)
+        outs = chunks[start].planes(frame.first_layer, frame.slab.num_layers)
+        codec.decode(payload, element, Element.F16, outs, tokens)
     return list(chunks.values()), wire_bytes
 
 

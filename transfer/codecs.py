@@ -44,7 +44,7 @@ from transfer import entropy, kernels, kvz
 from transfer.errors import CodecError
 from transfer.frames import Element
 from transfer.kernels import BLOCK, require_finite
-from transfer.layout import Bytes, Elements, Payload
+from transfer.layout import Bytes, Elements, Payload, Slab
 
 _LENGTH = struct.Struct("<I")
 
@@ -52,16 +52,15 @@ _LENGTH = struct.Struct("<I")
 class Codec(NamedTuple):
     """One row of the table.
 
-    ``encode(elements, element, planes, tokens)`` returns the payload of ``elements``, contiguous uint16 ``[n]``;
-    ``raw``'s payload is a view of them. ``planes`` are the elements of each plane, K and V in turn; ``tokens`` are the
-    positions in the prompt that each plane holds. ``decode(payload, element, cells, outs, tokens)`` fills ``outs``, one
-    contiguous uint16 array of cell type ``cells`` for each plane. Both raise :class:`CodecError`; a failed decode
-    leaves ``outs`` partly written.
+    ``encode(elements, element, slab)`` returns the payload of ``elements``, contiguous uint16 ``[n]``: the planes of
+    ``slab``; ``raw``'s payload is a view of them. ``decode(payload, element, cells, outs, tokens)`` fills ``outs``, one
+    contiguous uint16 array of cell type ``cells`` for each plane, which holds the positions ``tokens`` of the prompt.
+    Both raise :class:`CodecError`; a failed decode leaves ``outs`` partly written.
     """
 
     name: str
     wire_id: int
-    encode: Callable[[Elements, Element, Sequence[int], range], Payload]
+    encode: Callable[[Elements, Element, Slab], Payload]
     decode: Callable[[Payload, Element, Element, Sequence[Elements], range], None]
 
 
@@ -82,7 +81,7 @@ def _expect(payload: Payload, expected_bytes: int) -> None:
         raise CodecError(f"payload has {len(payload)} bytes, its elements need {expected_bytes}")
 
 
-def _encode_raw(elements: Elements, element: Element, _planes: Sequence[int], _tokens: range) -> Payload:
+def _encode_raw(elements: Elements, element: Element, _slab: Slab) -> Payload:
     require_finite(kernels.largest(elements), element)
     return elements.view(np.uint8).data
 
@@ -105,9 +104,7 @@ def _decompress_lz4(packed: memoryview, num_bytes: int) -> bytes:
         raise CodecError(f"lz4 plane is corrupt: {error}") from None
 
 
-def _encode_split(
-    compress: Callable[[Bytes], bytes], elements: Elements, element: Element, _planes: Sequence[int], _tokens: range
-) -> Payload:
+def _encode_split(compress: Callable[[Bytes], bytes], elements: Elements, element: Element, _slab: Slab) -> Payload:
     count = elements.size
     planes = np.empty((2, count), np.uint8)
     require_finite(kernels.split(elements, planes[0], planes[1], element), element)
@@ -153,8 +150,8 @@ def _scales_and_codes(payload: Bytes, count: int) -> tuple[npt.NDArray[np.uint16
     return payload[:scale_bytes].view(np.dtype("<u2")), payload[scale_bytes:]
 
 
-def _encode_q8(elements: Elements, element: Element, _planes: Sequence[int], _tokens: range) -> Payload:
-    payload = np.empty(_quantized_bytes(elements.size, 8), np.uint8)
+def _encode_q8(elements: Elements, element: Element, slab: Slab) -> Payload:
+    payload = np.empty(sum(_quantized_bytes(count, 8) for count in slab.planes), np.uint8)
     scales, codes = _scales_and_codes(payload, elements.size)
     require_finite(kernels.quantize_q8(elements, scales, codes, element), Element.F16)
     return payload.data
@@ -170,16 +167,14 @@ def _decode_q8(payload: Payload, _element: Element, cells: Element, outs: Sequen
 
 
 def _k8v4_bytes(planes: Sequence[int]) -> list[int]:
-    if len(planes) % 2:
-        raise CodecError(f"k8v4 needs a V plane for each K plane, not {len(planes)} planes")
     return [_quantized_bytes(count, (8, 4)[index % 2]) for index, count in enumerate(planes)]
 
 
-def _encode_k8v4(elements: Elements, element: Element, planes: Sequence[int], _tokens: range) -> Payload:
-    sizes_bytes = _k8v4_bytes(planes)
+def _encode_k8v4(elements: Elements, element: Element, slab: Slab) -> Payload:
+    sizes_bytes = _k8v4_bytes(slab.planes)
     payload = np.empty(sum(sizes_bytes), np.uint8)
     first, at = 0, 0
-    for index, (count, size_bytes) in enumerate(zip(planes, sizes_bytes, strict=True)):
+    for index, (count, size_bytes) in enumerate(zip(slab.planes, sizes_bytes, strict=True)):
         scales, codes = _scales_and_codes(payload[at : at + size_bytes], count)
         quantize = kernels.quantize_q4 if index % 2 else kernels.quantize_q8
         require_finite(quantize(elements[first : first + count], scales, codes, element), Element.F16)

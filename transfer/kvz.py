@@ -34,7 +34,7 @@ from transfer import entropy, kernels
 from transfer.errors import CodecError
 from transfer.frames import Element
 from transfer.kernels import BYTES_IN, BYTES_OUT, ELEMENTS_IN, ELEMENTS_OUT, load_bf16, load_f16, store_bf16, store_f16
-from transfer.layout import Elements, Payload
+from transfer.layout import Elements, Payload, Slab
 
 SINK_TOKENS = 4
 _ESCAPES = struct.Struct("<I")
@@ -60,10 +60,10 @@ class _Plane(NamedTuple):
     code_part: slice
 
 
-def encode(ratios: Ratios, elements: Elements, element: Element, planes: Sequence[int], tokens: range) -> Payload:
+def encode(ratios: Ratios, elements: Elements, element: Element, slab: Slab) -> Payload:
     """The payload of ``elements``; see :class:`transfer.codecs.Codec`."""
     kernels.require_finite(kernels.largest(elements), element)
-    places = _places(planes, tokens)
+    places = _places(slab.planes, slab.tokens)
     num_channels, num_sinks, num_codes = _ends(places)
     steps = np.zeros(len(places), np.dtype("<f4"))
     means, sinks = np.zeros(num_channels, np.dtype("<u2")), np.empty(num_sinks, np.dtype("<u2"))

@@ -12,7 +12,7 @@ conversion permutes the weights of NORM-rope architectures so that pairs are nei
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,19 @@ def plane_elements(geometry: KVGeometry, num_tokens: int) -> tuple[int, int]:
     """Elements of the K plane and of the V plane of one layer."""
     heads = geometry.num_kv_heads
     return num_tokens * heads * geometry.head_dim_k, num_tokens * heads * geometry.head_dim_v
+
+
+class Slab(NamedTuple):
+    """What the elements of a frame are: ``num_layers`` layers of the tokens at the positions ``tokens`` of a prompt."""
+
+    geometry: KVGeometry
+    num_layers: int
+    tokens: range
+
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """Elements of each plane, K and V in turn."""
+        return plane_elements(self.geometry, len(self.tokens)) * self.num_layers
 
 
 def frame_elements(geometry: KVGeometry, num_tokens: int, num_layers: int) -> int:

@@ -7,7 +7,7 @@ from transfer import messages
 from transfer.codecs import CODECS
 from transfer.frames import Element, Header, Kind
 from transfer.geometry import KVGeometry
-from transfer.layout import plane_elements
+from transfer.layout import Slab
 from transfer.stages import DecodeReport, SenderReport
 
 TICKET = bytes(range(16))
@@ -37,7 +37,7 @@ DECODE_REPORT = DecodeReport(prompt_tokens=2, completion_tokens=1, kv_raw_bytes=
 
 def _data(codec: str, element: Element) -> tuple[Header, bytes]:
     # A plane must hold a whole block of 32.
-    num_tokens, num_layers = (4, 1) if codec == "k8v4" else (2, 2)
+    num_tokens, num_layers = (4, 1) if codec in ("q8", "k8v4") else (2, 2)
     header = Header(
         kind=Kind.DATA,
         ticket=TICKET,
@@ -49,8 +49,8 @@ def _data(codec: str, element: Element) -> tuple[Header, bytes]:
         first_layer=0,
         num_layers=num_layers,
     )
-    planes = plane_elements(GEOMETRY, num_tokens) * num_layers
-    return header, bytes(CODECS[codec].encode(ELEMENTS, element, planes, range(512, 512 + num_tokens)))
+    slab = Slab(GEOMETRY, num_layers, range(512, 512 + num_tokens))
+    return header, bytes(CODECS[codec].encode(ELEMENTS, element, slab))
 
 
 def frames() -> dict[str, tuple[Header, bytes]]:

@@ -72,11 +72,11 @@ def test_frames_hold_every_element_once() -> None:
     ]
     whole = kv.PromptKV("p", list(range(tokens)), [], planes)
     frames = list(kv.frames_of(whole, GEOMETRY, Link(chunk_tokens=4)))
-    assert [(f.tokens, f.first_layer) for f in frames] == [(range(4), 0), (range(4, 8), 0), (range(8, 11), 0)]
+    assert [(f.slab.tokens, f.first_layer) for f in frames] == [(range(4), 0), (range(4, 8), 0), (range(8, 11), 0)]
     landed = [[] for _ in planes]
     for frame in frames:
-        assert frame.planes == plane_elements(GEOMETRY, len(frame.tokens)) * GEOMETRY.num_layers
-        for parts, part in zip(landed, np.split(frame.elements, np.cumsum(frame.planes)[:-1]), strict=True):
+        assert frame.slab.num_layers == GEOMETRY.num_layers
+        for parts, part in zip(landed, np.split(frame.elements, np.cumsum(frame.slab.planes)[:-1]), strict=True):
             parts.append(part)
     assert all(np.array_equal(np.concatenate(parts), plane) for parts, plane in zip(landed, planes, strict=True))
 

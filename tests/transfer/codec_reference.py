@@ -6,8 +6,20 @@ Elements are uint16 bit patterns; ``kind`` is ``"bf16"`` or ``"f16"``. Only fini
 import struct
 
 import lz4.block
+import msgspec
 import numpy as np
 import zstandard
+
+from tests.golden.examples import GEOMETRY
+from transfer.layout import Slab
+
+
+def slab_of(planes, tokens):
+    """The slab with these planes, K and V in turn, the same in every layer."""
+    assert list(planes) == list(planes[:2]) * (len(planes) // 2)
+    k_channels, v_channels = (plane // len(tokens) if tokens else plane for plane in planes[:2])
+    geometry = msgspec.structs.replace(GEOMETRY, num_kv_heads=1, head_dim_k=k_channels, head_dim_v=v_channels)
+    return Slab(geometry, len(planes) // 2, tokens)
 
 
 def to_float(elements, kind):

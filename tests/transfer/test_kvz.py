@@ -19,7 +19,7 @@ cell_kinds = pytest.mark.parametrize("cells", KINDS)
 
 
 def encode(name, elements, kind, planes, tokens):
-    return bytes(CODECS[name].encode(elements, KINDS[kind], planes, tokens))
+    return bytes(CODECS[name].encode(elements, KINDS[kind], reference.slab_of(planes, tokens)))
 
 
 def decode(name, payload, kind, cells, planes, tokens):
@@ -33,7 +33,7 @@ def frames(draw, kind):
     """(elements, planes, tokens) of up to two layers; values up to 1000, some channels large, outliers among them."""
     tokens = range(draw(st.integers(0, 6)), 0)
     tokens = range(tokens.start, tokens.start + draw(st.integers(1, 12)))
-    channels = draw(st.lists(st.integers(1, 9), min_size=1, max_size=2)) * 2
+    channels = [draw(st.integers(1, 9)), draw(st.integers(1, 9))] * draw(st.integers(1, 2))
     planes = [len(tokens) * count for count in channels]
     noise = draw(hnp.arrays(np.float32, sum(planes), elements=st.floats(-1, 1, width=32)))
     scale = draw(st.sampled_from([0, 1e-30, 1e-4, 1, 1000]))
@@ -98,10 +98,10 @@ def test_escapes_and_the_first_four_tokens_are_exact(name, kind):
 
 
 def test_only_the_first_tokens_of_the_prompt_are_kept():
-    elements = frame_with_outliers("bf16")[0][4096:8192]
-    sizes = {start: len(encode("kvz1", elements, "bf16", [4096], range(start, start + 512))) for start in (0, 3, 4, 99)}
+    elements, planes = frame_with_outliers("bf16")[0][4096:8192], [4096, 0]
+    sizes = {start: len(encode("kvz1", elements, "bf16", planes, range(start, start + 512))) for start in (0, 3, 4, 99)}
     assert sizes[0] > sizes[3] > sizes[4] == sizes[99]
-    decoded = decode("kvz1", encode("kvz1", elements, "bf16", [4096], range(512)), "bf16", "bf16", [4096], range(512))
+    decoded = decode("kvz1", encode("kvz1", elements, "bf16", planes, range(512)), "bf16", "bf16", planes, range(512))
     assert np.array_equal(decoded[:32], elements[:32])
 
 
@@ -169,12 +169,10 @@ def test_payloads_that_contradict_themselves_are_refused(payload, words):
 def test_planes_that_are_no_whole_rows_are_refused():
     for planes, tokens in (([10], range(3)), ([8], range(5, 5))):
         with pytest.raises(CodecError, match="whole rows"):
-            encode("kvz1", np.zeros(sum(planes), np.uint16), "bf16", planes, tokens)
-        with pytest.raises(CodecError, match="whole rows"):
             decode("kvz1", bytes(100), "bf16", "f16", planes, tokens)
 
 
 def test_a_mean_beyond_f16_is_refused():
     elements = reference.from_float(np.full(64, 1e6, np.float32), "bf16")
     with pytest.raises(CodecError, match="too large for f16"):
-        encode("kvz1", elements, "bf16", [64], range(8))
+        encode("kvz1", elements, "bf16", [64, 0], range(8))

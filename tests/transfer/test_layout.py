@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.golden.examples import GEOMETRY
-from transfer.layout import frame_elements, interleaved_index, layers_per_frame, plane_elements
+from transfer.layout import Slab, frame_elements, interleaved_index, layers_per_frame, plane_elements
 
 LLAMA_8B = msgspec.structs.replace(GEOMETRY, num_layers=32, num_kv_heads=8, head_dim_k=128, head_dim_v=128)
 UNEVEN = msgspec.structs.replace(GEOMETRY, num_layers=5, num_kv_heads=3, head_dim_k=24, head_dim_v=16)
@@ -16,6 +16,10 @@ def test_planes_and_frames_of_a_known_model():
     # 128 KiB a token at 16 bits.
     assert 2 * frame_elements(LLAMA_8B, 1, 32) == 128 << 10
     assert frame_elements(LLAMA_8B, 1, 32) == LLAMA_8B.elements_per_token
+
+
+def test_a_slab_has_planes_of_k_and_v_in_turn():
+    assert Slab(UNEVEN, 2, range(5, 12)).planes == (7 * 72, 7 * 48, 7 * 72, 7 * 48)
 
 
 def test_k_and_v_may_differ_in_width():

@@ -9,6 +9,7 @@ from tests.transfer.kv_plane import FRAME_BYTES, GEOMETRY, TOKEN_BYTES, Worker, 
 from transfer.codecs import CODECS
 from transfer.errors import CodecError, LinkError, ProtocolError
 from transfer.frames import Element, Header, Kind, pack
+from transfer.layout import Slab
 from transfer.messages import Cancel, Credit, Failure, SenderHello, SenderWelcome, decode_from_receiver, encode
 from transfer.stages import SenderReport
 
@@ -275,7 +276,7 @@ def test_arbitrary_messages_leave_the_receiver_working(lasting, parts):
     ),
     payload=st.binary(max_size=100)
     | st.just(PAYLOAD)
-    | st.just(bytes(CODECS["q8"].encode(LAYER, Element.BF16, [LAYER.size], range(1)))),
+    | st.just(bytes(CODECS["q8"].encode(LAYER, Element.BF16, Slab(GEOMETRY, 1, range(TOKENS))))),
 )
 def test_well_formed_nonsense_ends_its_transfer_or_is_ignored(lasting, fields, payload):
     worker, peer = lasting
