@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 
 import structlog
@@ -60,6 +61,8 @@ class Engine:
         self._batch_tokens = batch_tokens
         self._emit = emit
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        # Chunks, and the words that their transfers are complete, in the order in which they came.
+        self._landed: deque[Callable[[], None]] = deque()
         self._sequences: dict[str, Sequence] = {}
         self._running: list[Sequence] = []
         self.running_sequences = 0
@@ -80,11 +83,11 @@ class Engine:
 
     def land(self, request_id: str, chunk: ChunkState) -> None:
         """Inject ``chunk`` between two steps; :class:`Injected` gives the buffer back, whatever happens."""
-        self._inbox.put(lambda: self._inject(request_id, chunk))
+        self._inbox.put(lambda: self._landed.append(lambda: self._inject(request_id, chunk)))
 
     def complete(self, request_id: str, report: LandingReport) -> None:
         """All chunks of a request have been handed over."""
-        self._inbox.put(lambda: self._complete(request_id, report))
+        self._inbox.put(lambda: self._landed.append(lambda: self._complete(request_id, report)))
 
     def begin(self, request_id: str, first_token: int | None, *, first_text_sent: bool) -> None:
         """Start decoding when the KV is there; see :class:`~transfer.messages.Start`."""
@@ -112,6 +115,7 @@ class Engine:
             self._calibrate()
             self._calibrated.set()
             while self._drain():
+                self._land()
                 self._expire()
                 if self._running:
                     self._step()
@@ -125,7 +129,7 @@ class Engine:
     def _drain(self) -> bool:
         """Handle what waits in the inbox; sleep only when no sequence runs. False: stop."""
         try:
-            action = self._inbox.get(block=not self._running, timeout=IDLE_POLL_S)
+            action = self._inbox.get(block=not self._running and not self._landed, timeout=IDLE_POLL_S)
             while True:
                 if action is None:
                     return False
@@ -133,6 +137,14 @@ class Engine:
                 action = self._inbox.get_nowait()
         except queue.Empty:
             return True
+
+    def _land(self) -> None:
+        """Inject what has landed: everything while no sequence runs, else one chunk a step, so that ITL stays even."""
+        while self._landed:
+            paused = bool(self._running)
+            self._landed.popleft()()
+            if paused:
+                return
 
     def _inject(self, request_id: str, chunk: ChunkState) -> None:
         sequence = self._sequences.get(request_id)

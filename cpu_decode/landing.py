@@ -63,8 +63,21 @@ class LandingReport(NamedTuple):
     decode_frame_ns: int
 
 
+class OpenChunk:
+    """A chunk that is being filled, and the layer that is due in it."""
+
+    def __init__(self, state: ChunkState) -> None:
+        self.state = state
+        self.tokens = range(state.start_token, state.start_token + state.num_tokens)
+        self.next_layer = 0
+
+
 class LandingPlace:
-    """One ticket's sink: token ranges in order, every layer of each, nothing twice, nothing missing."""
+    """One ticket's sink: token ranges in order, every layer of each, nothing twice, nothing missing.
+
+    Several chunks may be open at once, for the prefill node computes a layer for all tokens of a step before it comes
+    to the next layer; an earlier chunk is never behind a later one.
+    """
 
     def __init__(
         self,
@@ -89,9 +102,8 @@ class LandingPlace:
         self.credit_chunks = credit_chunks
         self._on_chunk, self._on_end, self._on_fail = on_chunk, on_end, on_fail
         self._next_token = 0
-        self._next_layer = 0
         self._chunks = 0
-        self._current: ChunkState | None = None
+        self._open: list[OpenChunk] = []
         self._first_frame_ns = 0
         self._decode_frame_ns = 0
 
@@ -99,55 +111,60 @@ class LandingPlace:
         """Decode one frame into its place; raises :class:`ProtocolError` or :class:`CodecError`."""
         began = time.monotonic_ns()
         self._first_frame_ns = self._first_frame_ns or began
-        self._check(header)
-        chunk = self._current or self._open_chunk(header)
-        planes = chunk.planes(header.first_layer, header.num_layers)
-        tokens = range(header.start_token, header.start_token + header.num_tokens)
-        self._codec.decode(payload, header.element, _ELEMENT[self._cell_type], planes, tokens)
-        self._next_layer += header.num_layers
+        chunk = self._due(header)
+        planes = chunk.state.planes(header.first_layer, header.num_layers)
+        self._codec.decode(payload, header.element, _ELEMENT[self._cell_type], planes, chunk.tokens)
+        chunk.next_layer += header.num_layers
         self._decode_frame_ns += time.monotonic_ns() - began
-        if self._next_layer == self._geometry.num_layers:
-            self._next_token += chunk.num_tokens
-            self._next_layer = 0
-            self._current = None
-            self._on_chunk(chunk)
+        if chunk.next_layer == self._geometry.num_layers:
+            self._open.remove(chunk)
+            self._on_chunk(chunk.state)
 
     def end(self, report: SenderReport) -> None:
         """Check that the prompt is covered and pass the report on."""
-        if not self._next_token == report.num_tokens == self._num_tokens or self._current is not None:
+        if not self._next_token == report.num_tokens == self._num_tokens or self._open:
+            landed = self._open[0].tokens.start if self._open else self._next_token
             raise ProtocolError(
-                f"transfer ended with {self._next_token} of {self._num_tokens} tokens landed, {report.num_tokens} sent"
+                f"transfer ended with {landed} of {self._num_tokens} tokens landed, {report.num_tokens} sent"
             )
         wire_ns = time.monotonic_ns() - self._first_frame_ns
         self._on_end(LandingReport(report, wire_ns, self._decode_frame_ns))
 
     def fail(self, error: IsthmusError) -> None:
-        """Give the half-filled buffer back and pass the error on."""
+        """Give half-filled buffers back and pass the error on."""
         self.release()
         self._on_fail(error)
 
     def release(self) -> None:
-        """Give the half-filled buffer back."""
-        if self._current is not None:
-            self._pool.give_back(self._current.buffer)
-            self._current = None
+        """Give half-filled buffers back."""
+        for chunk in self._open:
+            self._pool.give_back(chunk.state.buffer)
+        self._open.clear()
 
-    def _check(self, header: Header) -> None:
+    def _due(self, header: Header) -> OpenChunk:
+        """The open chunk that ``header`` continues, or the one that it opens."""
         if header.codec != self._codec.wire_id:
             raise ProtocolError(f"frame uses codec {header.codec}, the ticket says {self._codec.wire_id}")
-        num_tokens = self._current.num_tokens if self._current else header.num_tokens
-        due = (self._next_token, num_tokens, self._next_layer)
-        came = (header.start_token, header.num_tokens, header.first_layer)
-        if came != due:
-            raise ProtocolError(f"frame has (token, count, layer) {came} where {due} was due")
-        fits = 1 <= num_tokens <= min(self._chunk_tokens, self._num_tokens - self._next_token)
-        if not fits or not 1 <= header.num_layers <= self._geometry.num_layers - self._next_layer:
-            raise ProtocolError(f"frame of {num_tokens} tokens and {header.num_layers} layers does not fit its ticket")
+        tokens = range(header.start_token, header.start_token + header.num_tokens)
+        at = next((at for at, chunk in enumerate(self._open) if chunk.tokens.start == tokens.start), len(self._open))
+        known = self._open[at] if at < len(self._open) else None
+        due = (known.tokens, known.next_layer) if known else (range(self._next_token, max(tokens.stop, 0)), 0)
+        if (tokens, header.first_layer) != due:
+            raise ProtocolError(f"frame has tokens {tokens} from layer {header.first_layer} where {due} was due")
+        ahead = self._open[at - 1].next_layer if at else self._geometry.num_layers
+        if not 1 <= header.num_layers <= ahead - header.first_layer:
+            raise ProtocolError(
+                f"frame of layers from {header.first_layer}, {header.num_layers} of them, is not due yet"
+            )
+        return known or self._open_chunk(tokens)
 
-    def _open_chunk(self, header: Header) -> ChunkState:
+    def _open_chunk(self, tokens: range) -> OpenChunk:
+        if not 1 <= len(tokens) <= min(self._chunk_tokens, self._num_tokens - tokens.start):
+            raise ProtocolError(f"chunk of {len(tokens)} tokens from {tokens.start} does not fit its ticket")
         if self._chunks == self.credit_chunks:
             raise ProtocolError(f"chunk {self._chunks + 1} came without a credit")
         self._chunks += 1
-        buffer = self._pool.take()
-        self._current = ChunkState(buffer, self._geometry, self._cell_type, header.start_token, header.num_tokens)
-        return self._current
+        state = ChunkState(self._pool.take(), self._geometry, self._cell_type, tokens.start, len(tokens))
+        self._next_token = tokens.stop
+        self._open.append(OpenChunk(state))
+        return self._open[-1]

@@ -85,6 +85,7 @@ class Sequence:
             costs = {
                 "kv_raw_bytes": sender.kv_raw_bytes,
                 "kv_wire_bytes": sender.kv_wire_bytes,
+                "kv_resent_frames": sender.resent_frames,
                 "gather_ns": sender.gather_ns,
                 "encode_ns": sender.encode_ns,
                 "d2h_ns": sender.d2h_ns,

@@ -26,6 +26,7 @@ from transfer import codecs
 from transfer.config import Decode, Link
 from transfer.errors import IsthmusError, ProtocolError, RequestError
 from transfer.geometry import KVGeometry, require_same
+from transfer.keys import Doorkeeper, ServerKeys, secure_server
 from transfer.messages import (
     MAX_MESSAGE_BYTES,
     Abort,
@@ -69,7 +70,15 @@ class Admitted:
 class Worker:
     """One llama.cpp context behind a control socket and a KV socket."""
 
-    def __init__(self, model: Model, context: Context, geometry: KVGeometry, decode: Decode, link: Link) -> None:
+    def __init__(
+        self,
+        model: Model,
+        context: Context,
+        geometry: KVGeometry,
+        decode: Decode,
+        link: Link,
+        keys: ServerKeys | None = None,
+    ) -> None:
         self.name = f"{decode.advertise_host}:{decode.control_port}"
         self._geometry = geometry
         self._model = model
@@ -85,18 +94,30 @@ class Worker:
         self._stopping = threading.Event()
         self.engine = Engine(context, batch_tokens=decode.prefill_batch_tokens, emit=self._post)
         self._zmq: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._doorkeeper = Doorkeeper(self._zmq, keys) if keys else None
         self._control = self._zmq.socket(zmq.ROUTER)
         self._control.maxmsgsize = MAX_MESSAGE_BYTES
         self._control.sndhwm = self._control.rcvhwm = 10_000
         self._control.linger = 200
         self._control.router_mandatory = True
+        if keys:
+            secure_server(self._control, keys, "proxy")
         self._control.bind(_endpoint(decode.host, decode.control_port))
-        self._receiver = KVReceiver(self._zmq, _endpoint(decode.host, decode.kv_port), geometry, link.frame_mib << 20)
+        self._receiver = KVReceiver(
+            self._zmq,
+            decode.host,
+            geometry,
+            frame_bytes=link.frame_mib << 20,
+            control_port=decode.kv_control_port,
+            frames_port=decode.kv_port,
+            seal=link.seal,
+            keys=keys,
+        )
 
     def run(self) -> None:
         """Serve until :meth:`stop`, or until the engine fails (raises its :class:`EngineError`)."""
         poller = zmq.Poller()
-        for source in (self._control, self._receiver.socket, self._wake):
+        for source in (self._control, self._receiver.control, self._receiver.frames, self._wake):
             poller.register(source, zmq.POLLIN)
         self.engine.start()
         log.info("decode worker is ready", worker=self.name, prefill=self.engine.prefill_basis)
@@ -114,6 +135,8 @@ class Worker:
             self.engine.stop()
             self._control.close()
             self._receiver.close()
+            if self._doorkeeper:
+                self._doorkeeper.close()
             self._zmq.term()
             os.close(self._wake)
         if self.engine.failed is not None and not self._stopping.is_set():
@@ -276,7 +299,7 @@ class Worker:
             on_end=lambda report: self.engine.complete(request_id, report),
             on_fail=lambda error: self.engine.fail(request_id, error),
         )
-        self._receiver.expect(ticket, request.landing)
+        self._receiver.expect(ticket, request.landing, request.reserved_buffers)
 
     def _check_owner(self, client: bytes, request_id: str) -> None:
         request = self._requests.get(request_id)

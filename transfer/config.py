@@ -10,6 +10,7 @@ import msgspec
 from transfer.codecs import CODECS
 from transfer.errors import ConfigError
 from transfer.layout import ElementType
+from transfer.seal import SealName
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -49,13 +50,15 @@ class Prefill(Section, frozen=True, kw_only=True):
 class Decode(Section, frozen=True, kw_only=True):
     """The llama.cpp node. ``advertise_host`` is the name under which the prefill node reaches it.
 
-    ``threads`` 0 takes every physical core the process may use. ``landing_mib`` bounds chunks that wait for injection.
+    The prefill node introduces itself at ``kv_control_port`` and sends KV to ``kv_port``. ``threads`` 0 takes every
+    physical core the process may use. ``landing_mib`` bounds chunks that wait for injection.
     """
 
     host: str = "127.0.0.1"
     advertise_host: str = "127.0.0.1"
     control_port: Port = 8102
     kv_port: Port = 8103
+    kv_control_port: Port = 8104
     num_cells: Count = 16384
     max_sequences: Annotated[int, msgspec.Meta(ge=1, le=255)] = 16
     cell_type: ElementType = "f16"
@@ -75,13 +78,25 @@ class Proxy(Section, frozen=True, kw_only=True):
 
 
 class Link(Section, frozen=True, kw_only=True):
-    """The KV plane between prefill and decode."""
+    """The KV plane between prefill and decode.
+
+    A request may have ``credit_chunks`` chunks of ``chunk_tokens`` tokens on the way: that bounds its landing memory,
+    and the tokens of a prefill step whose layers can leave while later ones are computed. ``seal`` protects the frames:
+    ``aes-gcm`` hides and authenticates them, ``integrity`` only authenticates, ``none`` does neither.
+    """
 
     codec: str = "raw"
+    seal: SealName = "aes-gcm"
     chunk_tokens: Count = 512
-    credit_chunks: Count = 4
+    credit_chunks: Count = 2
     frame_mib: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
     transfer_deadline_s: Seconds = 60.0
+
+
+class Keys(Section, frozen=True, kw_only=True):
+    """Where the CURVE keys are (``isthmus keys make``); empty: control sockets speak in the clear."""
+
+    dir: str = ""
 
 
 class Cluster(Section, frozen=True, kw_only=True):
@@ -92,6 +107,7 @@ class Cluster(Section, frozen=True, kw_only=True):
     decode: Decode = Decode()
     proxy: Proxy = Proxy()
     link: Link = Link()
+    keys: Keys = Keys()
 
 
 def load(path: Path) -> Cluster:

@@ -1,8 +1,8 @@
 """CURVE keys (RFC 26/CurveZMQ): who may speak to a decode worker, and how a socket is told.
 
 A key folder holds one certificate for each node, ``NAME.key`` (public) and ``NAME.key_secret``, in the format of
-``zmq.auth``. A name is a role, ``decode``, ``prefill`` or ``proxy``, with a suffix after a dash where a role has several
-holders. The workers' control socket lets in the holders of ``proxy*`` keys, their KV control socket those of
+``zmq.auth``. A name is a role, ``decode``, ``prefill`` or ``proxy``, with a suffix after a dash where a role has
+several holders. The workers' control socket lets in the holders of ``proxy*`` keys, their KV control socket those of
 ``prefill*`` keys; all workers share the ``decode`` key.
 """
 
@@ -88,7 +88,7 @@ def secure_client(socket: zmq.Socket[bytes], keys: ClientKeys) -> None:
 
 
 def secure_server(socket: zmq.Socket[bytes], keys: ServerKeys, role: Role) -> None:
-    """Let ``socket``, not yet bound, ask for CURVE and for keys of ``role``; its context needs a :class:`Doorkeeper`."""
+    """Let ``socket``, not yet bound, ask for keys of ``role``; its context needs a :class:`Doorkeeper`."""
     socket.curve_server = True
     socket.curve_publickey, socket.curve_secretkey = keys.public, keys.secret
     socket.zap_domain = role.encode()
@@ -101,7 +101,8 @@ class Doorkeeper:
         self._allowed = {role.encode(): allowed(keys.folder, role) for role in ROLES}
         self._authenticator = ThreadAuthenticator(context)
         self._authenticator.start()
-        self._authenticator.configure_curve_callback("*", credentials_provider=self)
+        for role in ROLES:
+            self._authenticator.configure_curve_callback(role, credentials_provider=self)
 
     def callback(self, domain: str, key: bytes) -> bool:
         """Whether the holder of public key ``key`` (Z85) may speak to the sockets of ``domain``; called by zmq.auth."""

@@ -1,82 +1,121 @@
-"""The prefill node's socket to one decode worker, and how far its handshake has come."""
+"""The prefill node's way to one decode worker: a control socket, a frames socket, and the session between them."""
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections import deque
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
+import msgspec
 import structlog
 import zmq
 
+from transfer import frames
 from transfer.codecs import CODECS
 from transfer.errors import LinkError
 from transfer.geometry import KVGeometry
+from transfer.keys import ClientKeys, secure_client
+from transfer.layout import Payload
 from transfer.messages import (
     Cancel,
     Credit,
     Failure,
+    Landed,
+    Resend,
     SenderHello,
     SenderWelcome,
     decode_from_receiver,
     encode,
     require_protocol,
 )
-from transfer.outgoing import Frame
+from transfer.outgoing import Unsealed
+from transfer.seal import NAMES, Seal, Sealer
 
 log = structlog.get_logger()
+
+Frame = tuple[Payload, ...]
+Word = Credit | Resend | Landed | Cancel
 
 # A worker takes frames as fast as it can land them; more in ZeroMQ's queue would only hold memory.
 SEND_HIGH_WATER_MARK_FRAMES = 4
 RECEIVE_HIGH_WATER_MARK_MESSAGES = 1000
 MAX_FAREWELLS = 1000
+# A hello that was lost is said again.
+HELLO_AGAIN_S = 1.0
+RECONNECT_MS, MAX_RECONNECT_MS = 100, 1000
+HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 5000
 
 
 class Link:
-    """A DEALER socket. Nothing is sent before the worker, as it is now, has welcomed this sender."""
+    """Nothing is sent before the worker, as it is now, has welcomed this sender."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, geometry: KVGeometry) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, geometry: KVGeometry, keys: ClientKeys | None
+    ) -> None:
         self.endpoint = endpoint
-        self.max_frame_bytes = 0
         self.used_ns = time.monotonic_ns()
-        self._hello = encode(SenderHello(geometry=geometry, codecs=tuple(CODECS)))
-        self._unanswered_hellos = 0
+        self._hello = SenderHello(geometry=geometry, codecs=tuple(CODECS))
+        self._helloed_ns = 0
+        self._awaiting_welcome = False
+        self._session: SenderWelcome | None = None
+        self._sealer: Sealer | None = None
         # ABORTs of transfers that are gone already; without them their receivers would wait for the deadline.
-        self._farewells: deque[Frame] = deque(maxlen=MAX_FAREWELLS)
-        self.socket = context.socket(zmq.DEALER)
-        self.socket.sndhwm = SEND_HIGH_WATER_MARK_FRAMES
-        self.socket.rcvhwm = RECEIVE_HIGH_WATER_MARK_MESSAGES
-        self.socket.linger = 0
+        self._farewells: deque[Unsealed] = deque(maxlen=MAX_FAREWELLS)
+        self._secure = keys is not None
+        self.control = context.socket(zmq.DEALER)
+        # The worker knows this sender again after a reconnect.
+        self.control.routing_id = b"s" + secrets.token_bytes(15)
+        self.control.sndhwm = self.control.rcvhwm = RECEIVE_HIGH_WATER_MARK_MESSAGES
+        self.frames = context.socket(zmq.PUSH)
+        self.frames.sndhwm = SEND_HIGH_WATER_MARK_FRAMES
+        for socket in (self.control, self.frames):
+            socket.linger = 0
+            socket.reconnect_ivl, socket.reconnect_ivl_max = RECONNECT_MS, MAX_RECONNECT_MS
+            socket.heartbeat_ivl, socket.heartbeat_timeout = HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS
         try:
-            self.socket.connect(endpoint)
+            if keys is not None:
+                secure_client(self.control, keys)
+            self.control.connect(endpoint)
         except zmq.ZMQError as error:
-            self.socket.close()
+            self.close()
             raise LinkError(f"cannot connect to {endpoint}: {error}") from None
 
     @property
-    def welcome(self) -> bool:
-        """Whether every hello has been answered."""
-        return self._unanswered_hellos == 0
+    def open(self) -> bool:
+        """Whether frames may be sent: the last hello has been answered."""
+        return self._session is not None and not self._awaiting_welcome
+
+    @property
+    def writable(self) -> bool:
+        """Whether the frames socket takes another frame now."""
+        return bool(self.frames.poll(0, zmq.POLLOUT))
 
     @property
     def has_farewell(self) -> bool:
         """Whether an ABORT waits to be sent."""
-        return self.welcome and bool(self._farewells)
+        return self.open and bool(self._farewells)
 
-    def hello(self) -> None:
-        """Introduce this sender; said again for every transfer, since the worker may have been restarted."""
-        self.used_ns = time.monotonic_ns()
+    @property
+    def max_frame_bytes(self) -> int:
+        """Elements that the worker takes in one frame."""
+        return self._session.max_frame_bytes if self._session else 0
+
+    def hello(self, *, renew: bool = False) -> None:
+        """Introduce this sender, at most once a second while no answer comes."""
+        now = self.used_ns = time.monotonic_ns()
+        if self._awaiting_welcome and now - self._helloed_ns < HELLO_AGAIN_S * 1e9:
+            return
         try:
-            self.socket.send(self._hello, zmq.NOBLOCK)
+            self.control.send(encode(msgspec.structs.replace(self._hello, renew=renew)), zmq.NOBLOCK)
         except zmq.Again:
-            # Hellos or frames that wait already will be answered, or the transfer's deadline will tell.
             log.info("hello could not be queued", endpoint=self.endpoint)
-        else:
-            self._unanswered_hellos += 1
+        self._awaiting_welcome, self._helloed_ns = True, now
 
-    def bid_farewell(self, frame: Frame) -> None:
+    def bid_farewell(self, abort: Unsealed) -> None:
         """Send an ABORT when the link next takes one."""
-        self._farewells.append(frame)
+        self._farewells.append(abort)
         self.flush()
 
     def flush(self) -> None:
@@ -84,28 +123,68 @@ class Link:
         while self.has_farewell and self.send(self._farewells[0]):
             self._farewells.popleft()
 
-    def send(self, frame: Frame) -> bool:
-        """Hand a frame to the socket without waiting; False if it takes none now."""
-        try:
-            self.socket.send_multipart(frame, zmq.NOBLOCK, copy=False)
-        except zmq.Again:
-            return False
-        self.used_ns = time.monotonic_ns()
-        return True
+    def send(self, frame: Unsealed) -> int:
+        """Seal a frame and hand it to the socket without waiting; the bytes it takes on the wire, 0 if it takes none.
 
-    def messages(self) -> Iterator[Credit | Cancel]:
+        A session whose counters are used up asks for the next one first.
+        """
+        if not self.writable:
+            return 0
+        if self._sealer is not None and self._sealer.exhausted:
+            self.hello(renew=True)
+            return 0
+        parts = self._wrap(frame)
+        try:
+            self.frames.send_multipart(parts, zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return 0
+        self.used_ns = time.monotonic_ns()
+        return sum(map(len, parts))
+
+    def _wrap(self, frame: Unsealed) -> Frame:
+        header, payload = frame
+        session = self._session.session if self._session else 0
+        if self._sealer is None:
+            header = msgspec.structs.replace(header, session=session)
+            return frames.pack(header, len(payload), frames.checksum(payload)), payload
+        header = msgspec.structs.replace(header, session=session, seal=self._sealer.mode)
+        counter = self._sealer.take_counter()
+        head = frames.pack(header, len(payload), counter)
+        return head, *self._sealer.seal(counter, head, payload)
+
+    def words(self) -> Iterator[Word]:
         """What the worker has said since the last call.
 
         Raises :class:`LinkError` if it refuses this sender, :class:`ProtocolError` if it cannot be understood.
         """
-        while self.socket.poll(0, zmq.POLLIN):
-            message = decode_from_receiver(self.socket.recv(zmq.NOBLOCK))
+        while self.control.poll(0, zmq.POLLIN):
+            message = decode_from_receiver(self.control.recv(zmq.NOBLOCK))
             match message:
                 case SenderWelcome():
-                    require_protocol(message.protocol)
-                    self.max_frame_bytes = message.max_frame_bytes
-                    self._unanswered_hellos = max(0, self._unanswered_hellos - 1)
+                    self._begin(message)
                 case Failure():
                     raise LinkError(f"refused this sender: {message.message}")
-                case Credit() | Cancel():
+                case _:
                     yield message
+
+    def _begin(self, welcome: SenderWelcome) -> None:
+        require_protocol(welcome.protocol)
+        self._awaiting_welcome = False
+        if welcome == self._session:
+            return
+        seal = NAMES[welcome.seal]
+        if seal is not Seal.NONE and not self._secure:
+            raise LinkError("the worker seals KV frames under a key that came in the clear: set [keys] dir on both")
+        port = self._session.frames_port if self._session else 0
+        if welcome.frames_port != port:
+            host = urlsplit(self.endpoint).hostname
+            if port:
+                self.frames.disconnect(f"tcp://{host}:{port}")
+            self.frames.connect(f"tcp://{host}:{welcome.frames_port}")
+        self._session = welcome
+        self._sealer = Sealer(welcome.key, seal) if seal is not Seal.NONE else None
+
+    def close(self, linger_ms: int = 0) -> None:
+        """Close both sockets; what the frames socket holds gets ``linger_ms`` to leave."""
+        self.control.close()
+        self.frames.close(linger=linger_ms)

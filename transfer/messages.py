@@ -2,12 +2,14 @@
 
 Two conversations use them, both over ZeroMQ DEALER (client) to ROUTER (decode worker), one message a ZeroMQ frame:
 
-=========  ==========================================  ==============================================
-plane      client to worker                            worker to client
-=========  ==========================================  ==============================================
-control    Hello, Reserve, Start, Abort, Ping          Welcome, Ticket, Tokens, Failure, Status
-KV         SenderHello, then frames (``frames.py``)    SenderWelcome, Credit, Cancel, Failure
-=========  ==========================================  ==============================================
+============  ======================================  ====================================================
+conversation  client to worker                        worker to client
+============  ======================================  ====================================================
+control       Hello, Reserve, Start, Abort, Ping      Welcome, Ticket, Tokens, Failure, Status
+KV control    SenderHello                             SenderWelcome, Credit, Resend, Landed, Cancel, Failure
+============  ======================================  ====================================================
+
+KV itself goes one way, in frames (``frames.py``) over a PUSH to the worker's PULL socket, which SenderWelcome names.
 
 Rules of change: new fields get defaults; a field never changes its meaning or type; a new message is a new tag, which
 older peers refuse by name. Raise ``PROTOCOL`` when an old peer could misunderstand, not merely miss, what is said.
@@ -22,9 +24,10 @@ import msgspec
 from transfer.errors import ProtocolError
 from transfer.geometry import KVGeometry
 from transfer.layout import ElementType, RopeOrder
+from transfer.seal import SealName
 from transfer.stages import DecodeReport
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_MESSAGE_BYTES = 8 << 20
 TICKET_BYTES = 16
 
@@ -97,8 +100,9 @@ class Reserve(Message, frozen=True, kw_only=True):
 class Ticket(Message, frozen=True, kw_only=True):
     """A reserved landing place. The proxy hands it to the prefill node as ``kv_transfer_params["isthmus"]``.
 
-    ``ticket`` is 32 hex digits. The sender may have ``credit_chunks`` chunks of at most ``chunk_tokens`` tokens in
-    flight until a Credit raises the number. Tokens before ``reused_tokens`` are already in the worker's cells.
+    ``ticket`` is 32 hex digits; ``kv_endpoint`` is where SenderHello goes. The sender may have ``credit_chunks`` chunks
+    of at most ``chunk_tokens`` tokens in flight until a Credit raises the number. Tokens before ``reused_tokens`` are
+    already in the worker's cells.
     """
 
     request_id: str
@@ -167,25 +171,51 @@ class Status(Message, frozen=True, kw_only=True):
 
 
 class SenderHello(Message, frozen=True, kw_only=True):
-    """Opens a KV conversation: the prefill node's geometry and the codecs it can encode."""
+    """Opens a KV conversation: the prefill node's geometry and the codecs it can encode.
+
+    Said again whenever the sender doubts that it is known; ``renew`` asks for a fresh session.
+    """
 
     geometry: KVGeometry
     codecs: tuple[str, ...]
+    renew: bool = False
     protocol: int = PROTOCOL
 
 
 class SenderWelcome(Message, frozen=True, kw_only=True):
-    """The worker accepts this sender's frames; none may be larger than ``max_frame_bytes``."""
+    """The worker accepts this sender's frames on ``frames_port`` of the same host, as ``session``.
 
+    No frame may carry more than ``max_frame_bytes`` of elements. ``key`` (16 bytes, empty if ``seal`` is "none") seals
+    this session's frames and no others; it is only ever sent over CURVE.
+    """
+
+    session: int
+    frames_port: int
     max_frame_bytes: int
+    seal: SealName = "none"
+    key: bytes = b""
     protocol: int = PROTOCOL
 
 
 class Credit(Message, frozen=True, kw_only=True):
-    """The sender may have sent ``chunks`` chunks in total on ``ticket``."""
+    """The sender may have sent ``chunks`` chunks in all on ``ticket``; frames before ``next_sequence`` landed."""
 
     ticket: str
     chunks: int
+    next_sequence: int
+
+
+class Resend(Message, frozen=True, kw_only=True):
+    """Frames of ``ticket`` from ``sequence`` on are lost: go back to it."""
+
+    ticket: str
+    sequence: int
+
+
+class Landed(Message, frozen=True, kw_only=True):
+    """All of ``ticket`` has landed; the sender may forget it."""
+
+    ticket: str
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -198,7 +228,7 @@ class Cancel(Message, frozen=True, kw_only=True):
 ToWorker = Hello | Reserve | Start | Abort | Ping
 FromWorker = Welcome | Ticket | Tokens | Failure | Status
 ToReceiver = SenderHello
-FromReceiver = SenderWelcome | Credit | Cancel | Failure
+FromReceiver = SenderWelcome | Credit | Resend | Landed | Cancel | Failure
 
 _encoder = msgspec.msgpack.Encoder()
 _to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)

@@ -1,149 +1,221 @@
-"""One transfer on the sending side: chunks in, frames out, credits counted. No socket, no thread."""
+"""One transfer on the sending side: slabs in, frames out, credits and losses counted. No socket, no thread."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import NamedTuple
 
 import msgspec
 
-from transfer import codecs, frames
-from transfer.errors import ProtocolError
+from transfer import codecs
+from transfer.errors import LinkError, ProtocolError
 from transfer.frames import MAX_CONTROL_PAYLOAD_BYTES, Element, Header, Kind
 from transfer.geometry import KVGeometry
-from transfer.layout import Elements, Payload, layers_per_frame, plane_elements
+from transfer.layout import Elements, Payload, Slab
 from transfer.messages import TICKET_BYTES, Ticket
 from transfer.stages import SenderReport
 
-Frame = tuple[bytes, Payload]
+# A silent receiver is asked where it stands after this long, and then less and less often.
+FIRST_PROBE_NS = 250_000_000
+MAX_PROBE_NS = 2_000_000_000
+# A link that loses the same frames again and again will not deliver them.
+MAX_FRUITLESS_REWINDS = 100
 
 
-class Chunk(msgspec.Struct):
-    """A token range of all layers that waits to be sent: uint16 ``[num_layers, elements of one layer]``."""
+class Unsealed(NamedTuple):
+    """A frame before the link has put its session on it."""
 
-    start_token: int
-    num_tokens: int
+    header: Header
+    payload: Payload
+
+
+class Part(NamedTuple):
+    """KV that becomes one frame or more: ``elements`` is uint16 ``[layers, elements of one layer for tokens]``.
+
+    ``chunk`` counts the token ranges of a transfer from 0 on.
+    """
+
+    tokens: range
+    first_layer: int
     elements: Elements
     element: Element
+    chunk: int
 
 
 class Outgoing:
-    """The frames of one ticket, made one by one just before each leaves.
+    """The frames of one ticket, made one by one just before each leaves, and made again if they were lost.
 
-    ``released`` is called with a chunk's bytes once its last frame has been made, or the transfer is dropped.
+    A part is kept until the receiver says that it has landed; ``released`` is then called with its bytes.
     """
 
     def __init__(self, ticket: Ticket, geometry: KVGeometry, released: Callable[[int], None]) -> None:
+        now = time.monotonic_ns()
         self.ticket = ticket
-        self.deadline_ns = time.monotonic_ns() + ticket.deadline_ms * 1_000_000
+        self.deadline_ns = now + ticket.deadline_ms * 1_000_000
         self.credit_chunks = ticket.credit_chunks
-        self.total_tokens: int | None = None
+        self.end_token: int | None = None
         self.gather_ns = 0
-        self.ended = False
+        self.resent_frames = 0
         self._geometry = geometry
         self._released = released
         self._key = ticket_key(ticket.ticket)
         self._codec = codecs.by_name(ticket.codec)
-        self._pending: deque[Chunk] = deque()
-        self._frames: Iterator[Frame] | None = None
-        self._unsent: Frame | None = None
-        self._started_chunks = 0
-        self._sequence = 0
+        self._chunk_of: dict[int, int] = {}
+        self._waiting: deque[Part] = deque()
+        # Frames that may have to be made again, by ascending sequence; None is END. Those before the cursor have left.
+        self._unacknowledged: deque[Part | None] = deque()
+        self._first_sequence = 0
+        self._cursor = 0
+        self._frames_sent = 0
+        self._fruitless_rewinds = 0
+        self._heard_ns = now
+        self._probe_ns = FIRST_PROBE_NS
         self._raw_bytes = self._wire_bytes = self._encode_ns = 0
+
+    @property
+    def next_sequence(self) -> int:
+        """Sequence number of the frame that leaves next."""
+        return self._first_sequence + self._cursor
 
     @property
     def has_frame(self) -> bool:
         """Whether a frame could be sent now."""
-        if self._unsent is not None or self._frames is not None:
-            return True
-        if self._pending:
-            return self._started_chunks < self.credit_chunks
-        return self.total_tokens is not None and not self.ended
+        return self._cursor < len(self._unacknowledged) or self._next_part() is not None or self._end_is_due
 
-    def queue(self, chunk: Chunk) -> None:
-        """Append a chunk."""
-        self._pending.append(chunk)
+    def queue(self, tokens: range, first_layer: int, elements: Elements, element: Element) -> None:
+        """Append the layers of ``tokens`` from ``first_layer`` on."""
+        chunk = self._chunk_of.setdefault(tokens.start, len(self._chunk_of))
+        self._waiting.append(Part(tokens, first_layer, elements, element, chunk))
 
-    def frame(self, frame_bytes: int) -> Frame | None:
-        """The frame that is due, the same one until :meth:`sent`; None if there is none.
+    def frame(self, frame_bytes: int) -> Unsealed | None:
+        """The frame that is due, of at most ``frame_bytes`` of elements; None if there is none.
 
-        Raises :class:`CodecError` for KV that its codec cannot carry.
+        It stays due until :meth:`sent`. Raises :class:`CodecError` for KV that its codec cannot carry.
         """
-        self._unsent = self._unsent or self._next(frame_bytes)
-        return self._unsent
+        if self._cursor == len(self._unacknowledged) and not self._take(frame_bytes):
+            return None
+        part = self._unacknowledged[self._cursor]
+        return self._end_frame() if part is None else self._data_frame(part)
 
-    def sent(self) -> None:
-        """The frame that was due has left."""
-        if self._unsent is not None:
-            self._wire_bytes += sum(map(len, self._unsent))
-        self._unsent = None
+    def sent(self, wire_bytes: int) -> None:
+        """The frame that was due has left, as ``wire_bytes``."""
+        part = self._unacknowledged[self._cursor]
+        if self.next_sequence < self._frames_sent:
+            self.resent_frames += 1
+        elif part is not None:
+            self._raw_bytes += part.elements.nbytes
+        self._wire_bytes += wire_bytes
+        self._cursor += 1
+        self._frames_sent = max(self._frames_sent, self.next_sequence)
+
+    def heard(self, now_ns: int) -> None:
+        """The receiver has said something about this transfer."""
+        self._heard_ns = now_ns
+        self._probe_ns = FIRST_PROBE_NS
+
+    def acknowledge(self, next_sequence: int) -> None:
+        """Frames before ``next_sequence`` have landed: let go of them."""
+        while self._unacknowledged and self._first_sequence < min(next_sequence, self._frames_sent):
+            part = self._unacknowledged.popleft()
+            self._first_sequence += 1
+            self._cursor = max(0, self._cursor - 1)
+            self._fruitless_rewinds = 0
+            if part is not None:
+                self._released(part.elements.nbytes)
+
+    def rewind(self, sequence: int) -> None:
+        """Frames from ``sequence`` on are lost; raises :class:`LinkError` if that goes on without progress."""
+        self.acknowledge(sequence)
+        if sequence < self.next_sequence:
+            self._fruitless_rewinds += 1
+            if self._fruitless_rewinds > MAX_FRUITLESS_REWINDS:
+                raise LinkError(f"frame {sequence} was lost {MAX_FRUITLESS_REWINDS} times")
+            self._cursor = max(0, sequence - self._first_sequence)
+
+    def wants_probe(self, now_ns: int) -> bool:
+        """Whether the receiver has been silent for too long about what it owes: an acknowledgement or a credit."""
+        waits = bool(self._unacknowledged or self._waiting)
+        if not waits or now_ns - self._heard_ns < self._probe_ns:
+            return False
+        self._heard_ns = now_ns
+        self._probe_ns = min(2 * self._probe_ns, MAX_PROBE_NS)
+        return True
+
+    def probe_frame(self) -> Unsealed:
+        """A PROBE: it asks what has come of everything sent so far."""
+        return Unsealed(Header(kind=Kind.PROBE, ticket=self._key, sequence=self.next_sequence), b"")
+
+    def abort_frame(self, reason: str) -> Unsealed:
+        """An ABORT that says why."""
+        header = Header(kind=Kind.ABORT, ticket=self._key, sequence=self.next_sequence)
+        return Unsealed(header, reason.encode()[:MAX_CONTROL_PAYLOAD_BYTES])
 
     def drop(self) -> None:
-        """Let go of everything that waits."""
-        self._frames = self._unsent = None
-        for chunk in self._pending:
-            self._released(chunk.elements.nbytes)
-        self._pending.clear()
+        """Let go of everything."""
+        for part in (*self._waiting, *self._unacknowledged):
+            if part is not None:
+                self._released(part.elements.nbytes)
+        self._waiting.clear()
+        self._unacknowledged.clear()
 
-    def abort_frame(self, reason: str) -> Frame:
-        """An ABORT that says why."""
-        return self._closing_frame(Kind.ABORT, reason.encode()[:MAX_CONTROL_PAYLOAD_BYTES])
+    def _next_part(self) -> int | None:
+        """Index of the first waiting part whose chunk has a credit."""
+        return next((at for at, part in enumerate(self._waiting) if part.chunk < self.credit_chunks), None)
 
-    def _next(self, frame_bytes: int) -> Frame | None:
-        while self._frames is not None or self._pending:
-            if self._frames is None:
-                if self._started_chunks >= self.credit_chunks:
-                    return None
-                self._started_chunks += 1
-                self._frames = self._frames_of(self._pending[0], frame_bytes)
-            if frame := next(self._frames, None):
-                return frame
-            self._frames = None
-            self._released(self._pending.popleft().elements.nbytes)
-        if self.total_tokens is None or self.ended:
-            return None
-        self.ended = True
-        return self._end_frame(self.total_tokens)
+    @property
+    def _end_is_due(self) -> bool:
+        ended = bool(self._unacknowledged) and self._unacknowledged[-1] is None
+        return self.end_token is not None and not self._waiting and not ended
 
-    def _frames_of(self, chunk: Chunk, frame_bytes: int) -> Iterator[Frame]:
-        group = layers_per_frame(self._geometry, chunk.num_tokens, frame_bytes)
-        tokens = range(chunk.start_token, chunk.start_token + chunk.num_tokens)
-        for first in range(0, self._geometry.num_layers, group):
-            elements = chunk.elements[first : first + group]
-            planes = plane_elements(self._geometry, chunk.num_tokens) * len(elements)
-            began = time.monotonic_ns()
-            payload = self._codec.encode(elements.reshape(-1), chunk.element, planes, tokens)
-            self._encode_ns += time.monotonic_ns() - began
-            self._raw_bytes += elements.nbytes
-            header = Header(
-                kind=Kind.DATA,
-                ticket=self._key,
-                sequence=self._sequence,
-                codec=self._codec.wire_id,
-                element=chunk.element,
-                start_token=chunk.start_token,
-                num_tokens=chunk.num_tokens,
-                first_layer=first,
-                num_layers=len(elements),
-            )
-            self._sequence += 1
-            yield frames.pack(header, payload), payload
+    def _take(self, frame_bytes: int) -> bool:
+        """Move what is due next to the frames under way; False if nothing is."""
+        at = self._next_part()
+        if at is None:
+            if self._end_is_due:
+                self._unacknowledged.append(None)
+            return bool(self._unacknowledged) and self._cursor < len(self._unacknowledged)
+        part = self._waiting[at]
+        layers = max(1, frame_bytes // (part.elements[0].nbytes))
+        if layers < len(part.elements):
+            self._waiting[at] = part._replace(first_layer=part.first_layer + layers, elements=part.elements[layers:])
+            part = part._replace(elements=part.elements[:layers])
+        else:
+            del self._waiting[at]
+        self._unacknowledged.append(part)
+        return True
 
-    def _end_frame(self, total_tokens: int) -> Frame:
+    def _data_frame(self, part: Part) -> Unsealed:
+        began = time.monotonic_ns()
+        slab = Slab(self._geometry, len(part.elements), part.tokens)
+        payload = self._codec.encode(part.elements.reshape(-1), part.element, slab)
+        self._encode_ns += time.monotonic_ns() - began
+        header = Header(
+            kind=Kind.DATA,
+            ticket=self._key,
+            sequence=self.next_sequence,
+            codec=self._codec.wire_id,
+            element=part.element,
+            start_token=part.tokens.start,
+            num_tokens=len(part.tokens),
+            first_layer=part.first_layer,
+            num_layers=len(part.elements),
+        )
+        return Unsealed(header, payload)
+
+    def _end_frame(self) -> Unsealed:
         report = SenderReport(
-            num_tokens=total_tokens,
-            num_frames=self._sequence,
+            num_tokens=self.end_token or 0,
+            num_frames=self.next_sequence,
             kv_raw_bytes=self._raw_bytes,
             kv_wire_bytes=self._wire_bytes,
             gather_ns=self.gather_ns,
             encode_ns=self._encode_ns,
+            resent_frames=self.resent_frames,
         )
-        return self._closing_frame(Kind.END, msgspec.msgpack.encode(report))
-
-    def _closing_frame(self, kind: Kind, payload: bytes) -> Frame:
-        header = Header(kind=kind, ticket=self._key, sequence=self._sequence, num_tokens=self.total_tokens or 0)
-        return frames.pack(header, payload), payload
+        header = Header(kind=Kind.END, ticket=self._key, sequence=self.next_sequence, num_tokens=report.num_tokens)
+        return Unsealed(header, msgspec.msgpack.encode(report))
 
 
 def ticket_key(ticket: str) -> bytes:

@@ -1,12 +1,16 @@
 """The decode worker's end of the KV plane: checks every frame before anyone sees it.
 
-A plain object around a ROUTER socket, driven by the worker's I/O thread. Frames that pass (format, limits, checksums,
-sequence, a ticket that is open and belongs to this sender) go to the ticket's :class:`Sink`; anything else ends that
-transfer and is said to the sender. A bad frame never reaches memory that the engine reads.
+A plain object around two sockets, driven by the worker's I/O thread: a ROUTER over which senders introduce themselves
+and hear of credits and losses, and a PULL that frames come in by. A frame that is damaged or belongs to no session is
+dropped; what is missing then is asked for again. A frame that is authentic and wrong ends its transfer. What passes
+(format, limits, session, seal or checksum, sequence, a ticket that is open and belongs to this sender) goes to the
+ticket's :class:`Sink`: a bad frame never reaches memory that the engine reads.
 """
 
 from __future__ import annotations
 
+import secrets
+from collections import OrderedDict
 from typing import Protocol
 
 import msgspec
@@ -15,27 +19,35 @@ import zmq
 
 from transfer import frames
 from transfer.codecs import CODECS
-from transfer.errors import CodecError, IsthmusError, LinkError, ProtocolError
-from transfer.frames import HEADER_BYTES, Header, Kind
+from transfer.errors import CodecError, ConfigError, IsthmusError, LinkError, ProtocolError
+from transfer.frames import Header, Kind
 from transfer.geometry import KVGeometry, require_same
+from transfer.keys import ServerKeys, secure_server
 from transfer.messages import (
     Cancel,
     Credit,
     Failure,
+    FromReceiver,
+    Landed,
+    Resend,
     SenderHello,
     SenderWelcome,
     decode_to_receiver,
     encode,
     require_protocol,
 )
+from transfer.seal import KEY_BYTES, NAMES, Opener, SealName
 from transfer.stages import SenderReport
 
 log = structlog.get_logger()
 
-MAX_SENDERS = 256
+MAX_SESSIONS = 256
+MAX_REMEMBERED_TICKETS = 1024
 RECEIVE_HIGH_WATER_MARK_FRAMES = 8
-# One turn of the I/O thread takes at most this many frames, so that control messages are answered meanwhile.
+MAX_CONTROL_BYTES = 64 << 10
+# One turn of the I/O thread takes at most this many, so that the worker's other messages are answered meanwhile.
 FRAMES_PER_TURN = 4
+MESSAGES_PER_TURN = 64
 
 
 class Sink(Protocol):
@@ -51,6 +63,29 @@ class Sink(Protocol):
         """The transfer is over; nothing more will come."""
 
 
+class Session:
+    """One sender's key, under a number that its frames carry."""
+
+    def __init__(self, number: int, sender: bytes, seal: SealName, max_payload_bytes: int) -> None:
+        self.number = number
+        self.sender = sender
+        self.seal = NAMES[seal]
+        self.key = secrets.token_bytes(KEY_BYTES) if self.seal else b""
+        self._opener = Opener(self.key, self.seal, max_payload_bytes) if self.seal else None
+
+    def open(self, header: Header, parts: list[memoryview]) -> memoryview:
+        """The payload of a frame, proven to be what the sender sent; raises :class:`ProtocolError`."""
+        if header.seal is not self.seal or len(parts) != (3 if self._opener else 2):
+            raise ProtocolError(
+                f"frame has seal {header.seal.name} and {len(parts)} parts in a session of {self.seal.name}"
+            )
+        if self._opener is not None:
+            return self._opener.open(header.check, *parts)
+        if frames.checksum(parts[1]) != header.check:
+            raise ProtocolError("frame payload does not match its checksum")
+        return parts[1]
+
+
 class Incoming:
     """One open ticket: its sink, and the sender that first used it."""
 
@@ -58,45 +93,82 @@ class Incoming:
         self.sink = sink
         self.sender: bytes | None = None
         self.sequence = 0
+        self.chunks = 0
+        self.asked_again = -1
 
 
 class KVReceiver:
-    """Owns the KV socket, bound to ``endpoint``; all methods belong to one thread."""
+    """Owns both sockets, bound to ``host``; port 0 is one of the system's choice. All methods belong to one thread.
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, geometry: KVGeometry, frame_bytes: int):
+    With ``keys`` the control socket speaks CURVE; its context needs a :class:`~transfer.keys.Doorkeeper`. Raises
+    :class:`ConfigError` for a seal without keys.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        host: str,
+        geometry: KVGeometry,
+        *,
+        frame_bytes: int,
+        control_port: int = 0,
+        frames_port: int = 0,
+        seal: SealName = "none",
+        keys: ServerKeys | None = None,
+    ) -> None:
+        if keys is None and seal != "none":
+            raise ConfigError(f"seal {seal!r} needs keys: the session key must not travel in the clear")
         # Scales, lengths and incompressible planes may make a payload a little larger than its elements.
         self._max_payload_bytes = frame_bytes + frame_bytes // 16 + 1024
         self._geometry = geometry
         self._frame_bytes = frame_bytes
-        self._senders: set[bytes] = set()
+        self._seal: SealName = seal
+        # By number, the one that was used longest ago first; and the number that each sender uses now.
+        self._sessions: OrderedDict[int, Session] = OrderedDict()
         self._incoming: dict[bytes, Incoming] = {}
-        self.socket = context.socket(zmq.ROUTER)
-        self.socket.rcvhwm = RECEIVE_HIGH_WATER_MARK_FRAMES
-        self.socket.sndhwm = 1000
-        self.socket.maxmsgsize = self._max_payload_bytes
-        self.socket.linger = 0
-        self.socket.router_mandatory = True
-        self.socket.bind(endpoint)
+        self._landed: OrderedDict[bytes, bytes] = OrderedDict()
+        self.dropped_frames = 0
+        self.control = context.socket(zmq.ROUTER)
+        self.control.sndhwm = self.control.rcvhwm = 1000
+        self.control.maxmsgsize = MAX_CONTROL_BYTES
+        self.control.linger = 0
+        self.control.router_mandatory = True
+        # A sender that reconnects before its old connection has timed out is the same sender.
+        self.control.router_handover = True
+        if keys is not None:
+            secure_server(self.control, keys, "prefill")
+        self.control.bind(f"tcp://{host}:{control_port or '*'}")
+        self.frames = context.socket(zmq.PULL)
+        self.frames.rcvhwm = RECEIVE_HIGH_WATER_MARK_FRAMES
+        self.frames.maxmsgsize = self._max_payload_bytes
+        self.frames.linger = 0
+        self.frames.bind(f"tcp://{host}:{frames_port or '*'}")
 
     @property
     def port(self) -> int:
-        """The TCP port that the socket is bound to."""
-        return int(self.socket.getsockopt_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
+        """The TCP port of the control socket: where tickets point."""
+        return _port(self.control)
+
+    @property
+    def frames_port(self) -> int:
+        """The TCP port of the frames socket: where welcomed senders send."""
+        return _port(self.frames)
 
     @property
     def open_tickets(self) -> int:
         """Tickets that still expect frames."""
         return len(self._incoming)
 
-    def expect(self, ticket: str, sink: Sink) -> None:
-        """Let frames for ``ticket`` (32 hex digits) in, to ``sink``."""
-        self._incoming[bytes.fromhex(ticket)] = Incoming(sink)
+    def expect(self, ticket: str, sink: Sink, credit_chunks: int) -> None:
+        """Let frames for ``ticket`` (32 hex digits) in, to ``sink``; the ticket promises ``credit_chunks``."""
+        incoming = self._incoming[bytes.fromhex(ticket)] = Incoming(sink)
+        incoming.chunks = credit_chunks
 
     def grant(self, ticket: str, chunks: int) -> None:
         """Tell the sender that it may have sent ``chunks`` chunks in total on ``ticket``."""
-        incoming = self._incoming.get(bytes.fromhex(ticket))
-        if incoming is not None and incoming.sender is not None:
-            self._send(incoming.sender, Credit(ticket=ticket, chunks=chunks))
+        if incoming := self._incoming.get(bytes.fromhex(ticket)):
+            incoming.chunks = max(incoming.chunks, chunks)
+            self._acknowledge(ticket, incoming)
 
     def cancel(self, ticket: str, reason: str) -> None:
         """Stop expecting ``ticket``; its sink hears nothing more."""
@@ -105,77 +177,119 @@ class KVReceiver:
             self._send(incoming.sender, Cancel(ticket=ticket, reason=reason))
 
     def turn(self) -> None:
-        """Handle the messages that have arrived, at most a few."""
+        """Handle what has arrived, at most a little of it."""
+        for _ in range(MESSAGES_PER_TURN):
+            try:
+                sender, *parts = self.control.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            self._message(sender, parts)
         for _ in range(FRAMES_PER_TURN):
             try:
-                parts = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                frame = self.frames.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
-                return
-            sender, *rest = [part.buffer for part in parts]
-            match rest:
-                case [message]:
-                    self._message(bytes(sender), message)
-                case [head, payload]:
-                    self._frame(bytes(sender), head, payload)
-                case _:
-                    log.warning("dropped a message of odd shape on the KV plane", parts=len(parts))
+                break
+            self._frame([part.buffer for part in frame])
 
     def close(self) -> None:
-        """Close the socket; sinks hear nothing more."""
+        """Close the sockets; sinks hear nothing more."""
         self._incoming.clear()
-        self.socket.close()
+        self.control.close()
+        self.frames.close()
 
-    def _message(self, sender: bytes, data: memoryview) -> None:
+    def _message(self, sender: bytes, parts: list[bytes]) -> None:
         try:
-            hello = decode_to_receiver(data)
-            self._admit(sender, hello)
+            if len(parts) != 1:
+                raise ProtocolError(f"a KV control message has one part, not {len(parts)}")
+            session = self._admit(sender, decode_to_receiver(parts[0]))
         except IsthmusError as error:
             log.warning("refused a sender", reason=str(error))
             self._send(sender, Failure(code=error.code, message=str(error)))
             return
-        self._send(sender, SenderWelcome(max_frame_bytes=self._frame_bytes))
+        welcome = SenderWelcome(
+            session=session.number,
+            frames_port=self.frames_port,
+            max_frame_bytes=self._frame_bytes,
+            seal=self._seal,
+            key=session.key,
+        )
+        self._send(sender, welcome)
 
-    def _admit(self, sender: bytes, hello: SenderHello) -> None:
+    def _admit(self, sender: bytes, hello: SenderHello) -> Session:
         require_protocol(hello.protocol)
         require_same(self._geometry, hello.geometry)
         if not set(hello.codecs) & set(CODECS):
             raise CodecError(f"no codec in common: {', '.join(CODECS)} here, {', '.join(hello.codecs)} there")
-        if len(self._senders) >= MAX_SENDERS:
-            # Identities of senders that left are not reported by ROUTER; those in use say hello with every transfer.
-            self._senders.clear()
-        self._senders.add(sender)
+        if not hello.renew:
+            for session in reversed(self._sessions.values()):
+                if session.sender == sender:
+                    return session
+        if len(self._sessions) >= MAX_SESSIONS:
+            # Senders that left are not reported; one that is still there says hello again when it hears nothing.
+            self._sessions.popitem(last=False)
+        number = next(n for n in iter(lambda: 1 + secrets.randbelow(0xFFFF), 0) if n not in self._sessions)
+        session = self._sessions[number] = Session(number, sender, self._seal, self._max_payload_bytes)
+        return session
 
-    def _frame(self, sender: bytes, head: memoryview, payload: memoryview) -> None:
-        ticket = bytes(head[12:28])
-        if sender not in self._senders:
-            self._send(sender, Failure(code=ProtocolError.code, message="say hello before sending frames"))
+    def _frame(self, parts: list[memoryview]) -> None:
+        try:
+            if len(parts) not in (2, 3):
+                raise ProtocolError(f"a frame has 2 or 3 parts, not {len(parts)}")
+            header = frames.parse(parts[0], len(parts[1]), self._max_payload_bytes)
+            session = self._sessions.get(header.session)
+            if session is None:
+                raise ProtocolError(f"session {header.session} is not open")
+            payload = session.open(header, parts)
+        except ProtocolError as error:
+            self._drop(error)
             return
-        incoming = self._incoming.get(ticket)
+        self._sessions.move_to_end(session.number)
+        self._take(session.sender, header, payload)
+
+    def _drop(self, error: ProtocolError) -> None:
+        """Forget a frame that proves nothing, not even whose it is; if it was one of ours it is asked for again."""
+        self.dropped_frames += 1
+        if self.dropped_frames.bit_count() == 1:
+            log.warning("dropped a frame", reason=str(error), dropped_frames=self.dropped_frames)
+
+    def _take(self, sender: bytes, header: Header, payload: memoryview) -> None:
+        ticket = header.ticket.hex()
+        incoming = self._incoming.get(header.ticket)
         if incoming is None:
-            if len(head) == HEADER_BYTES and head[6] == Kind.DATA:
-                self._send(sender, Cancel(ticket=ticket.hex(), reason="ticket is not open"))
+            if self._landed.get(header.ticket) == sender:
+                self._send(sender, Landed(ticket=ticket))
+            elif header.kind is not Kind.ABORT:
+                self._send(sender, Cancel(ticket=ticket, reason="ticket is not open"))
             return
         if incoming.sender is None:
             incoming.sender = sender
         if sender != incoming.sender:
-            log.warning("ignored a frame from a second sender", ticket=ticket.hex())
+            log.warning("ignored a frame from a second sender", ticket=ticket)
             return
         try:
-            self._accept(incoming, frames.parse(head, payload, self._max_payload_bytes), payload)
+            self._accept(incoming, header, payload)
         except IsthmusError as error:
-            self.cancel(ticket.hex(), str(error))
+            self.cancel(ticket, str(error))
             incoming.sink.fail(error)
 
     def _accept(self, incoming: Incoming, header: Header, payload: memoryview) -> None:
-        if header.kind == Kind.ABORT:
+        ticket = header.ticket.hex()
+        if header.kind is Kind.ABORT:
             raise LinkError(f"prefill node aborted the transfer: {bytes(payload).decode(errors='replace')}")
-        if header.sequence < incoming.sequence:
-            log.info("ignored a duplicate frame", ticket=header.ticket.hex(), sequence=header.sequence)
-            return
         if header.sequence > incoming.sequence:
-            raise ProtocolError(f"frame {header.sequence} came where {incoming.sequence} was due")
+            # A probe comes because nothing else did: the request itself may be what was lost.
+            if incoming.asked_again != incoming.sequence or header.kind is Kind.PROBE:
+                incoming.asked_again = incoming.sequence
+                log.info("frames are missing", ticket=ticket, due=incoming.sequence, came=header.sequence)
+                self._tell(incoming, Resend(ticket=ticket, sequence=incoming.sequence))
+            return
+        if header.kind is Kind.PROBE:
+            self._acknowledge(ticket, incoming)
+            return
+        if header.sequence < incoming.sequence:
+            return
         incoming.sequence += 1
-        if header.kind == Kind.DATA:
+        if header.kind is Kind.DATA:
             incoming.sink.data(header, payload)
             return
         try:
@@ -184,9 +298,25 @@ class KVReceiver:
             raise ProtocolError(f"END frame does not parse: {error}") from None
         incoming.sink.end(report)
         self._incoming.pop(header.ticket, None)
+        if incoming.sender is not None:
+            self._landed[header.ticket] = incoming.sender
+        if len(self._landed) > MAX_REMEMBERED_TICKETS:
+            self._landed.popitem(last=False)
+        self._tell(incoming, Landed(ticket=ticket))
 
-    def _send(self, sender: bytes, message: Credit | Cancel | Failure | SenderWelcome) -> None:
+    def _acknowledge(self, ticket: str, incoming: Incoming) -> None:
+        self._tell(incoming, Credit(ticket=ticket, chunks=incoming.chunks, next_sequence=incoming.sequence))
+
+    def _tell(self, incoming: Incoming, message: FromReceiver) -> None:
+        if incoming.sender is not None:
+            self._send(incoming.sender, message)
+
+    def _send(self, sender: bytes, message: FromReceiver) -> None:
         try:
-            self.socket.send_multipart([sender, encode(message)], zmq.NOBLOCK)
+            self.control.send_multipart([sender, encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError as error:
             log.info("could not answer a sender", reason=str(error))
+
+
+def _port(socket: zmq.Socket[bytes]) -> int:
+    return int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])

@@ -1,8 +1,9 @@
-"""The prefill node's end of the KV plane: one thread that encodes queued chunks and owns the sockets.
+"""The prefill node's end of the KV plane: one thread that encodes queued slabs and owns the sockets.
 
-The engine's thread hands chunks over and goes on; it never waits for a codec or a socket. What may be queued is
-bounded: a transfer that would push the backlog over ``max_backlog_bytes`` fails alone. Each decode worker gets one
-link (``link.py``); each transfer (``outgoing.py``) sends only as many chunks as the worker has granted credits for.
+The engine's thread hands slabs over and goes on; it never waits for a codec or a socket. What may be held is bounded: a
+transfer that would push the backlog over ``max_backlog_bytes`` fails alone. Each decode worker gets one link
+(``link.py``); each transfer (``outgoing.py``) sends only as many chunks as the worker has granted credits for, and
+keeps what it sent until the worker says that it has landed.
 """
 
 from __future__ import annotations
@@ -19,24 +20,28 @@ import zmq
 from transfer.errors import IsthmusError, LinkError
 from transfer.frames import Element
 from transfer.geometry import KVGeometry
+from transfer.keys import ClientKeys
 from transfer.layout import Elements
 from transfer.link import Link
-from transfer.messages import Cancel, Credit, Ticket
-from transfer.outgoing import Chunk, Outgoing
+from transfer.messages import Cancel, Credit, Landed, Resend, Ticket
+from transfer.outgoing import Outgoing
 
 log = structlog.get_logger()
 
 MAX_LINKS = 64
 IDLE_LINK_S = 60.0
-POLL_MS = 200
+POLL_MS = 100
 CLOSE_LINGER_MS = 1000
 
 
 class KVSender:
     """Queues transfers and sends them; every method is thread-safe and returns at once."""
 
-    def __init__(self, geometry: KVGeometry, *, max_backlog_bytes: int, frame_bytes: int) -> None:
+    def __init__(
+        self, geometry: KVGeometry, *, max_backlog_bytes: int, frame_bytes: int, keys: ClientKeys | None = None
+    ) -> None:
         self._geometry = geometry
+        self._keys = keys
         self._max_backlog_bytes = max_backlog_bytes
         self._frame_bytes = frame_bytes
         self._lock = threading.Lock()
@@ -57,7 +62,7 @@ class KVSender:
 
     @property
     def backlog_bytes(self) -> int:
-        """KV bytes handed over and not yet encoded and given to the socket."""
+        """KV bytes handed over that have not landed yet."""
         return self._backlog_bytes
 
     def open(self, ticket: Ticket) -> None:
@@ -73,10 +78,14 @@ class KVSender:
             self._open.add(ticket.ticket)
         self._post(lambda: self._start(transfer))
 
-    def submit(self, ticket: str, start_token: int, elements: Elements, element: Element, gather_ns: int) -> bool:
-        """Queue one chunk, uint16 ``[num_layers, elements of one layer]``; it belongs to the sender from here on.
+    def submit(
+        self, ticket: str, tokens: range, first_layer: int, elements: Elements, element: Element, gather_ns: int
+    ) -> bool:
+        """Queue the layers of ``tokens`` from ``first_layer`` on: uint16 ``[layers, elements of one layer]``.
 
-        False if the transfer has failed already, or fails now because the backlog is full.
+        The array belongs to the sender from here on. ``tokens`` is a chunk, at most as long as the ticket allows; the
+        layers of a chunk come in order, those of several chunks may take turns, the earlier chunk first. False if the
+        transfer has failed already, or fails now because the backlog is full.
         """
         with self._lock:
             if ticket not in self._open:
@@ -87,14 +96,12 @@ class KVSender:
         if full:
             self.abort(ticket, f"sender backlog is over {self._max_backlog_bytes} bytes")
             return False
-        per_token = elements.size // self._geometry.elements_per_token
-        chunk = Chunk(start_token, per_token, elements, element)
-        self._post(lambda: self._queue(ticket, chunk, gather_ns))
+        self._post(lambda: self._queue(ticket, tokens, first_layer, elements, element, gather_ns))
         return True
 
-    def finish(self, ticket: str, num_tokens: int) -> None:
-        """Send END after what is queued: the transfer holds ``num_tokens`` tokens."""
-        self._post(lambda: self._finish(ticket, num_tokens))
+    def finish(self, ticket: str, end_token: int) -> None:
+        """Send END after what is queued: ``end_token`` is the position after the transfer's last token."""
+        self._post(lambda: self._finish(ticket, end_token))
 
     def abort(self, ticket: str, reason: str) -> None:
         """Drop what is queued for ``ticket`` and tell the worker why."""
@@ -130,7 +137,7 @@ class KVSender:
                 for transfer in list(self._transfers.values()):
                     self._forget(transfer, reason=f"sender failed: {error}")
         for link in self._links.values():
-            link.socket.close(linger=CLOSE_LINGER_MS)
+            link.close(CLOSE_LINGER_MS)
 
     def _turn(self) -> bool:
         ready = dict(self._poller.poll(POLL_MS))
@@ -143,7 +150,7 @@ class KVSender:
             action()
         for link in list(self._links.values()):
             self._listen(link)
-        self._expire()
+        self._tend(time.monotonic_ns())
         # The transfer whose time runs out first goes first; one frame a turn keeps the inbox answered.
         for transfer in sorted(self._transfers.values(), key=lambda transfer: transfer.deadline_ns):
             if self._advance(transfer):
@@ -155,8 +162,8 @@ class KVSender:
         """Wake up for writable sockets only where something waits to be written."""
         waiting = {t.ticket.kv_endpoint for t in self._transfers.values() if t.has_frame}
         for endpoint, link in self._links.items():
-            wanted = link.has_farewell or (link.welcome and endpoint in waiting)
-            self._poller.modify(link.socket, zmq.POLLIN | (zmq.POLLOUT if wanted else 0))
+            wanted = link.has_farewell or (link.open and endpoint in waiting)
+            self._poller.modify(link.frames, zmq.POLLOUT if wanted else 0)
 
     def _start(self, transfer: Outgoing) -> None:
         endpoint = transfer.ticket.kv_endpoint
@@ -166,25 +173,28 @@ class KVSender:
             self._fail(transfer, str(error))
             return
         self._transfers[transfer.ticket.ticket] = transfer
+        # Said for each transfer: the worker may have been restarted.
         link.hello()
 
     def _connect(self, endpoint: str) -> Link:
         if len(self._links) >= MAX_LINKS:
             raise LinkError(f"already connected to {MAX_LINKS} decode workers")
-        link = self._links[endpoint] = Link(self._context, endpoint, self._geometry)
-        self._poller.register(link.socket, zmq.POLLIN)
+        link = self._links[endpoint] = Link(self._context, endpoint, self._geometry, self._keys)
+        self._poller.register(link.control, zmq.POLLIN)
         return link
 
-    def _queue(self, ticket: str, chunk: Chunk, gather_ns: int) -> None:
+    def _queue(
+        self, ticket: str, tokens: range, first_layer: int, elements: Elements, element: Element, gather_ns: int
+    ) -> None:
         if transfer := self._transfers.get(ticket):
-            transfer.queue(chunk)
+            transfer.queue(tokens, first_layer, elements, element)
             transfer.gather_ns += gather_ns
         else:
-            self._release(chunk.elements.nbytes)
+            self._release(elements.nbytes)
 
-    def _finish(self, ticket: str, num_tokens: int) -> None:
+    def _finish(self, ticket: str, end_token: int) -> None:
         if transfer := self._transfers.get(ticket):
-            transfer.total_tokens = num_tokens
+            transfer.end_token = end_token
 
     def _release(self, num_bytes: int) -> None:
         with self._lock:
@@ -193,12 +203,11 @@ class KVSender:
     def _advance(self, transfer: Outgoing) -> bool:
         """Send at most one frame; whether one was sent."""
         link = self._links[transfer.ticket.kv_endpoint]
-        if not link.welcome or not transfer.has_frame or not link.socket.poll(0, zmq.POLLOUT):
+        if not link.open or not transfer.has_frame or not link.writable:
             return False
         try:
             frame = transfer.frame(min(self._frame_bytes, link.max_frame_bytes))
-            if frame is None or not link.send(frame):
-                return False
+            sent_bytes = link.send(frame) if frame is not None else 0
         except (IsthmusError, zmq.ZMQError) as error:
             self._fail(transfer, str(error))
             return False
@@ -206,25 +215,34 @@ class KVSender:
             log.exception("frame could not be made", request_id=transfer.ticket.request_id)
             self._fail(transfer, f"internal error: {error}")
             return False
-        transfer.sent()
-        if transfer.ended:
-            self._forget(transfer)
-        return True
+        if sent_bytes:
+            transfer.sent(sent_bytes)
+        return bool(sent_bytes)
 
     def _listen(self, link: Link) -> None:
         link.flush()
         try:
-            for message in link.messages():
-                transfer = self._transfers.get(message.ticket)
-                if transfer is None:
-                    continue
-                match message:
-                    case Credit():
-                        transfer.credit_chunks = max(transfer.credit_chunks, message.chunks)
-                    case Cancel():
-                        self._fail(transfer, f"cancelled by the decode worker: {message.reason}", tell=False)
+            for word in link.words():
+                if transfer := self._transfers.get(word.ticket):
+                    self._heed(transfer, word)
         except IsthmusError as error:
             self._lose(link, str(error))
+
+    def _heed(self, transfer: Outgoing, word: Credit | Resend | Landed | Cancel) -> None:
+        transfer.heard(time.monotonic_ns())
+        match word:
+            case Credit():
+                transfer.credit_chunks = max(transfer.credit_chunks, word.chunks)
+                transfer.acknowledge(word.next_sequence)
+            case Resend():
+                try:
+                    transfer.rewind(word.sequence)
+                except LinkError as error:
+                    self._fail(transfer, str(error))
+            case Landed():
+                self._forget(transfer)
+            case Cancel():
+                self._fail(transfer, f"cancelled by the decode worker: {word.reason}", tell=False)
 
     def _lose(self, link: Link, reason: str) -> None:
         """Give the link up, and every transfer on it."""
@@ -233,24 +251,28 @@ class KVSender:
             self._fail(transfer, f"{link.endpoint}: {reason}", tell=False)
         self._drop_link(link)
 
-    def _expire(self) -> None:
-        now = time.monotonic_ns()
-        for transfer in [t for t in self._transfers.values() if t.deadline_ns < now]:
-            link = self._links.get(transfer.ticket.kv_endpoint)
-            if link is None:
-                continue
-            if link.welcome:
-                self._fail(transfer, f"transfer did not finish within {transfer.ticket.deadline_ms} ms")
-            else:
-                self._lose(link, "the handshake was not answered in time")
+    def _tend(self, now_ns: int) -> None:
+        """Ask silent workers where they stand; give up what is too late, and links that nobody uses."""
+        for transfer in list(self._transfers.values()):
+            link = self._links[transfer.ticket.kv_endpoint]
+            if transfer.deadline_ns < now_ns:
+                heard = "" if link.open else ": the decode worker did not answer"
+                self._fail(transfer, f"transfer did not finish within {transfer.ticket.deadline_ms} ms{heard}")
+            elif transfer.wants_probe(now_ns):
+                if link.open:
+                    link.send(transfer.probe_frame())
+                # A worker that has lost this sender's session does not hear the probe, but it hears a hello.
+                link.hello()
         busy = {transfer.ticket.kv_endpoint for transfer in self._transfers.values()}
         for endpoint, link in list(self._links.items()):
-            if endpoint not in busy and now - link.used_ns > IDLE_LINK_S * 1e9:
+            if endpoint not in busy and now_ns - link.used_ns > IDLE_LINK_S * 1e9:
                 self._drop_link(link)
 
     def _drop_link(self, link: Link) -> None:
-        self._poller.unregister(link.socket)
-        link.socket.close()
+        for socket in (link.control, link.frames):
+            if socket in self._poller:
+                self._poller.unregister(socket)
+        link.close()
         del self._links[link.endpoint]
 
     def _fail_by_id(self, ticket: str, reason: str) -> None:

@@ -14,7 +14,10 @@ import msgspec
 
 
 class SenderReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What the prefill node spent on one transfer; travels in the END frame."""
+    """What the prefill node spent on one transfer; travels in the END frame.
+
+    ``num_tokens`` is the position after the last token that was sent.
+    """
 
     num_tokens: int
     num_frames: int
@@ -23,6 +26,7 @@ class SenderReport(msgspec.Struct, frozen=True, kw_only=True):
     gather_ns: int
     encode_ns: int
     d2h_ns: int = 0
+    resent_frames: int = 0
 
 
 class DecodeReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +41,7 @@ class DecodeReport(msgspec.Struct, frozen=True, kw_only=True):
     kv_reused_tokens: int = 0
     kv_raw_bytes: int = 0
     kv_wire_bytes: int = 0
+    kv_resent_frames: int = 0
     gather_ns: int = 0
     encode_ns: int = 0
     d2h_ns: int = 0

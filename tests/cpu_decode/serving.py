@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from cpu_decode.llama import Context, Model
 from cpu_decode.worker import Worker
 from tests.cpu_decode.worker_client import WorkerClient
+from transfer import keys
 from transfer.config import Decode, Link
 from transfer.geometry import KVGeometry
 from transfer.layout import ElementType
@@ -29,6 +32,7 @@ class Running:
     context: Context
     geometry: KVGeometry
     sender: KVSender
+    proxy_keys: keys.ClientKeys
 
 
 @contextmanager
@@ -37,6 +41,7 @@ def serving(model: Model, geometry: KVGeometry, cell_type: ElementType) -> Itera
     decode = Decode(
         control_port=0,
         kv_port=0,
+        kv_control_port=0,
         num_cells=4096,
         max_sequences=MAX_SEQUENCES,
         cell_type=cell_type,
@@ -46,13 +51,16 @@ def serving(model: Model, geometry: KVGeometry, cell_type: ElementType) -> Itera
     context = Context(
         model, num_cells=4096, max_sequences=MAX_SEQUENCES, batch_tokens=512, threads=1, cell_type=cell_type
     )
-    worker = Worker(model, context, geometry, decode, LINK)
+    with tempfile.TemporaryDirectory() as folder:
+        keys.make(Path(folder))
+        worker = Worker(model, context, geometry, decode, LINK, keys.server(Path(folder)))
+        proxy_keys, prefill_keys = (keys.client(Path(folder), role) for role in ("proxy", "prefill"))
     thread = threading.Thread(target=worker.run)
     thread.start()
-    client = WorkerClient(worker.control_port)
-    sender = KVSender(geometry, max_backlog_bytes=1 << 28, frame_bytes=1 << 20)
+    client = WorkerClient(worker.control_port, proxy_keys)
+    sender = KVSender(geometry, max_backlog_bytes=1 << 28, frame_bytes=1 << 20, keys=prefill_keys)
     try:
-        yield Running(worker, client, model, context, geometry, sender)
+        yield Running(worker, client, model, context, geometry, sender, proxy_keys)
     finally:
         sender.close()
         client.close()

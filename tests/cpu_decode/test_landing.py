@@ -112,6 +112,32 @@ def test_a_chunk_without_a_credit_is_refused():
         scene.frame(4, 4, 0, 4)
 
 
+def test_chunks_of_one_step_may_take_turns_the_earlier_one_first():
+    scene = Scene()
+    for first_layer, num_layers in ((0, 1), (1, 2), (3, 1)):
+        for start, count in ((0, 4), (4, 4), (8, 2)):
+            scene.frame(start, count, first_layer, num_layers)
+    scene.place.end(report(TOKENS))
+    assert [(c.start_token, c.num_tokens) for c in scene.chunks] == [(0, 4), (4, 4), (8, 2)]
+
+
+def test_a_later_chunk_may_not_overtake_an_earlier_one():
+    scene = Scene()
+    scene.frame(0, 4, 0, 1)
+    with pytest.raises(ProtocolError, match="not due yet"):
+        scene.frame(4, 4, 0, 2)
+    scene.place.release()
+    assert scene.pool.in_use == 0
+
+
+def test_no_more_chunks_are_open_than_there_are_credits():
+    scene = Scene(credit_chunks=2)
+    scene.frame(0, 4, 0, 1)
+    scene.frame(4, 4, 0, 1)
+    with pytest.raises(ProtocolError, match="without a credit"):
+        scene.frame(8, 2, 0, 1)
+
+
 def test_an_early_end_is_refused_and_the_half_filled_buffer_comes_back():
     scene = Scene()
     scene.frame(0, 4, 0, 2)

@@ -34,7 +34,7 @@ def send_kv(running, context, ticket: Ticket, prompt: list[int], upto: int | Non
         end = min(start + ticket.chunk_tokens, len(prompt))
         k, v = slice(start * row, end * row), slice(split + start * row, split + end * row)
         part = np.ascontiguousarray(np.concatenate([elements[:, k], elements[:, v]], axis=1))
-        assert running.sender.submit(ticket.ticket, start, part, Element.BF16, 0)
+        assert running.sender.submit(ticket.ticket, range(start, end), 0, part, Element.BF16, 0)
     if upto is None:
         running.sender.finish(ticket.ticket, len(prompt))
     return first
@@ -183,7 +183,7 @@ def test_abort_at_every_stage_frees_everything(running, context):
 
 
 def test_a_client_that_vanishes_takes_its_requests_along(running):
-    other = WorkerClient(running.worker.control_port)
+    other = WorkerClient(running.worker.control_port, running.proxy_keys)
     ticket = other.reserve(prompt_of(20), Sampling(max_tokens=3000, temperature=0.0, ignore_eos=True), "local")
     other.start(ticket)
     eventually(lambda: running.client.status().running_sequences == 1)

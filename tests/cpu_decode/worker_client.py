@@ -7,6 +7,7 @@ import itertools
 import zmq
 
 from transfer.errors import from_wire
+from transfer.keys import ClientKeys, secure_client
 from transfer.messages import (
     Abort,
     Failure,
@@ -29,11 +30,12 @@ _ids = itertools.count()
 class WorkerClient:
     """Speaks the control protocol to one worker; every wait is bounded."""
 
-    def __init__(self, port: int, timeout_s: float = 60.0) -> None:
+    def __init__(self, port: int, keys: ClientKeys, timeout_s: float = 60.0) -> None:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger = 0
         self._socket.rcvtimeo = int(timeout_s * 1000)
+        secure_client(self._socket, keys)
         self._socket.connect(f"tcp://127.0.0.1:{port}")
         self._early: list[FromWorker] = []
 

@@ -8,6 +8,7 @@ from transfer.codecs import CODECS
 from transfer.frames import Element, Header, Kind
 from transfer.geometry import KVGeometry
 from transfer.layout import Slab
+from transfer.seal import Seal
 from transfer.stages import DecodeReport, SenderReport
 
 TICKET = bytes(range(16))
@@ -61,6 +62,11 @@ def frames() -> dict[str, tuple[Header, bytes]]:
             Header(kind=Kind.END, ticket=TICKET, sequence=4, num_tokens=2),
             msgspec.msgpack.encode(SENDER_REPORT),
         ),
+        "probe": (Header(kind=Kind.PROBE, ticket=TICKET, sequence=4), b""),
+        "sealed": (
+            Header(kind=Kind.PROBE, ticket=TICKET, sequence=4, seal=Seal.AES_GCM, session=515),
+            b"",
+        ),
         "abort": (Header(kind=Kind.ABORT, ticket=TICKET, sequence=4), "größer als der Vorrat".encode()),
     }
 
@@ -105,7 +111,11 @@ MESSAGES: tuple[messages.Message, ...] = (
         prefill_basis="3 prefills",
     ),
     messages.SenderHello(geometry=GEOMETRY, codecs=("raw", "lz4", "q8")),
-    messages.SenderWelcome(max_frame_bytes=4 << 20),
-    messages.Credit(ticket=TICKET.hex(), chunks=6),
+    messages.SenderWelcome(
+        session=515, frames_port=8103, max_frame_bytes=4 << 20, seal="aes-gcm", key=bytes(range(16, 32))
+    ),
+    messages.Credit(ticket=TICKET.hex(), chunks=6, next_sequence=9),
+    messages.Resend(ticket=TICKET.hex(), sequence=7),
+    messages.Landed(ticket=TICKET.hex()),
     messages.Cancel(ticket=TICKET.hex(), reason="aborted"),
 )

@@ -7,7 +7,8 @@ raises the version. The tests only read the files.
 from pathlib import Path
 
 from tests.golden import examples
-from transfer import frames, messages
+from tests.transfer import plain_frames
+from transfer import messages
 
 FOLDER = Path(__file__).parent
 FRAMES = FOLDER / "frames.hex"
@@ -15,9 +16,9 @@ MESSAGES = FOLDER / "messages.hex"
 
 
 def read(path: Path) -> dict[str, list[bytes]]:
-    """The file's lines, ``name hex [hex]``, by name."""
+    """The file's lines, ``name hex [hex]``, by name; "-" is empty."""
     rows = (line.split() for line in path.read_text().splitlines() if line)
-    return {name: [bytes.fromhex(part) for part in parts] for name, *parts in rows}
+    return {name: [bytes.fromhex(part.strip("-")) for part in parts] for name, *parts in rows}
 
 
 def add(path: Path, rows: dict[str, list[bytes]]) -> None:
@@ -26,10 +27,12 @@ def add(path: Path, rows: dict[str, list[bytes]]) -> None:
     with path.open("a") as file:
         for name, parts in rows.items():
             if name not in known:
-                file.write(" ".join([name, *(part.hex() for part in parts)]) + "\n")
+                file.write(" ".join([name, *(part.hex() or "-" for part in parts)]) + "\n")
 
 
 if __name__ == "__main__":
-    packed = {name: [frames.pack(header, payload), payload] for name, (header, payload) in examples.frames().items()}
+    packed = {
+        name: [plain_frames.pack(header, payload), payload] for name, (header, payload) in examples.frames().items()
+    }
     add(FRAMES, packed)
     add(MESSAGES, {type(message).__name__: [messages.encode(message)] for message in examples.MESSAGES})

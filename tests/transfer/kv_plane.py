@@ -1,12 +1,9 @@
 """A sink that checks what lands, a receiver that can be driven to an end, and a relay that damages what passes."""
 
-import itertools
 import secrets
-import threading
 import time
 from collections import defaultdict
 
-import msgspec
 import numpy as np
 import zmq
 
@@ -53,22 +50,27 @@ def make_ticket(endpoint, *, codec="raw", credit_chunks=2, deadline_ms=10_000):
 
 
 def make_chunks(num_tokens, seed=0):
-    """(start_token, elements [num_layers, elements of one layer]) of a prompt, bf16 bit patterns around 1."""
+    """(tokens, elements [num_layers, elements of one layer]) of a prompt, bf16 bit patterns around 1."""
     rng = np.random.default_rng(seed)
     chunks = []
     for start in range(0, num_tokens, CHUNK_TOKENS):
-        tokens = min(CHUNK_TOKENS, num_tokens - start)
-        shape = (GEOMETRY.num_layers, frame_elements(GEOMETRY, tokens, 1))
-        chunks.append((start, rng.integers(0x3F00, 0x4000, shape, dtype=np.uint16)))
+        tokens = range(start, min(start + CHUNK_TOKENS, num_tokens))
+        shape = (GEOMETRY.num_layers, frame_elements(GEOMETRY, len(tokens), 1))
+        chunks.append((tokens, rng.integers(0x3F00, 0x4000, shape, dtype=np.uint16)))
     return chunks
 
 
-def send(sender, ticket, chunks):
-    """Hand a whole prompt to the sender; False if it refused a chunk."""
+def send(sender, ticket, chunks, *, layers=GEOMETRY.num_layers, step_chunks=1):
+    """Hand a prompt to the sender in steps of some chunks, some layers at a time; False if it refused a slab."""
     sender.open(ticket)
-    accepted = all(sender.submit(ticket.ticket, start, elements, Element.BF16, 1) for start, elements in chunks)
-    sender.finish(ticket.ticket, sum(elements.shape[1] for _, elements in chunks) * 2 // TOKEN_BYTES)
-    return accepted
+    accepted = [
+        sender.submit(ticket.ticket, tokens, first, elements[first : first + layers].copy(), Element.BF16, 1)
+        for step in range(0, len(chunks), step_chunks)
+        for first in range(0, GEOMETRY.num_layers, layers)
+        for tokens, elements in chunks[step : step + step_chunks]
+    ]
+    sender.finish(ticket.ticket, chunks[-1][0].stop)
+    return all(accepted)
 
 
 class Landed:
@@ -126,14 +128,26 @@ class Landed:
 class Worker:
     """A receiver on loopback with the loop that a decode worker's I/O thread would run."""
 
-    def __init__(self, port=0, geometry=GEOMETRY):
+    def __init__(self, ports=(0, 0), geometry=GEOMETRY, **options):
         self.context = zmq.Context()
-        self.receiver = KVReceiver(self.context, f"tcp://127.0.0.1:{port or '*'}", geometry, FRAME_BYTES)
+        self.receiver = KVReceiver(
+            self.context,
+            "127.0.0.1",
+            geometry,
+            frame_bytes=FRAME_BYTES,
+            control_port=ports[0],
+            frames_port=ports[1],
+            **options,
+        )
+        self.ports = self.receiver.port, self.receiver.frames_port
         self.endpoint = f"tcp://127.0.0.1:{self.receiver.port}"
+        self.poller = zmq.Poller()
+        for socket in (self.receiver.control, self.receiver.frames):
+            self.poller.register(socket, zmq.POLLIN)
 
     def expect(self, ticket, **options):
         landed = Landed(self.receiver, ticket, **options)
-        self.receiver.expect(ticket.ticket, landed)
+        self.receiver.expect(ticket.ticket, landed, ticket.credit_chunks)
         return landed
 
     def run_until(self, condition, patience_s=PATIENCE_S):
@@ -142,97 +156,10 @@ class Worker:
         while not condition():
             if time.monotonic_ns() > give_up_ns:
                 return False
-            if self.receiver.socket.poll(10):
+            if self.poller.poll(10):
                 self.receiver.turn()
         return True
 
     def close(self):
         self.receiver.close()
         self.context.term()
-
-
-class Fault(msgspec.Struct, frozen=True):
-    """What happens to message number ``index`` of one direction ("up": to the worker)."""
-
-    direction: str
-    index: int
-    action: str  # drop, duplicate, swap (with the next one), flip, truncate
-    bit: int = 0
-
-
-class Relay:
-    """Stands between senders and one worker, each sender on its own connection, and works the faults in."""
-
-    def __init__(self, worker_endpoint, faults):
-        self.worker_endpoint = worker_endpoint
-        self.faults = {(fault.direction, fault.index): fault for fault in faults}
-        self.context = zmq.Context()
-        self.front = self.context.socket(zmq.ROUTER)
-        self.front.linger = 0
-        self.endpoint = f"tcp://127.0.0.1:{self.front.bind_to_random_port('tcp://127.0.0.1')}"
-        self.backs = {}
-        self.counts = {"up": itertools.count(), "down": itertools.count()}
-        self.held = []
-        self.stopping = threading.Event()
-        self.thread = threading.Thread(target=self.run)
-        self.thread.start()
-
-    def run(self):
-        poller = zmq.Poller()
-        poller.register(self.front, zmq.POLLIN)
-        while not self.stopping.is_set():
-            ready = dict(poller.poll(20))
-            if not ready:
-                self.release()
-            if self.front in ready:
-                identity, *parts = self.front.recv_multipart()
-                if identity not in self.backs:
-                    back = self.backs[identity] = self.context.socket(zmq.DEALER)
-                    back.linger = 0
-                    back.connect(self.worker_endpoint)
-                    poller.register(back, zmq.POLLIN)
-                self.forward("up", parts, self.backs[identity].send_multipart)
-            for identity, back in self.backs.items():
-                if back in ready:
-                    parts = back.recv_multipart()
-                    self.forward(
-                        "down", parts, lambda parts, identity=identity: self.front.send_multipart([identity, *parts])
-                    )
-        for socket in (self.front, *self.backs.values()):
-            socket.close()
-
-    def forward(self, direction, parts, deliver):
-        fault = self.faults.get((direction, next(self.counts[direction])))
-        match fault.action if fault else "pass":
-            case "pass":
-                deliver(parts)
-            case "duplicate":
-                deliver(parts)
-                deliver(parts)
-            case "flip":
-                deliver(flipped(parts, fault.bit))
-            case "truncate":
-                deliver([*parts[:-1], parts[-1][: fault.bit % max(1, len(parts[-1]))]])
-            case "swap":
-                self.held.append((deliver, parts))
-                return
-        self.release()
-
-    def release(self):
-        for deliver, parts in self.held:
-            deliver(parts)
-        self.held.clear()
-
-    def close(self):
-        self.stopping.set()
-        self.thread.join()
-        self.context.term()
-
-
-def flipped(parts, bit):
-    """The parts with one bit turned, counted over all of them."""
-    whole = bytearray(b"".join(parts))
-    bit %= 8 * len(whole)
-    whole[bit // 8] ^= 1 << bit % 8
-    edges = [0, *itertools.accumulate(map(len, parts))]
-    return [bytes(whole[a:b]) for a, b in itertools.pairwise(edges)]

@@ -6,10 +6,12 @@ from hypothesis import strategies as st
 
 from tests.golden import examples, freeze
 from tests.transfer import codec_reference as reference
+from tests.transfer.plain_frames import pack, parse
 from transfer.codecs import CODECS, by_wire_id
 from transfer.errors import CodecError, ProtocolError
-from transfer.frames import HEADER_BYTES, MAX_CONTROL_PAYLOAD_BYTES, Element, Header, Kind, pack, parse
+from transfer.frames import HEADER_BYTES, MAX_CONTROL_PAYLOAD_BYTES, Element, Header, Kind
 from transfer.layout import plane_elements
+from transfer.seal import Seal
 
 GOLDEN = freeze.read(freeze.FRAMES)
 LIMIT = 1 << 20
@@ -24,12 +26,16 @@ DATA = Header(
     num_tokens=100,
     first_layer=4,
     num_layers=2,
+    seal=Seal.INTEGRITY,
+    session=0x0203,
 )
 
 u16, u32 = st.integers(0, 2**16 - 1), st.integers(0, 2**32 - 1)
 data_headers = st.builds(
     Header,
     kind=st.just(Kind.DATA),
+    seal=st.sampled_from(Seal),
+    session=u16,
     ticket=st.binary(min_size=16, max_size=16),
     sequence=u32,
     codec=st.integers(1, 255),
@@ -41,7 +47,9 @@ data_headers = st.builds(
 )
 closing_headers = st.builds(
     Header,
-    kind=st.sampled_from([Kind.END, Kind.ABORT]),
+    kind=st.sampled_from([Kind.END, Kind.ABORT, Kind.PROBE]),
+    seal=st.sampled_from(Seal),
+    session=u16,
     ticket=st.binary(min_size=16, max_size=16),
     sequence=u32,
     num_tokens=u32,
@@ -75,7 +83,7 @@ def test_fields_lie_where_the_table_says():
 
     assert head[:4] == b"ISTH"
     assert field(4, 2) == 1
-    assert (head[6], head[7], head[8], head[9:12]) == (1, 1, 1, bytes(3))
+    assert (head[6], head[7], head[8], head[9], field(10, 2)) == (1, 1, 1, 1, 0x0203)
     assert head[12:28] == bytes(range(16))
     assert (field(28, 4), field(32, 4), field(36, 4)) == (7, 512, 100)
     assert (field(40, 2), field(42, 2), field(44, 4)) == (4, 2, 100)
@@ -123,7 +131,7 @@ def test_a_payload_over_the_limit_is_refused_by_its_header():
         parse(changed(44, 2**32 - 1, 4), PAYLOAD, LIMIT)
 
 
-@pytest.mark.parametrize("kind", [Kind.END, Kind.ABORT])
+@pytest.mark.parametrize("kind", [Kind.END, Kind.ABORT, Kind.PROBE])
 def test_closing_frames_have_their_own_limit(kind):
     header = Header(kind=kind, ticket=bytes(16), sequence=0)
     payload = bytes(MAX_CONTROL_PAYLOAD_BYTES)
@@ -139,7 +147,8 @@ def test_closing_frames_have_their_own_limit(kind):
         (changed(4, 0, 2), "version is 0, this node speaks 1"),
         (changed(4, 2, 2), "version is 2, this node speaks 1"),
         (changed(6, 0), "kind 0"),
-        (changed(6, 4), "kind 4"),
+        (changed(6, 5), "kind 5"),
+        (changed(9, 3), "seal 3"),
         (changed(8, 3), "element type 3"),
         (changed(8, 0), "does not go with"),
         (changed(7, 0), "does not go with"),

@@ -108,6 +108,6 @@ def test_oversized_messages_are_refused_unread():
 
 
 def test_another_protocol_version_is_refused_with_both_numbers():
-    messages.require_protocol(1)
-    with pytest.raises(ProtocolError, match="1 here, 2 there"):
-        messages.require_protocol(2)
+    messages.require_protocol(2)
+    with pytest.raises(ProtocolError, match="2 here, 1 there"):
+        messages.require_protocol(1)

@@ -6,11 +6,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.transfer.kv_plane import FRAME_BYTES, GEOMETRY, TOKEN_BYTES, Worker, make_ticket
+from tests.transfer.plain_frames import pack
 from transfer.codecs import CODECS
 from transfer.errors import CodecError, LinkError, ProtocolError
-from transfer.frames import Element, Header, Kind, pack
+from transfer.frames import Element, Header, Kind
 from transfer.layout import Slab
-from transfer.messages import Cancel, Credit, Failure, SenderHello, SenderWelcome, decode_from_receiver, encode
+from transfer.messages import (
+    Cancel,
+    Credit,
+    Failure,
+    Landed,
+    Resend,
+    SenderHello,
+    decode_from_receiver,
+    encode,
+)
 from transfer.stages import SenderReport
 
 HELLO = SenderHello(geometry=GEOMETRY, codecs=("raw",))
@@ -27,18 +37,27 @@ class Peer:
 
     def __init__(self, worker, *, hello=HELLO):
         self.worker = worker
-        self.socket = worker.context.socket(zmq.DEALER)
-        self.socket.linger = 0
-        self.socket.connect(worker.endpoint)
+        self.session = 0
+        self.control = worker.context.socket(zmq.DEALER)
+        self.frames = worker.context.socket(zmq.PUSH)
+        for socket in (self.control, self.frames):
+            socket.linger = 0
+        self.control.connect(worker.endpoint)
+        self.frames.connect(f"tcp://127.0.0.1:{worker.receiver.frames_port}")
         if hello is not None:
-            self.send(encode(hello))
-            assert self.hear() == SenderWelcome(max_frame_bytes=FRAME_BYTES)
+            self.say(hello)
+            welcome = self.hear()
+            assert (welcome.max_frame_bytes, welcome.frames_port) == (FRAME_BYTES, worker.receiver.frames_port)
+            self.session = welcome.session
+
+    def say(self, message):
+        self.control.send(encode(message))
 
     def send(self, *parts):
-        self.socket.send_multipart(parts)
+        self.frames.send_multipart(parts)
 
     def frame(self, ticket, payload=PAYLOAD, **fields):
-        fields = {"kind": Kind.DATA, "sequence": 0, **fields}
+        fields = {"kind": Kind.DATA, "sequence": 0, "session": self.session, **fields}
         if fields["kind"] == Kind.DATA:
             whole = {"codec": 1, "element": Element.BF16, "num_tokens": TOKENS, "num_layers": GEOMETRY.num_layers}
             fields = {**whole, **fields}
@@ -49,19 +68,21 @@ class Peer:
         self.frame(ticket, payload, kind=Kind.END, sequence=sequence, num_tokens=TOKENS)
 
     def hear(self):
-        assert self.worker.run_until(lambda: self.socket.poll(0))
-        return decode_from_receiver(self.socket.recv())
+        assert self.worker.run_until(lambda: self.control.poll(0))
+        return decode_from_receiver(self.control.recv())
 
     def settle(self):
-        """Wait until the worker has taken everything sent so far: it answers in order."""
-        self.send(encode(HELLO))
+        """What the worker said until it had taken every frame sent so far: it answers a last one in order."""
+        marker = make_ticket(self.worker.endpoint)
+        self.frame(marker)
         answers = [self.hear()]
-        while not isinstance(answers[-1], SenderWelcome):
+        while getattr(answers[-1], "ticket", "") != marker.ticket:
             answers.append(self.hear())
         return answers[:-1]
 
     def close(self):
-        self.socket.close()
+        self.control.close()
+        self.frames.close()
 
 
 @pytest.fixture
@@ -107,13 +128,16 @@ def test_a_whole_transfer_lands(worker, peer, ticket, landed):
     assert landed.report == REPORT
     assert np.array_equal(landed.chunk(0), np.tile(LAYER, (GEOMETRY.num_layers, 1)))
     assert worker.receiver.open_tickets == 0
-    assert peer.settle() == [Credit(ticket=ticket.ticket, chunks=3)]
+    assert peer.settle() == [
+        Credit(ticket=ticket.ticket, chunks=3, next_sequence=1),
+        Landed(ticket=ticket.ticket),
+    ]
 
 
 @pytest.mark.parametrize(
     ("hello", "code", "words"),
     [
-        (msgspec.structs.replace(HELLO, protocol=2), "protocol_error", "1 here, 2 there"),
+        (msgspec.structs.replace(HELLO, protocol=1), "protocol_error", "2 here, 1 there"),
         (
             msgspec.structs.replace(HELLO, geometry=msgspec.structs.replace(GEOMETRY, head_dim_k=64)),
             "geometry_mismatch",
@@ -124,24 +148,33 @@ def test_a_whole_transfer_lands(worker, peer, ticket, landed):
 )
 def test_a_sender_that_does_not_fit_is_refused_with_the_reason(connect, ticket, landed, hello, code, words):
     peer = connect(hello=None)
-    peer.send(encode(hello))
+    peer.say(hello)
     answer = peer.hear()
     assert isinstance(answer, Failure)
     assert answer.code == code
     assert words in answer.message
     peer.frame(ticket)
-    assert isinstance(peer.hear(), Failure)
+    connect().settle()
     assert not landed.rows
 
 
-def test_frames_before_the_hello_are_refused(connect, ticket, landed):
+def test_frames_of_no_session_are_dropped(worker, connect, ticket, landed):
     peer = connect(hello=None)
-    peer.frame(ticket)
-    answer = peer.hear()
-    assert isinstance(answer, Failure)
-    assert "hello" in answer.message
+    for session in (0, 77):
+        peer.frame(ticket, session=session)
+    assert worker.run_until(lambda: worker.receiver.dropped_frames == 2)
     assert not landed.over
     assert not landed.rows
+
+
+def test_a_sender_that_says_hello_again_keeps_its_session_unless_it_asks_for_another(peer):
+    peer.say(HELLO)
+    assert peer.hear().session == peer.session
+    peer.say(msgspec.structs.replace(HELLO, renew=True))
+    renewed = peer.hear().session
+    assert renewed != peer.session
+    peer.say(HELLO)
+    assert peer.hear().session == renewed
 
 
 def test_frames_for_a_ticket_that_is_not_open_are_cancelled(peer, ticket):
@@ -162,7 +195,6 @@ def test_a_repeated_frame_lands_once(worker, peer, ticket, landed):
 @pytest.mark.parametrize(
     ("fields", "kind", "words"),
     [
-        ({"sequence": 1}, ProtocolError, "frame 1 came where 0 was due"),
         ({"codec": 2}, CodecError, "lz4"),
         ({"codec": 77}, CodecError, "77"),
         ({"num_tokens": TOKENS + 1}, CodecError, "bytes"),
@@ -185,21 +217,38 @@ def test_a_frame_that_breaks_its_transfer_ends_it_on_both_sides(worker, peer, ti
     assert answer.ticket == ticket.ticket
 
 
-def test_a_damaged_payload_ends_its_transfer_and_no_other(worker, peer, ticket, landed):
-    other = make_ticket(worker.endpoint)
-    other_landed = worker.expect(other)
+def test_a_damaged_frame_is_dropped_and_asked_for_again(worker, peer, ticket, landed):
     damaged = bytearray(PAYLOAD)
     damaged[100] ^= 1
-    head = pack(
-        Header(kind=Kind.DATA, ticket=bytes.fromhex(ticket.ticket), sequence=0, codec=1, element=Element.BF16), PAYLOAD
-    )
-    peer.send(head, bytes(damaged))
-    peer.frame(other)
-    peer.end(other)
-    assert worker.run_until(lambda: other_landed.over)
-    assert "checksum" in str(landed.error)
-    assert Cancel(ticket=ticket.ticket, reason=str(landed.error)) in peer.settle()
-    assert other_landed.report == REPORT
+    fields = {"sequence": 0, "codec": 1, "element": Element.BF16, "session": peer.session}
+    peer.send(pack(Header(kind=Kind.DATA, ticket=bytes.fromhex(ticket.ticket), **fields), PAYLOAD), bytes(damaged))
+    peer.end(ticket)
+    assert peer.settle() == [Resend(ticket=ticket.ticket, sequence=0)]
+    assert not landed.over
+    peer.frame(ticket)
+    peer.end(ticket)
+    assert worker.run_until(lambda: landed.over)
+    assert landed.report == REPORT
+
+
+def test_a_gap_is_asked_for_once_and_again_by_a_probe(peer, ticket, landed):
+    for sequence in (2, 3, 4):
+        peer.frame(ticket, sequence=sequence)
+    assert peer.settle() == [Resend(ticket=ticket.ticket, sequence=0)]
+    peer.frame(ticket, b"", kind=Kind.PROBE, sequence=5)
+    assert peer.settle() == [Resend(ticket=ticket.ticket, sequence=0)]
+    peer.frame(ticket, b"", kind=Kind.PROBE, sequence=0)
+    assert peer.settle() == [Credit(ticket=ticket.ticket, chunks=2, next_sequence=0)]
+    assert not landed.rows
+
+
+def test_a_probe_after_the_end_hears_that_all_has_landed(worker, peer, ticket, landed):
+    peer.frame(ticket)
+    peer.end(ticket)
+    assert worker.run_until(lambda: landed.over)
+    peer.settle()
+    peer.frame(ticket, b"", kind=Kind.PROBE, sequence=2)
+    assert peer.settle() == [Landed(ticket=ticket.ticket)]
 
 
 def test_a_second_sender_can_neither_feed_nor_end_a_transfer(worker, connect, ticket, landed):
@@ -208,7 +257,6 @@ def test_a_second_sender_can_neither_feed_nor_end_a_transfer(worker, connect, ti
     assert worker.run_until(lambda: landed.rows)
     second.frame(ticket, kind=Kind.ABORT, payload=b"mine", sequence=1)
     second.end(ticket)
-    second.send(bytes(12) + bytes.fromhex(ticket.ticket) + bytes(36), b"")
     second.settle()
     assert not landed.over
     first.end(ticket)
@@ -227,7 +275,7 @@ def test_a_cancelled_ticket_hears_nothing_more(worker, peer, ticket, landed):
 
 def test_a_message_over_the_limit_costs_its_sender_the_connection_only(worker, connect, ticket, landed):
     greedy, peer = connect(), connect()
-    greedy.send(encode(HELLO), bytes(4 * FRAME_BYTES))
+    greedy.send(bytes(64), bytes(4 * FRAME_BYTES))
     peer.frame(ticket)
     peer.end(ticket)
     assert worker.run_until(lambda: landed.over)
@@ -258,7 +306,10 @@ def lasting():
 def test_arbitrary_messages_leave_the_receiver_working(lasting, parts):
     _, peer = lasting
     peer.send(*parts)
+    peer.control.send_multipart(parts)
     peer.settle()
+    while peer.control.poll(0):
+        peer.control.recv()
 
 
 @given(
