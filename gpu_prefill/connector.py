@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import msgspec
@@ -20,10 +21,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
+from vllm.model_executor.models.utils import extract_layer_index
 
 from gpu_prefill.caches import element_of, find_packing, in_layer_order, require_supported, unbound
 from gpu_prefill.export import Exporter
 from gpu_prefill.schedule import ExportSchedule, StepPlan
+from transfer import keys
 from transfer.geometry import KVGeometry
 from transfer.layout import RopeOrder
 from transfer.sender import KVSender
@@ -52,6 +55,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     rope_order: RopeOrder
     sender_bytes: int
     frame_bytes: int
+    budget_ms: float
+    keys_dir: str = ""
 
 
 @dataclass
@@ -109,6 +114,7 @@ class IsthmusConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._block_size: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self._schedule = ExportSchedule(self._settings.sender_bytes)
         self._exporter: Exporter | None = None
+        self._layer_index: dict[str, int] = {}
 
     # Beside the scheduler.
 
@@ -170,7 +176,10 @@ class IsthmusConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         packing, element = find_packing(layers), element_of(layers)
         with unbound(packing):
             sender = KVSender(
-                geometry, max_backlog_bytes=self._settings.sender_bytes, frame_bytes=self._settings.frame_bytes
+                geometry,
+                max_backlog_bytes=self._settings.sender_bytes,
+                frame_bytes=self._settings.frame_bytes,
+                keys=keys.client(Path(self._settings.keys_dir), "prefill") if self._settings.keys_dir else None,
             )
         self._exporter = Exporter(
             sender,
@@ -179,7 +188,10 @@ class IsthmusConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             element,
             kernel_blocks=self._block_size // layers[0].shape[2],
             interleave_dims=geometry.rope_dims if self._settings.rope_order == "half" else 0,
+            frame_bytes=self._settings.frame_bytes,
+            budget_ms=self._settings.budget_ms,
         )
+        self._layer_index = {name: extract_layer_index(name) for name in kv_caches}
         log.info("kv export ready", layers=len(layers), packing=packing, element=element.name.lower())
 
     @contained(_nothing)
@@ -187,7 +199,7 @@ class IsthmusConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Begin the step's transfers; this hook comes before the forward."""
         super().bind_connector_metadata(connector_metadata)
         if self._exporter is not None and isinstance(connector_metadata, StepMetadata):
-            self._exporter.open(connector_metadata.plan.opened)
+            self._exporter.begin(connector_metadata.plan)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Nothing is ever loaded."""
@@ -195,12 +207,15 @@ class IsthmusConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing is ever loaded."""
 
-    def save_kv_layer(self, layer_name: str, kv_layer: Tensor, attn_metadata: AttentionMetadata, **kwargs: Any) -> None:
-        """Nothing is saved layer by layer: full CUDA graphs skip this hook."""
+    @contained(_nothing)
+    def save_kv_layer(self, layer_name: str, kv_layer: Tensor, attn_metadata: AttentionMetadata, **kwargs: Any) -> None:  # noqa: ARG002
+        """Export the layers that are there; full CUDA graphs skip this hook, so nothing may depend on it."""
+        if self._exporter is not None:
+            self._exporter.layer_saved(self._layer_index[layer_name])
 
     @contained(_nothing)
     def wait_for_save(self) -> None:
-        """Export the step's tokens: every layer is queued by now, and stream order protects the blocks."""
+        """Export the rest of the step: every layer is queued by now, and stream order protects the blocks."""
         metadata = self._connector_metadata
         if self._exporter is not None and isinstance(metadata, StepMetadata):
             self._exporter.export(metadata.plan)

@@ -1,6 +1,8 @@
-"""The worker's half of exporting: carry out a step's plan on the paged caches and hand chunks to the sender.
+"""The worker's half of exporting: carry out a step's plan on the paged caches and hand slabs to the sender.
 
-A failure here fails one transfer, never the step: vLLM serves the other requests on.
+Layers leave in groups of one frame while later ones are still being computed; what the hooks of single layers did not
+export, for instance because a full CUDA graph skipped them, leaves at the end of the step. A failure here fails one
+transfer, never the step: vLLM serves the other requests on.
 """
 
 from __future__ import annotations
@@ -37,10 +39,12 @@ class Sender(Protocol):
     def open(self, ticket: Ticket) -> None:
         """Begin a transfer."""
 
-    def submit(self, ticket: str, start_token: int, elements: Elements, element: Element, gather_ns: int) -> bool:
-        """Queue a chunk; False if the transfer has failed."""
+    def submit(
+        self, ticket: str, tokens: range, first_layer: int, elements: Elements, element: Element, gather_ns: int
+    ) -> bool:
+        """Queue some layers of a chunk; False if the transfer has failed."""
 
-    def finish(self, ticket: str, num_tokens: int) -> None:
+    def finish(self, ticket: str, end_token: int) -> None:
         """Queue END."""
 
     def abort(self, ticket: str, reason: str) -> None:
@@ -58,7 +62,8 @@ class Exporter:
 
     ``layers`` are the caches in layer order, each ``[B, H, N, 2 * D]``. Where vLLM's scheduler counts in blocks of
     several kernel blocks, ``kernel_blocks`` is how many. ``interleave_dims`` is the rotary width of K if the model
-    keeps it in "half" order, else 0.
+    keeps it in "half" order, else 0. A group of layers is what fits ``frame_bytes``. Steps in which exporting holds the
+    forward up for longer than ``budget_ms`` are counted in ``steps_over_budget``.
     """
 
     def __init__(
@@ -70,6 +75,8 @@ class Exporter:
         *,
         kernel_blocks: int,
         interleave_dims: int,
+        frame_bytes: int,
+        budget_ms: float,
     ) -> None:
         self._sender = sender
         self._layers = layers
@@ -77,25 +84,53 @@ class Exporter:
         self._element = element
         self._kernel_blocks = kernel_blocks
         self._interleave_dims = interleave_dims
+        self._frame_bytes = frame_bytes
+        self._budget_ns = int(budget_ms * 1e6)
+        self.steps_over_budget = 0
         self._request_of: dict[str, str] = {}
         self._failed: dict[str, str] = {}
+        self._jobs: Sequence[Job] = ()
+        self._group_layers = len(layers)
+        self._exported_layers = 0
+        self._blocked_ns = 0
 
-    def open(self, tickets: Sequence[Ticket]) -> None:
+    def begin(self, plan: StepPlan) -> None:
         """Begin transfers, before the step computes: the handshake with the decode worker overlaps with it."""
-        for ticket in tickets:
+        self._jobs = plan.jobs
+        self._exported_layers = self._blocked_ns = 0
+        if plan.jobs:
+            longest = max(min(job.chunk_tokens, job.end - job.start) for job in plan.jobs)
+            _, heads, _, width = self._layers[0].shape
+            self._group_layers = max(1, self._frame_bytes // (2 * longest * heads * width))
+        for ticket in plan.opened:
             self._request_of[ticket.ticket] = ticket.request_id
             try:
                 self._sender.open(ticket)
             except Exception as error:  # noqa: BLE001 - whatever it is, only this transfer may fail
                 self._fail(ticket.ticket, f"cannot open the transfer: {error}")
 
+    def layer_saved(self, layer: int) -> None:
+        """The step's tokens of all layers up to ``layer`` are in the caches, or queued to be: export whole groups."""
+        if self._jobs and layer + 1 >= self._exported_layers + self._group_layers:
+            self._export_layers(layer + 1)
+
     def export(self, plan: StepPlan) -> None:
-        """Export the step's tokens and end what is complete; called when the step's forward is queued."""
-        for job in plan.jobs:
-            self._run_job(job)
-        for ticket, num_tokens in plan.ended.items():
+        """Export the rest of the step and end what is complete; called when the step's forward is queued."""
+        if self._jobs:
+            self._export_layers(len(self._layers))
+            self._jobs = ()
+        if self._blocked_ns > self._budget_ns:
+            self.steps_over_budget += 1
+            if self.steps_over_budget.bit_count() == 1:
+                log.warning(
+                    "exporting held up the forward for longer than its budget",
+                    blocked_ms=round(self._blocked_ns / 1e6, 1),
+                    budget_ms=self._budget_ns / 1e6,
+                    steps_over_budget=self.steps_over_budget,
+                )
+        for ticket, end_token in plan.ended.items():
             if self._request_of.pop(ticket, None) is not None:
-                self._sender.finish(ticket, num_tokens)
+                self._sender.finish(ticket, end_token)
 
     def settle(self, plan: StepPlan) -> None:
         """Give up what was aborted; in a step that computes nothing, wait a little."""
@@ -117,18 +152,29 @@ class Exporter:
         """Stop the sender."""
         self._sender.close()
 
-    def _run_job(self, job: Job) -> None:
+    def _export_layers(self, end_layer: int) -> None:
+        """Export the layers from the first that has not been exported up to ``end_layer``, group by group."""
+        began = time.monotonic_ns()
+        for first in range(self._exported_layers, end_layer, self._group_layers):
+            layers = range(first, min(first + self._group_layers, end_layer))
+            for job in self._jobs:
+                self._run_job(job, layers)
+        self._exported_layers = end_layer
+        self._blocked_ns += time.monotonic_ns() - began
+
+    def _run_job(self, job: Job, layers: range) -> None:
         if job.ticket not in self._request_of:
             return
         block_ids = _kernel_block_ids(job.block_ids, self._kernel_blocks)
         interleave_dims = self._interleave_dims if job.interleave else 0
+        caches = self._layers[layers.start : layers.stop]
         try:
             for start in range(job.start, job.end, job.chunk_tokens):
                 began = time.monotonic_ns()
-                end = min(start + job.chunk_tokens, job.end)
-                elements = gather(self._layers, self._packing, block_ids, start, end, interleave_dims)
+                tokens = range(start, min(start + job.chunk_tokens, job.end))
+                elements = gather(caches, self._packing, block_ids, tokens.start, tokens.stop, interleave_dims)
                 gather_ns = time.monotonic_ns() - began
-                if not self._sender.submit(job.ticket, start, elements, self._element, gather_ns):
+                if not self._sender.submit(job.ticket, tokens, layers.start, elements, self._element, gather_ns):
                     self._request_of.pop(job.ticket)
                     return
         except Exception as error:

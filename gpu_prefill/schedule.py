@@ -41,8 +41,8 @@ class Job:
 class StepPlan:
     """What the worker does in one step.
 
-    ``opened`` are transfers that begin, ``ended`` maps finished tickets to the tokens they exported, ``aborted`` maps
-    tickets to why. ``idle``: nothing computes, and requests wait only for the backlog to shrink.
+    ``opened`` are transfers that begin, ``ended`` maps finished tickets to the position after their last token,
+    ``aborted`` maps tickets to why. ``idle``: nothing computes, and requests wait only for the backlog to shrink.
     """
 
     opened: list[Ticket] = field(default_factory=list)
@@ -180,7 +180,7 @@ def _plan_export(plan: StepPlan, export: Export, end: int) -> None:
         plan.jobs.append(Job(ticket.ticket, export.exported, end, block_ids, ticket.chunk_tokens, interleave))
         export.exported = end
     if end == export.prompt_tokens:
-        plan.ended[ticket.ticket] = end - ticket.reused_tokens
+        plan.ended[ticket.ticket] = end
         export.ended = True
 
 

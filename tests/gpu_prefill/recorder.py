@@ -27,8 +27,11 @@ def make_ticket(number: int, **changes: object) -> Ticket:
 class RecordingSender:
     """Has KVSender's methods. Set ``refuse`` to fail every submit, ``backlog_bytes`` to feign a slow link."""
 
-    def __init__(self, geometry: KVGeometry, *, max_backlog_bytes: int, frame_bytes: int) -> None:  # noqa: ARG002 - KVSender's signature
+    def __init__(self, geometry: KVGeometry, **_: object) -> None:
         self.geometry = geometry
+        self.num_layers = geometry.num_layers
+        self.groups: dict[tuple[str, int], list[Elements]] = {}
+        self.slabs: list[tuple[str, range, range]] = []
         self.backlog_bytes = 0
         self.refuse = False
         self.opened: dict[str, Ticket] = {}
@@ -43,19 +46,28 @@ class RecordingSender:
         self.opened[ticket.ticket] = ticket
         self.chunks[ticket.ticket] = []
 
-    def submit(self, ticket: str, start_token: int, elements: Elements, element: Element, gather_ns: int) -> bool:
+    def submit(
+        self, ticket: str, tokens: range, first_layer: int, elements: Elements, element: Element, gather_ns: int
+    ) -> bool:
         assert ticket not in self.finished
+        assert elements.size == elements.shape[0] * len(tokens) * self.geometry.elements_per_token // self.num_layers
         assert element in (Element.BF16, Element.F16)
         assert gather_ns > 0
         if self.refuse:
             self.failed[ticket] = "link is down"
             return False
-        self.chunks[ticket].append((start_token, elements))
+        groups = self.groups.setdefault((ticket, tokens.start), [])
+        assert first_layer == sum(map(len, groups))
+        groups.append(elements)
+        self.slabs.append((ticket, tokens, range(first_layer, first_layer + len(elements))))
+        if first_layer + len(elements) == self.num_layers:
+            self.chunks[ticket].append((tokens.start, np.concatenate(self.groups.pop((ticket, tokens.start)))))
         return True
 
-    def finish(self, ticket: str, num_tokens: int) -> None:
+    def finish(self, ticket: str, end_token: int) -> None:
         assert ticket not in self.finished
-        self.finished[ticket] = num_tokens
+        assert not self.groups
+        self.finished[ticket] = end_token
 
     def abort(self, ticket: str, reason: str) -> None:
         self.aborted[ticket] = reason

@@ -19,7 +19,7 @@ import pytest
 from gpu_prefill import service
 from tests.conftest import ModelPair
 from tests.gpu_prefill.recorder import RecordingSender, make_ticket
-from transfer.config import Cluster, Pair
+from transfer.config import Cluster, Link, Pair
 from transfer.layout import interleaved_index
 from transfer.messages import Landing, Ticket
 
@@ -86,7 +86,7 @@ def engine(default_pair: ModelPair) -> Iterator[Engine]:
         enforce_eager=True,
         enable_prefix_caching=True,
         dtype="bfloat16",
-        kv_transfer_config=msgspec.json.decode(service.kv_transfer_config(Cluster(pair=pair))),
+        kv_transfer_config=msgspec.json.decode(service.kv_transfer_config(Cluster(pair=pair, link=Link(seal="none")))),
     )
     yield Engine(llm, get_kv_transfer_group()._exporter._sender)
     llm.llm_engine.engine_core.shutdown()

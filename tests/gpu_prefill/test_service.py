@@ -9,14 +9,16 @@ import pytest
 from gpu_prefill import service
 from gpu_prefill.geometry import read_geometry
 from tests.gpu_prefill.checkpoints import LLAMA, write_model
-from transfer.config import Cluster, Pair, Prefill
+from transfer.config import Cluster, Link, Pair, Prefill
 from transfer.errors import ConfigError
 from transfer.geometry import KVGeometry
+
+UNSEALED = Link(seal="none")
 
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Cluster:
-    return Cluster(pair=Pair(name="tiny", hf_dir=str(write_model(tmp_path / "hf", LLAMA)), gguf=""))
+    return Cluster(pair=Pair(name="tiny", hf_dir=str(write_model(tmp_path / "hf", LLAMA)), gguf=""), link=UNSEALED)
 
 
 def with_prefill(cluster: Cluster, prefill: Prefill) -> Cluster:
