@@ -63,7 +63,7 @@ def test_a_prompt_that_is_reused_whole_ends_without_a_chunk(schedule: ExportSche
 
     assert plan.opened == [ticket]
     assert not plan.jobs
-    assert plan.ended == {ticket.ticket: 0}
+    assert plan.ended == {ticket.ticket: 50}
 
 
 def test_a_preempted_request_exports_no_token_twice_and_reads_its_new_blocks(schedule: ExportSchedule) -> None:
