@@ -12,12 +12,10 @@ import numpy.typing as npt
 from cpu_decode.state import ChunkState, state_bytes
 from transfer import codecs
 from transfer.errors import CapacityError, IsthmusError, ProtocolError
-from transfer.frames import Element, Header
+from transfer.frames import Header
 from transfer.geometry import KVGeometry
-from transfer.layout import ElementType
+from transfer.layout import CellType
 from transfer.stages import SenderReport
-
-_ELEMENT: dict[ElementType, Element] = {"f16": Element.F16, "bf16": Element.BF16}
 
 
 class LandingPool:
@@ -26,8 +24,8 @@ class LandingPool:
     Owned by the I/O thread. A ticket reserves its buffers up front, so a frame never finds the pool empty.
     """
 
-    def __init__(self, geometry: KVGeometry, chunk_tokens: int, max_bytes: int) -> None:
-        self.buffer_bytes = state_bytes(geometry, chunk_tokens)
+    def __init__(self, geometry: KVGeometry, cell_type: CellType, chunk_tokens: int, max_bytes: int) -> None:
+        self.buffer_bytes = state_bytes(geometry, chunk_tokens, cell_type)
         self._free: list[npt.NDArray[np.uint8]] = []
         self._unreserved = max_bytes // self.buffer_bytes
         self.in_use = 0
@@ -82,7 +80,7 @@ class LandingPlace:
     def __init__(
         self,
         geometry: KVGeometry,
-        cell_type: ElementType,
+        cell_type: CellType,
         codec: str,
         pool: LandingPool,
         *,
@@ -113,7 +111,7 @@ class LandingPlace:
         self._first_frame_ns = self._first_frame_ns or began
         chunk = self._due(header)
         planes = chunk.state.planes(header.first_layer, header.num_layers)
-        self._codec.decode(payload, header.element, _ELEMENT[self._cell_type], planes, chunk.tokens)
+        self._codec.decode(payload, header.element, codecs.CELL_ELEMENT[self._cell_type], planes, chunk.tokens)
         chunk.next_layer += header.num_layers
         self._decode_frame_ns += time.monotonic_ns() - began
         if chunk.next_layer == self._geometry.num_layers:

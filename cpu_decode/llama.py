@@ -6,6 +6,7 @@ One context with one unified cache and flash attention: chunked injection and se
 from __future__ import annotations
 
 import ctypes
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,27 @@ import llama_cpp
 import numpy as np
 import structlog
 
-from cpu_decode.state import GGML_TYPE, ChunkState
+from cpu_decode.state import ChunkState, is_quantized
 from transfer.errors import ConfigError, EngineError
-from transfer.layout import ElementType, RopeOrder
+from transfer.layout import CELL_ROWS, CellType, RopeOrder
 
 log = structlog.get_logger()
 
 _ROPE_ORDER: dict[int, RopeOrder] = {0: "interleaved", 2: "half"}  # enum llama_rope_type: NORM, NEOX
 _FLASH_ATTENTION_ON = 1
 _PIECE_BYTES = 256
-_LOG_ERROR_LEVEL = 4
+_LOG_INFO_LEVEL, _LOG_ERROR_LEVEL = 2, 4
+# llama_kv_cache says of K and of V whether it rotates what it keeps.
+_ROTATION = re.compile(r"\battn_rot_([kv]) = ([01])")
+_rotations: dict[str, bool] = {}
 
 
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _on_log(level: int, text: bytes, _user: Any) -> None:
     if level == _LOG_ERROR_LEVEL:
         log.error("llama.cpp", text=text.decode(errors="replace").rstrip())
+    if level == _LOG_INFO_LEVEL and (said := _ROTATION.search(text.decode(errors="replace"))):
+        _rotations[said[1]] = said[2] == "1"
 
 
 class Model:
@@ -129,7 +135,7 @@ class Context:
         max_sequences: int,
         batch_tokens: int,
         threads: int,
-        cell_type: ElementType,
+        cell_type: CellType,
     ) -> None:
         self.model = model
         self.num_cells = num_cells
@@ -138,13 +144,24 @@ class Context:
         params.n_batch = params.n_ubatch = batch_tokens
         params.n_seq_max = max_sequences + 1
         params.n_threads = params.n_threads_batch = threads
-        params.type_k = params.type_v = GGML_TYPE[cell_type]
+        params.type_k, params.type_v = (row.ggml_type for row in CELL_ROWS[cell_type])
         params.flash_attn_type = _FLASH_ATTENTION_ON
         params.kv_unified = True
         params.no_perf = True
+        _rotations.clear()
         self.handle = llama_cpp.llama_init_from_model(model.handle, params)
         if not self.handle:
-            raise ConfigError(f"llama.cpp cannot make a context of {num_cells} cells and {max_sequences} sequences")
+            raise ConfigError(
+                f"llama.cpp cannot make a context of {num_cells} {cell_type} cells and {max_sequences} sequences"
+            )
+        # Rows travel rotated where cells are quantized (``transfer/rows.py``); anything else gives wrong tokens.
+        rotates = (_rotations.get("k", False), _rotations.get("v", False))
+        if rotates != (is_quantized(cell_type),) * 2:
+            self.close()
+            raise ConfigError(
+                f"llama.cpp rotates K and V of {cell_type} cells: {rotates}, where landed KV is the opposite; unset "
+                "LLAMA_ATTN_ROT_DISABLE, or set [decode] cell_type to f16 or bf16"
+            )
         self._memory = llama_cpp.llama_get_memory(self.handle)
         # Chunks land here first: setting a sequence's state clears what that sequence held.
         self._scratch = max_sequences

@@ -12,11 +12,11 @@ import struct
 import numpy as np
 import numpy.typing as npt
 
+from transfer.errors import ConfigError
 from transfer.geometry import KVGeometry
-from transfer.layout import Elements, ElementType
+from transfer.layout import CELL_ROWS, ROTATED_ELEMENTS, CellType, Elements
 
 MAGIC = 0xAF143CD8
-GGML_TYPE: dict[ElementType, int] = {"f16": 1, "bf16": 30}
 
 _HEAD = struct.Struct("<IiII")
 _SHAPE = struct.Struct("<II")
@@ -24,10 +24,34 @@ _PLANE = struct.Struct("<iQ")
 _CELL = np.dtype([("position", "<i4"), ("sequences", "<u4"), ("sequence", "<i4")])
 
 
-def state_bytes(geometry: KVGeometry, num_tokens: int) -> int:
-    """Size of the state of ``num_tokens`` tokens."""
+def row_bytes(geometry: KVGeometry, cell_type: CellType) -> tuple[int, int]:
+    """Size of one token's K row and of its V row in one layer.
+
+    Raises :class:`ConfigError` if heads do not fit quantized cells: llama.cpp rotates in parts of 64 elements or not at
+    all (``transfer/rows.py``).
+    """
+    head_dims = geometry.head_dim_k, geometry.head_dim_v
+    if is_quantized(cell_type) and any(head_dim % ROTATED_ELEMENTS for head_dim in head_dims):
+        raise ConfigError(
+            f"cells of type {cell_type} need heads of multiples of {ROTATED_ELEMENTS} elements, this model has "
+            f"{head_dims[0]} in K and {head_dims[1]} in V; set [decode] cell_type to f16 or bf16"
+        )
+    k, v = (
+        geometry.num_kv_heads * head_dim // row.block_elements * row.block_bytes
+        for head_dim, row in zip(head_dims, CELL_ROWS[cell_type], strict=True)
+    )
+    return k, v
+
+
+def is_quantized(cell_type: CellType) -> bool:
+    """Whether cells of ``cell_type`` hold blocks of codes."""
+    return CELL_ROWS[cell_type][0].block_elements > 1
+
+
+def state_bytes(geometry: KVGeometry, num_tokens: int, cell_type: CellType) -> int:
+    """Size of the state of ``num_tokens`` tokens; raises what :func:`row_bytes` raises."""
     fixed = _HEAD.size + _SHAPE.size + 2 * geometry.num_layers * _PLANE.size
-    return fixed + num_tokens * (_CELL.itemsize + 2 * geometry.elements_per_token)
+    return fixed + num_tokens * (_CELL.itemsize + geometry.num_layers * sum(row_bytes(geometry, cell_type)))
 
 
 class ChunkState:
@@ -40,14 +64,14 @@ class ChunkState:
         self,
         buffer: npt.NDArray[np.uint8],
         geometry: KVGeometry,
-        cell_type: ElementType,
+        cell_type: CellType,
         start_token: int,
         num_tokens: int,
     ) -> None:
         self.buffer = buffer
         self.start_token = start_token
         self.num_tokens = num_tokens
-        self.num_bytes = state_bytes(geometry, num_tokens)
+        self.num_bytes = state_bytes(geometry, num_tokens, cell_type)
         self._num_layers = geometry.num_layers
         cells = np.zeros(num_tokens, _CELL)
         cells["position"] = np.arange(start_token, start_token + num_tokens)
@@ -59,15 +83,14 @@ class ChunkState:
         _SHAPE.pack_into(buffer.data, at, 0, geometry.num_layers)
         at += _SHAPE.size
         self._planes: list[Elements] = []
-        for head_dim in (geometry.head_dim_k, geometry.head_dim_v):
-            row_bytes = 2 * geometry.num_kv_heads * head_dim
+        for row, size_bytes in zip(CELL_ROWS[cell_type], row_bytes(geometry, cell_type), strict=True):
             for _ in range(geometry.num_layers):
-                _PLANE.pack_into(buffer.data, at, GGML_TYPE[cell_type], row_bytes)
+                _PLANE.pack_into(buffer.data, at, row.ggml_type, size_bytes)
                 at += _PLANE.size
-                self._planes.append(buffer[at : at + num_tokens * row_bytes].view(np.uint16))
-                at += num_tokens * row_bytes
+                self._planes.append(buffer[at : at + num_tokens * size_bytes].view(np.uint16))
+                at += num_tokens * size_bytes
 
     def planes(self, first_layer: int, num_layers: int) -> list[Elements]:
-        """The rows of a layer group in wire order: K then V of each layer, uint16 arrays into the buffer."""
+        """The rows of a layer group in wire order, K then V of each layer: uint16 arrays into the buffer."""
         layers = range(first_layer, first_layer + num_layers)
         return [self._planes[plane] for layer in layers for plane in (layer, self._num_layers + layer)]

@@ -86,7 +86,7 @@ class Worker:
         self._link = link
         self._form = Landing(cell_type=decode.cell_type, rope_order=model.rope_order)
         self._admission = Admission(decode.num_cells, decode.max_sequences)
-        self._pool = LandingPool(geometry, link.chunk_tokens, decode.landing_mib << 20)
+        self._pool = LandingPool(geometry, decode.cell_type, link.chunk_tokens, decode.landing_mib << 20)
         self._requests: dict[str, Admitted] = {}
         self._clients: dict[bytes, int] = {}
         self._outbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -238,7 +238,7 @@ class Worker:
             worker=self.name,
             geometry=self._geometry,
             landing=self._form,
-            codecs=tuple(codecs.CODECS),
+            codecs=codecs.landing_codecs(self._decode.cell_type),
             kv_endpoint=self._kv_endpoint,
             num_cells=self._admission.num_cells,
             max_sequences=self._admission.max_sequences,

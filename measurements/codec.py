@@ -21,7 +21,7 @@ from transfer.codecs import CODECS, Codec
 from transfer.config import Link
 from transfer.frames import Element
 from transfer.geometry import KVGeometry
-from transfer.layout import ElementType, Payload
+from transfer.layout import CellType, Payload
 
 if TYPE_CHECKING:
     from cpu_decode.llama import Model
@@ -64,7 +64,7 @@ def measure(rounds: int, console: Console) -> list[Sample]:
     samples: list[Sample] = []
     with Progress(console=console) as progress:
         prefilling = progress.add_task("prefill", total=2 * len(texts))
-        held: dict[ElementType, list[kv.PromptKV]] = {"bf16": [], "f16": []}
+        held: dict[CellType, list[kv.PromptKV]] = {"bf16": [], "f16": []}
         for cell_type, known in held.items():
             for prompt in kv.prefill(model, geometry, texts, cell_type, threads):
                 known.append(prompt)

@@ -10,12 +10,12 @@ import numpy.typing as npt
 
 from cpu_decode.llama import Batch, Context, Model
 from cpu_decode.state import ChunkState, state_bytes
-from transfer.codecs import CODECS, Codec
+from transfer.codecs import CELL_ELEMENT, CODECS, Codec
 from transfer.config import Link
 from transfer.errors import ConfigError, EngineError
 from transfer.frames import Element
 from transfer.geometry import KVGeometry
-from transfer.layout import Elements, ElementType, Slab, layers_per_frame
+from transfer.layout import CellType, Elements, Slab, layers_per_frame
 
 # Tokens of each text that are not prompt but continuation, known to all who predict them.
 CONTINUATION_TOKENS = 48
@@ -56,9 +56,9 @@ def tokenize(model: Model, text: str) -> list[int]:
 
 
 def prefill(
-    model: Model, geometry: KVGeometry, texts: dict[str, str], cell_type: ElementType, threads: int
+    model: Model, geometry: KVGeometry, texts: dict[str, str], cell_type: CellType, threads: int
 ) -> Iterator[PromptKV]:
-    """Prefill each text but its last tokens with cells of ``cell_type``; vLLM holds bf16."""
+    """Prefill each text but its last tokens with cells of ``cell_type``, whose rows are the planes; vLLM holds bf16."""
     context = Context(
         model, num_cells=MAX_TOKENS, max_sequences=1, batch_tokens=MAX_TOKENS, threads=threads, cell_type=cell_type
     )
@@ -73,7 +73,7 @@ def prefill(
             context.decode(batch)
             state = np.frombuffer(bytearray(context.state(0)), np.uint8)
             context.trim(0, 0)
-            if state.size != state_bytes(geometry, len(prompt)):
+            if state.size != state_bytes(geometry, len(prompt), cell_type):
                 raise EngineError(f"state of {len(prompt)} tokens has {state.size} bytes")
             # Laying the same chunk out over the state writes what is there already, and finds the rows.
             chunk = ChunkState(state, geometry, cell_type, 0, len(prompt))
@@ -104,7 +104,11 @@ def frames_of(kv: PromptKV, geometry: KVGeometry, link: Link) -> Iterator[Frame]
 def through(
     codec: Codec, frames: Sequence[Frame], geometry: KVGeometry, element: Element = Element.BF16
 ) -> tuple[list[ChunkState], int]:
-    """The chunks of f16 cells that ``frames`` become on the decode node, and the bytes of all payloads."""
+    """The chunks that ``frames`` become on the decode node, and the bytes of all payloads.
+
+    The cells are of the first type that ``codec`` lands in: f16, or its own.
+    """
+    cell_type = codec.lands_in[0]
     chunks: dict[int, ChunkState] = {}
     wire_bytes = 0
     for frame in frames:
@@ -113,11 +117,20 @@ def through(
         tokens = frame.slab.tokens
         start, count = tokens.start, len(tokens)
         if start not in chunks:
-            buffer = np.zeros(state_bytes(geometry, count), np.uint8)
-            chunks[start] = ChunkState(buffer, geometry, "f16", start, count)
+            buffer = np.zeros(state_bytes(geometry, count, cell_type), np.uint8)
+            chunks[start] = ChunkState(buffer, geometry, cell_type, start, count)
         outs = chunks[start].planes(frame.first_layer, frame.slab.num_layers)
-        codec.decode(payload, element, Element.F16, outs, tokens)
+        codec.decode(payload, element, CELL_ELEMENT[cell_type], outs, tokens)
     return list(chunks.values()), wire_bytes
+
+
+def whole(kv: PromptKV, geometry: KVGeometry, cell_type: CellType) -> ChunkState:
+    """The rows of ``kv`` as they are, as one chunk of cells of ``cell_type``."""
+    count = len(kv.prompt)
+    chunk = ChunkState(np.zeros(state_bytes(geometry, count, cell_type), np.uint8), geometry, cell_type, 0, count)
+    for out, plane in zip(chunk.planes(0, geometry.num_layers), kv.planes, strict=True):
+        out[:] = plane
+    return chunk
 
 
 def predictions(context: Context, kv: PromptKV, chunks: Sequence[ChunkState]) -> Logits:

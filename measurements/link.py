@@ -20,7 +20,7 @@ from rich.table import Table
 from cpu_decode.landing import LandingPlace, LandingPool, LandingReport
 from cpu_decode.state import ChunkState
 from measurements import result
-from transfer.codecs import CODECS
+from transfer.codecs import landing_codecs
 from transfer.config import Link
 from transfer.errors import IsthmusError, LinkError
 from transfer.frames import HEADER_BYTES, Element
@@ -48,6 +48,7 @@ GEOMETRY = KVGeometry(
 DEADLINE_S = 60.0
 ZMQ = "bare ZeroMQ"
 MEMCPY = "memcpy"
+CODECS = landing_codecs("bf16")
 
 
 def run(json: Path | None, plot: Path | None, rounds: int, num_tokens: int) -> None:
@@ -92,7 +93,7 @@ def measure(rounds: int, num_tokens: int) -> Iterator[Sample]:
         for _ in range(0, num_tokens, link.chunk_tokens):
             np.copyto(copy, blocks)
 
-    pool = LandingPool(GEOMETRY, link.chunk_tokens, (link.credit_chunks + 1) * chunk_bytes(link))
+    pool = LandingPool(GEOMETRY, "bf16", link.chunk_tokens, (link.credit_chunks + 1) * chunk_bytes(link))
     ways: dict[str, Callable[[], None]] = {MEMCPY: memcpy, ZMQ: lambda: _receive_bare(bare, ours, num_tokens)}
     ways |= {codec: _receiving(receiver, pool, ours, codec, num_tokens) for codec in CODECS}
     names = list(ways)

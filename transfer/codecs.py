@@ -2,8 +2,8 @@
 
 Elements are the 16-bit values that vLLM holds (bf16 or f16). A codec encodes a frame's elements, a flat array in the
 order of ``transfer/layout.py`` (planes: K rows, V rows, K rows, ...), and decodes a payload straight into the decode
-node's cells (f16 or bf16), given as consecutive destination arrays. Conversions round to nearest even. An infinity or
-NaN is refused on both sides: llama.cpp reads masked cells too, so one of them poisons every token.
+node's cells, given as consecutive destination arrays. Conversions round to nearest even. An infinity or NaN is refused
+on both sides: llama.cpp reads masked cells too, so one of them poisons every token.
 
 ========  ==  =========================================================================  =============
 name      id  payload for N elements                                                     bits / element
@@ -14,7 +14,8 @@ name      id  payload for N elements                                            
               byte. Lossless.
 ``q8``    3   fp16 scale of every 32 elements; then N int8 codes. scale = amax / 127,    8.5
               code = round half away(x / scale): llama.cpp's ``quantize_row_q8_0_ref``
-              (ggml/src/ggml-quants.c), stored as two planes. N must divide by 32.
+              (ggml/src/ggml-quants.c), stored as two planes. Every plane must divide by
+              32: a chunk may be of any length where heads * head_dim does.
 ``zstd``  4   as ``lz4``, but L bytes are one Zstandard frame (RFC 8878) that declares   10 to 11, bf16
               its content size, N, and a window of 256 KiB at most. Lossless.
 ``k8v4``  5   for each plane of n elements: K as ``q8``; V: fp16 scale of every 32, then   6.5, K and V
@@ -26,6 +27,9 @@ name      id  payload for N elements                                            
               for K and .2 RMS for V
 ``kvz2``  7   the same with .2 and .2                                                       varies
 ``kvz3``  8   the same with .25 and .5                                                      varies
+rows_*    9+  ``rows_q8_0`` 9, ``rows_k8v4`` 10, ``rows_q4_0`` 11: rotated and quantized    8.5, 6.5, 4.5
+              into the very rows of llama.cpp's cells (``transfer/rows.py``); the only
+              ones that land in cells of these types. Heads must divide by 64.
 ========  ==  =========================================================================  =============
 """
 
@@ -40,11 +44,20 @@ import lz4.block
 import numpy as np
 import numpy.typing as npt
 
-from transfer import entropy, kernels, kvz
+from transfer import entropy, kernels, kvz, rows
 from transfer.errors import CodecError
 from transfer.frames import Element
 from transfer.kernels import BLOCK, require_finite
-from transfer.layout import Bytes, Elements, Payload, Slab
+from transfer.layout import Bytes, CellType, Elements, Payload, Slab
+
+# What a decoder writes into cells of each type: elements, or blocks whose only floats are f16 scales.
+CELL_ELEMENT: dict[CellType, Element] = {
+    "f16": Element.F16,
+    "bf16": Element.BF16,
+    "q8_0": Element.F16,
+    "k8v4": Element.F16,
+    "q4_0": Element.F16,
+}
 
 _LENGTH = struct.Struct("<I")
 
@@ -54,14 +67,16 @@ class Codec(NamedTuple):
 
     ``encode(elements, element, slab)`` returns the payload of ``elements``, contiguous uint16 ``[n]``: the planes of
     ``slab``; ``raw``'s payload is a view of them. ``decode(payload, element, cells, outs, tokens)`` fills ``outs``, one
-    contiguous uint16 array of cell type ``cells`` for each plane, which holds the positions ``tokens`` of the prompt.
-    Both raise :class:`CodecError`; a failed decode leaves ``outs`` partly written.
+    contiguous uint16 array for each plane, which holds the positions ``tokens`` of the prompt; ``cells`` is
+    ``CELL_ELEMENT`` of a cell type in ``lands_in``. Both raise :class:`CodecError`; a failed decode leaves ``outs``
+    partly written.
     """
 
     name: str
     wire_id: int
     encode: Callable[[Elements, Element, Slab], Payload]
     decode: Callable[[Payload, Element, Element, Sequence[Elements], range], None]
+    lands_in: tuple[CellType, ...] = ("f16", "bf16")
 
 
 def _count(outs: Sequence[Elements]) -> int:
@@ -141,7 +156,7 @@ def _decode_split(
 
 def _quantized_bytes(count: int, code_bits: int) -> int:
     if count % BLOCK:
-        raise CodecError(f"quantized planes must be multiples of {BLOCK} elements, not {count}")
+        raise CodecError(f"planes must be multiples of {BLOCK} elements, not {count}; raw, lz4, zstd and kvz take any")
     return 2 * (count // BLOCK) + count * code_bits // 8
 
 
@@ -207,6 +222,10 @@ CODECS: dict[str, Codec] = {
             Codec(name, wire_id, partial(kvz.encode, ratios), kvz.decode)
             for wire_id, (name, ratios) in enumerate(kvz.PRESETS.items(), 6)
         ),
+        *(
+            Codec(f"rows_{cells}", wire_id, partial(rows.encode, cells), partial(rows.decode, cells), (cells,))
+            for wire_id, cells in enumerate(rows.CELL_TYPES, 9)
+        ),
     )
 }
 _BY_WIRE_ID = {codec.wire_id: codec for codec in CODECS.values()}
@@ -224,3 +243,8 @@ def by_wire_id(wire_id: int) -> Codec:
     if wire_id not in _BY_WIRE_ID:
         raise CodecError(f"unknown codec number {wire_id}; this node has {sorted(_BY_WIRE_ID)}")
     return _BY_WIRE_ID[wire_id]
+
+
+def landing_codecs(cell_type: CellType) -> tuple[str, ...]:
+    """The codecs that can land in cells of ``cell_type``, the preferred one first."""
+    return tuple(codec.name for codec in CODECS.values() if cell_type in codec.lands_in)

@@ -9,7 +9,7 @@ import msgspec
 
 from transfer.codecs import CODECS
 from transfer.errors import ConfigError
-from transfer.layout import ElementType
+from transfer.layout import CellType
 from transfer.seal import SealName
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
@@ -61,7 +61,7 @@ class Decode(Section, frozen=True, kw_only=True):
     kv_control_port: Port = 8104
     num_cells: Count = 16384
     max_sequences: Annotated[int, msgspec.Meta(ge=1, le=255)] = 16
-    cell_type: ElementType = "f16"
+    cell_type: CellType = "f16"
     threads: Annotated[int, msgspec.Meta(ge=0)] = 0
     prefill_batch_tokens: Count = 512
     landing_mib: Count = 1024

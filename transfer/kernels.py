@@ -34,7 +34,7 @@ _CODES_IN, _CODES_OUT = _array(int8, readonly=True), _array(int8, readonly=False
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _float_of(_typing: Any, _bits: Any) -> Any:
+def float_of(_typing: Any, _bits: Any) -> Any:
     """Reinterpret 32 bits as a float."""
 
     def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
@@ -44,7 +44,7 @@ def _float_of(_typing: Any, _bits: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _bits_of(_typing: Any, _value: Any) -> Any:
+def bits_of(_typing: Any, _value: Any) -> Any:
     """Reinterpret a float as 32 bits."""
 
     def codegen(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
@@ -56,7 +56,7 @@ def _bits_of(_typing: Any, _value: Any) -> Any:
 @njit(inline="always")
 def load_bf16(element):  # type: ignore[no-untyped-def]
     """The float that a bf16 pattern stands for."""
-    return _float_of(uint32(element) << uint32(16))
+    return float_of(uint32(element) << uint32(16))
 
 
 @njit(inline="always")
@@ -64,14 +64,14 @@ def load_f16(element):  # type: ignore[no-untyped-def]
     """The float that a finite f16 pattern stands for; an infinity or NaN loads as a finite number."""
     # Exponent bias 127 - 15 as one multiplication, which is exact for subnormals too.
     magnitude = uint32(element & uint16(0x7FFF)) << uint32(13)
-    scaled = _float_of(magnitude) * float32(2.0**112)
-    return _float_of(_bits_of(scaled) | (uint32(element & uint16(0x8000)) << uint32(16)))
+    scaled = float_of(magnitude) * float32(2.0**112)
+    return float_of(bits_of(scaled) | (uint32(element & uint16(0x8000)) << uint32(16)))
 
 
 @njit(inline="always")
 def store_bf16(value):  # type: ignore[no-untyped-def]
     """The bf16 pattern nearest to a float, ties to even."""
-    bits = _bits_of(value)
+    bits = bits_of(value)
     rounded = (bits + uint32(0x7FFF) + ((bits >> uint32(16)) & uint32(1))) >> uint32(16)
     is_nan = (bits & uint32(0x7FFFFFFF)) > uint32(0x7F800000)
     return uint16(uint32(0x7FC0)) if is_nan else uint16(rounded)
@@ -80,12 +80,12 @@ def store_bf16(value):  # type: ignore[no-untyped-def]
 @njit(inline="always")
 def store_f16(value):  # type: ignore[no-untyped-def]
     """The f16 pattern nearest to a float, ties to even; what is too large, and NaN, becomes an infinity."""
-    bits = _bits_of(value)
+    bits = bits_of(value)
     sign = (bits >> uint32(16)) & uint32(0x8000)
     magnitude = bits & uint32(0x7FFFFFFF)
     normal = (magnitude - uint32(0x38000000) + uint32(0x0FFF) + ((magnitude >> uint32(13)) & uint32(1))) >> uint32(13)
     # Adding 0.5 lines a subnormal's bits up with the float's last mantissa bits, rounded by the addition itself.
-    subnormal = _bits_of(_float_of(magnitude) + float32(0.5)) - uint32(0x3F000000)
+    subnormal = bits_of(float_of(magnitude) + float32(0.5)) - uint32(0x3F000000)
     small = magnitude < uint32(0x38800000)
     large = magnitude >= uint32(0x47800000)
     half = subnormal if small else normal
@@ -177,9 +177,10 @@ def _merge(high, low, out, source_is_bf16, out_is_bf16):  # type: ignore[no-unty
 
 
 @njit(inline="always")
-def _round(value):  # type: ignore[no-untyped-def]
-    # Half away from zero, without a branch: 0.5 takes the sign of the value.
-    return int32(value + _float_of((_bits_of(value) & uint32(0x80000000)) | uint32(0x3F000000)))
+def round_away(value):  # type: ignore[no-untyped-def]
+    """The integer nearest to a float, half away from zero."""
+    # Without a branch: a half takes the sign of the value; the float below 0.5, or 0.49999997 would become 1.
+    return int32(value + float_of((bits_of(value) & uint32(0x80000000)) | uint32(0x3EFFFFFF)))
 
 
 @njit(
@@ -208,10 +209,10 @@ def _quantize_q8(source, scales, codes, source_is_bf16):  # type: ignore[no-unty
         top = max(top, uint16(0x7FFF) if block_top >= infinity else half)
         if source_is_bf16:
             for i in range(BLOCK):
-                code_row[i] = _round(load_bf16(row[i]) * inverse)
+                code_row[i] = round_away(load_bf16(row[i]) * inverse)
         else:
             for i in range(BLOCK):
-                code_row[i] = _round(load_f16(row[i]) * inverse)
+                code_row[i] = round_away(load_f16(row[i]) * inverse)
     return top
 
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from transfer.geometry import KVGeometry
 
 RopeOrder = Literal["half", "interleaved"]
-ElementType = Literal["bf16", "f16"]
+CellType = Literal["f16", "bf16", "q8_0", "k8v4", "q4_0"]
 Elements = npt.NDArray[np.uint16]
 Bytes = npt.NDArray[np.uint8]
 Payload = bytes | bytearray | memoryview
@@ -30,6 +30,28 @@ def plane_elements(geometry: KVGeometry, num_tokens: int) -> tuple[int, int]:
     """Elements of the K plane and of the V plane of one layer."""
     heads = geometry.num_kv_heads
     return num_tokens * heads * geometry.head_dim_k, num_tokens * heads * geometry.head_dim_v
+
+
+class CellRow(NamedTuple):
+    """How llama.cpp keeps a row of K or V: its ``ggml_type`` (``ggml/include/ggml.h``) and that type's blocks."""
+
+    ggml_type: int
+    block_elements: int
+    block_bytes: int
+
+
+F16, BF16 = CellRow(1, 1, 2), CellRow(30, 1, 2)
+Q8_0, Q4_0 = CellRow(8, 32, 34), CellRow(2, 32, 18)
+# K rows and V rows.
+CELL_ROWS: dict[CellType, tuple[CellRow, CellRow]] = {
+    "f16": (F16, F16),
+    "bf16": (BF16, BF16),
+    "q8_0": (Q8_0, Q8_0),
+    "k8v4": (Q8_0, Q4_0),
+    "q4_0": (Q4_0, Q4_0),
+}
+# Heads in quantized cells are rotated in parts of this size or larger: ``transfer/rows.py``.
+ROTATED_ELEMENTS = 64
 
 
 class Slab(NamedTuple):

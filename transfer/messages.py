@@ -23,7 +23,7 @@ import msgspec
 
 from transfer.errors import ProtocolError
 from transfer.geometry import KVGeometry
-from transfer.layout import ElementType, RopeOrder
+from transfer.layout import CellType, RopeOrder
 from transfer.seal import SealName
 from transfer.stages import DecodeReport
 
@@ -38,7 +38,7 @@ T = TypeVar("T")
 class Landing(msgspec.Struct, frozen=True, kw_only=True):
     """The form in which a decode worker wants KV: what its cells hold and how it pairs rotary elements."""
 
-    cell_type: ElementType
+    cell_type: CellType
     rope_order: RopeOrder
 
 

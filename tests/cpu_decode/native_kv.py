@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from cpu_decode.llama import Batch, Context
-from cpu_decode.state import ChunkState, state_bytes
+from cpu_decode.state import ChunkState, row_bytes, state_bytes
 from transfer.geometry import KVGeometry
-from transfer.layout import Elements, ElementType
+from transfer.layout import CellType, Elements
 
 
 def prefill(context: Context, seq_id: int, prompt: list[int]) -> np.ndarray:
@@ -18,13 +18,13 @@ def prefill(context: Context, seq_id: int, prompt: list[int]) -> np.ndarray:
     return context.logits(row)
 
 
-def elements_of(state: bytes, geometry: KVGeometry, num_tokens: int) -> Elements:
-    """The rows in a sequence state, uint16 ``[num_layers, K rows then V rows]``."""
-    assert len(state) == state_bytes(geometry, num_tokens)
+def elements_of(state: bytes, geometry: KVGeometry, num_tokens: int, cell_type: CellType = "bf16") -> Elements:
+    """The rows in a sequence state, their bytes as uint16 ``[num_layers, K rows then V rows]``."""
+    assert len(state) == state_bytes(geometry, num_tokens, cell_type)
     at = 16 + 12 * num_tokens + 8
     planes = []
-    for head_dim in (geometry.head_dim_k, geometry.head_dim_v):
-        size = 2 * num_tokens * geometry.num_kv_heads * head_dim
+    for size_bytes in row_bytes(geometry, cell_type):
+        size = num_tokens * size_bytes
         rows = []
         for _ in range(geometry.num_layers):
             rows.append(np.frombuffer(state, np.uint16, size // 2, at + 12))
@@ -35,13 +35,12 @@ def elements_of(state: bytes, geometry: KVGeometry, num_tokens: int) -> Elements
 
 
 def chunk_of(
-    geometry: KVGeometry, elements: Elements, start: int, end: int, cell_type: ElementType = "bf16"
+    geometry: KVGeometry, elements: Elements, start: int, end: int, cell_type: CellType = "bf16"
 ) -> ChunkState:
     """Tokens ``[start, end)`` of ``elements`` (all tokens) as state."""
     count = end - start
-    chunk = ChunkState(np.zeros(state_bytes(geometry, count), np.uint8), geometry, cell_type, start, count)
-    k_row = geometry.num_kv_heads * geometry.head_dim_k
-    v_row = geometry.num_kv_heads * geometry.head_dim_v
+    chunk = ChunkState(np.zeros(state_bytes(geometry, count, cell_type), np.uint8), geometry, cell_type, start, count)
+    k_row, v_row = (size_bytes // 2 for size_bytes in row_bytes(geometry, cell_type))
     tokens = elements.shape[1] // (k_row + v_row)
     for layer in range(geometry.num_layers):
         k_plane, v_plane = chunk.planes(layer, 1)

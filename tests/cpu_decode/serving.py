@@ -15,7 +15,7 @@ from tests.cpu_decode.worker_client import WorkerClient
 from transfer import keys
 from transfer.config import Decode, Link
 from transfer.geometry import KVGeometry
-from transfer.layout import ElementType
+from transfer.layout import CellType
 from transfer.sender import KVSender
 
 MAX_SEQUENCES = 10
@@ -36,7 +36,7 @@ class Running:
 
 
 @contextmanager
-def serving(model: Model, geometry: KVGeometry, cell_type: ElementType) -> Iterator[Running]:
+def serving(model: Model, geometry: KVGeometry, cell_type: CellType) -> Iterator[Running]:
     """Serve on ports of the system's choice for the body; the worker must end when asked."""
     decode = Decode(
         control_port=0,

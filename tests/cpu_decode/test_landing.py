@@ -32,7 +32,7 @@ RNG = np.random.default_rng(0)
 
 class Scene:
     def __init__(self, credit_chunks: int = 3) -> None:
-        self.pool = LandingPool(GEOMETRY, chunk_tokens=4, max_bytes=3 * state_bytes(GEOMETRY, 4))
+        self.pool = LandingPool(GEOMETRY, "bf16", chunk_tokens=4, max_bytes=3 * state_bytes(GEOMETRY, 4, "bf16"))
         self.chunks: list[ChunkState] = []
         self.ended: list[object] = []
         self.failed: list[object] = []
@@ -158,7 +158,7 @@ def test_a_payload_that_does_not_decode_is_refused():
 
 
 def test_the_pool_never_promises_more_than_it_may_hold():
-    pool = LandingPool(GEOMETRY, chunk_tokens=4, max_bytes=3 * state_bytes(GEOMETRY, 4))
+    pool = LandingPool(GEOMETRY, "bf16", chunk_tokens=4, max_bytes=3 * state_bytes(GEOMETRY, 4, "bf16"))
     assert pool.reserve(2) == 2
     assert pool.reserve(2) == 1
     with pytest.raises(CapacityError, match="landing_mib"):

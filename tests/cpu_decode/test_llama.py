@@ -9,6 +9,7 @@ from cpu_decode.llama import Batch, Context
 from cpu_decode.state import ChunkState, state_bytes
 from tests.cpu_decode.native_kv import chunk_of, elements_of, prefill
 from transfer.errors import EngineError
+from transfer.layout import CELL_ROWS
 
 PROMPT = [(7 * i + 3) % 40_000 for i in range(200)]
 
@@ -20,19 +21,22 @@ def last_logits(context, seq_id, position, token):
     return context.logits(row)
 
 
-def test_our_state_is_byte_for_byte_llama_cpps_own(context, geometry):
+@pytest.mark.parametrize("cell_type", CELL_ROWS)
+def test_our_state_is_byte_for_byte_llama_cpps_own(model, geometry, cell_type):
+    context = Context(model, num_cells=256, max_sequences=1, batch_tokens=256, threads=1, cell_type=cell_type)
     prefill(context, 0, PROMPT)
     native = context.state(0)
-    chunk = chunk_of(geometry, elements_of(native, geometry, len(PROMPT)), 0, len(PROMPT))
-    assert chunk.buffer.tobytes() == native
+    context.close()
+    elements = elements_of(native, geometry, len(PROMPT), cell_type)
+    assert chunk_of(geometry, elements, 0, len(PROMPT), cell_type).buffer.tobytes() == native
 
 
-@pytest.mark.parametrize("cell_type", ["bf16", "f16"])
-def test_chunked_injection_gives_the_same_logits_bit_for_bit(model, context, geometry, cell_type):
-    prefill(context, 0, PROMPT)
-    elements = elements_of(context.state(0), geometry, len(PROMPT))
-    if cell_type == "f16":
-        elements = (elements.astype(np.uint32) << 16).view(np.float32).astype(np.float16).view(np.uint16)
+@pytest.mark.parametrize("cell_type", CELL_ROWS)
+def test_chunked_injection_gives_the_same_logits_bit_for_bit(model, geometry, cell_type):
+    native = Context(model, num_cells=256, max_sequences=1, batch_tokens=256, threads=1, cell_type=cell_type)
+    prefill(native, 0, PROMPT)
+    elements = elements_of(native.state(0), geometry, len(PROMPT), cell_type)
+    native.close()
     logits = []
     for chunk_tokens in (len(PROMPT), 64, 33):
         # A new context each: f16 logits depend on which cells are filled, and a new one fills them from the first on.
@@ -41,7 +45,7 @@ def test_chunked_injection_gives_the_same_logits_bit_for_bit(model, context, geo
             end = min(start + chunk_tokens, len(PROMPT))
             fresh.inject(chunk_of(geometry, elements, start, end, cell_type), 0)
         assert fresh.cached_tokens(0) == len(PROMPT)
-        assert np.array_equal(elements_of(fresh.state(0), geometry, len(PROMPT)), elements)
+        assert np.array_equal(elements_of(fresh.state(0), geometry, len(PROMPT), cell_type), elements)
         logits.append(last_logits(fresh, 0, len(PROMPT), 42))
         fresh.close()
     assert np.array_equal(logits[1], logits[0])
@@ -49,7 +53,7 @@ def test_chunked_injection_gives_the_same_logits_bit_for_bit(model, context, geo
 
 
 def test_state_that_llama_cpp_refuses_leaves_no_cell_behind(context, geometry):
-    chunk = ChunkState(np.zeros(state_bytes(geometry, 8), np.uint8), geometry, "bf16", 0, 8)
+    chunk = ChunkState(np.zeros(state_bytes(geometry, 8, "bf16"), np.uint8), geometry, "bf16", 0, 8)
     chunk.buffer[0] ^= 1
     with pytest.raises(EngineError, match="took 0 of"):
         context.inject(chunk, 1)

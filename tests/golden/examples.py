@@ -28,6 +28,7 @@ GEOMETRY = KVGeometry(
     sliding_window=0,
     vocab_size=256,
 )
+WIDE = msgspec.structs.replace(GEOMETRY, head_dim_k=64, head_dim_v=64)
 LANDING = messages.Landing(cell_type="f16", rope_order="interleaved")
 SAMPLING = messages.Sampling(max_tokens=8, temperature=0.5, seed=7, logit_bias={3: -1.5}, stop=("\n",))
 SENDER_REPORT = SenderReport(
@@ -37,8 +38,9 @@ DECODE_REPORT = DecodeReport(prompt_tokens=2, completion_tokens=1, kv_raw_bytes=
 
 
 def _data(codec: str, element: Element) -> tuple[Header, bytes]:
-    # A plane must hold a whole block of 32.
-    num_tokens, num_layers = (4, 1) if codec in ("q8", "k8v4") else (2, 2)
+    # A plane must hold a whole block of 32, and a row of quantized cells a whole head of 64.
+    num_tokens, num_layers = {"q8": (4, 1), "k8v4": (4, 1)}.get(codec, (1, 1) if codec.startswith("rows") else (2, 2))
+    geometry, elements = (WIDE, np.tile(ELEMENTS, 2)) if codec.startswith("rows") else (GEOMETRY, ELEMENTS)
     header = Header(
         kind=Kind.DATA,
         ticket=TICKET,
@@ -50,8 +52,8 @@ def _data(codec: str, element: Element) -> tuple[Header, bytes]:
         first_layer=0,
         num_layers=num_layers,
     )
-    slab = Slab(GEOMETRY, num_layers, range(512, 512 + num_tokens))
-    return header, bytes(CODECS[codec].encode(ELEMENTS, element, slab))
+    slab = Slab(geometry, num_layers, range(512, 512 + num_tokens))
+    return header, bytes(CODECS[codec].encode(elements, element, slab))
 
 
 def frames() -> dict[str, tuple[Header, bytes]]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from measurements.link import MEMCPY, ZMQ, run, summarize
-from transfer.codecs import CODECS
+from measurements.link import CODECS, MEMCPY, ZMQ, run, summarize
 
 
 def test_every_way_is_measured_and_written(tmp_path: Path) -> None:

@@ -99,15 +99,20 @@ def decode_zstd(payload, kind, cells):
     return decode_raw(merge(zstandard.decompress(packed), low, kind).tobytes(), kind, cells)
 
 
-def encode_q8(elements, kind):
-    blocks = to_float(elements, kind).reshape(-1, 32)
+def quantize_q8(values):
+    """f32 as f16 scales ``[blocks]`` and int8 codes ``[blocks, 32]``."""
+    blocks = values.reshape(-1, 32)
     scale = np.abs(blocks).max(axis=1, initial=0) / np.float32(127)
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.float32(1) / scale
     inverse[np.isinf(inverse)] = 0
     scaled = (blocks * inverse[:, None]).astype(np.float64)
-    codes = np.trunc(scaled + np.copysign(0.5, scaled)).astype(np.int8)
-    return from_float(scale, "f16").tobytes() + codes.tobytes()
+    return from_float(scale, "f16"), np.trunc(scaled + np.copysign(0.5, scaled)).astype(np.int8)
+
+
+def encode_q8(elements, kind):
+    scale, codes = quantize_q8(to_float(elements, kind))
+    return scale.tobytes() + codes.tobytes()
 
 
 def decode_q8(payload, _kind, cells):
@@ -117,15 +122,21 @@ def decode_q8(payload, _kind, cells):
     return from_float((scale[:, None] * codes.astype(np.float32)).reshape(-1), cells)
 
 
-def encode_q4(elements, kind):
-    blocks = to_float(elements, kind).reshape(-1, 32)
+def quantize_q4(values):
+    """f32 as f16 scales ``[blocks]`` and pairs of codes, uint8 ``[blocks, 16]``."""
+    blocks = values.reshape(-1, 32)
     extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1)[:, None], axis=1)
     scale = np.where(extreme == 0, np.float32(0), extreme) / np.float32(-8)
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.float32(1) / scale
     inverse[np.isinf(inverse)] = 0
     codes = np.minimum(15, np.trunc(blocks * inverse + np.float32(8.5))).astype(np.uint8)
-    return from_float(scale, "f16").tobytes() + (codes[:, :16] | codes[:, 16:] << 4).tobytes()
+    return from_float(scale, "f16").reshape(-1), codes[:, :16] | codes[:, 16:] << 4
+
+
+def encode_q4(elements, kind):
+    scale, codes = quantize_q4(to_float(elements, kind))
+    return scale.tobytes() + codes.tobytes()
 
 
 def decode_q4(payload, _kind, cells):
@@ -134,6 +145,38 @@ def decode_q4(payload, _kind, cells):
     packed = np.frombuffer(payload, np.uint8, offset=2 * blocks).reshape(blocks, 16)
     codes = np.concatenate([packed & 15, packed >> 4], axis=1).astype(np.float32)
     return from_float((scale[:, None] * (codes - 8)).reshape(-1), cells)
+
+
+def rotate(values, size):
+    """Every ``size`` f32 through the Hadamard matrix over sqrt(size), which undoes itself."""
+    distance = size // 2
+    while distance:
+        pairs = values.reshape(-1, 2, distance)
+        values = np.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], axis=1)
+        distance //= 2
+    return values.reshape(-1) * np.float32(1 / np.sqrt(size))
+
+
+def rotation(head_dim):
+    """Elements of a K head that are rotated together."""
+    return max(size for size in (64, 128, 256, 512) if head_dim % size == 0)
+
+
+ROW_FORMS = {"rows_q8_0": "88", "rows_k8v4": "84", "rows_q4_0": "44"}
+
+
+def rows_of(values, form):
+    """f32 as bytes of ``block_q8_0`` or ``block_q4_0``."""
+    scale, codes = (quantize_q8 if form == "8" else quantize_q4)(values)
+    return np.concatenate([scale[:, None].view(np.uint8), codes.view(np.uint8)], axis=1).tobytes()
+
+
+def encode_rows(name, elements, kind, slab):
+    payload = b""
+    for index, plane in enumerate(np.split(elements, np.cumsum(slab.planes)[:-1])):
+        size = 64 if index % 2 else rotation(slab.geometry.head_dim_k)
+        payload += rows_of(rotate(to_float(plane, kind), size), ROW_FORMS[name][index % 2])
+    return payload
 
 
 def one_layer(count):

@@ -1,6 +1,6 @@
-import ctypes
-from pathlib import Path
+import tracemalloc
 
+import msgspec
 import numpy as np
 import pytest
 import zstandard
@@ -8,10 +8,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from tests.golden.examples import GEOMETRY
 from tests.transfer import codec_reference as reference
-from transfer.codecs import CODECS, by_name, by_wire_id
+from tests.transfer.ggml_rows import through_ggml
+from transfer.codecs import CELL_ELEMENT, CODECS, by_name, by_wire_id, landing_codecs
 from transfer.errors import CodecError
 from transfer.frames import Element
+from transfer.layout import CELL_ROWS, Slab
 
 KINDS = {"bf16": Element.BF16, "f16": Element.F16}
 INFINITY = {"bf16": 0x7F80, "f16": 0x7C00}
@@ -22,7 +25,7 @@ LOSSLESS = ["raw", "lz4", "zstd"]
 BLOCK = {"q8": 32, "k8v4": 32}
 LARGEST_CODE = {"q8": 127, "k8v4": 8}
 
-codec_names = pytest.mark.parametrize("name", CODECS)
+codec_names = pytest.mark.parametrize("name", landing_codecs("f16"))
 plain_codec_names = pytest.mark.parametrize("name", reference.ENCODE)
 source_kinds = pytest.mark.parametrize("kind", KINDS)
 cell_kinds = pytest.mark.parametrize("cells", KINDS)
@@ -189,30 +192,14 @@ def test_q8_equals_the_reference_for_every_element_under_every_amax(kind):
         assert encode("q8", elements.reshape(-1), kind) == reference.encode_q8(elements.reshape(-1), kind)
 
 
-@pytest.fixture(scope="module")
-def ggml():
-    llama_cpp = pytest.importorskip("llama_cpp")
-    return ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so.0"))
-
-
-def through_ggml(ggml, name, block_bytes, floats):
-    """ggml's blocks of ``floats``, uint8 ``[blocks, block_bytes]``, and what it makes of them."""
-    blocks, back = np.empty((floats.size // 32, block_bytes), np.uint8), np.empty(floats.size, np.float32)
-    count = ctypes.c_int64(floats.size)
-    packed = blocks.ctypes.data_as(ctypes.c_void_p)
-    getattr(ggml, f"quantize_row_{name}_ref")(floats.ctypes.data_as(ctypes.c_void_p), packed, count)
-    getattr(ggml, f"dequantize_row_{name}")(packed, back.ctypes.data_as(ctypes.c_void_p), count)
-    return blocks, back
-
-
 @pytest.mark.parametrize(("name", "row", "block_bytes"), [("q8", "q8_0", 34), ("k8v4", "q4_0", 18)])
-def test_quantized_rows_equal_ggmls(ggml, name, row, block_bytes):
+def test_quantized_rows_equal_ggmls(name, row, block_bytes):
     rng = np.random.default_rng(1)
     # Blocks of every size whose values fit f16, magnitudes spread over each block; some of zeros of both signs.
     values = rng.standard_normal((4096, 32)) * np.exp2(rng.uniform(-20, 12, (4096, 1)))
     values[::100] = np.copysign(0, values[::100])
     elements = reference.from_float(values.astype(np.float32).reshape(-1), "bf16")
-    blocks, back = through_ggml(ggml, row, block_bytes, reference.to_float(elements, "bf16"))
+    blocks, back = through_ggml(row, block_bytes, reference.to_float(elements, "bf16"))
     planes = [elements.size, 0] if name == "q8" else [0, elements.size]
     payload = np.frombuffer(encode(name, elements, "bf16", planes), np.uint8)
     assert np.array_equal(payload[:8192].reshape(4096, 2), blocks[:, :2])
@@ -369,7 +356,98 @@ def test_codecs_are_found_by_name_and_number():
     for codec in CODECS.values():
         assert by_name(codec.name) is codec
         assert by_wire_id(codec.wire_id) is codec
-    with pytest.raises(CodecError, match="raw, lz4, q8, zstd, k8v4, kvz1, kvz2, kvz3"):
+    with pytest.raises(CodecError, match="raw, lz4, q8, zstd, k8v4, kvz1, kvz2, kvz3, rows_q8_0, rows_k8v4, rows_q4_0"):
         by_name("snappy")
     with pytest.raises(CodecError, match="99"):
         by_wire_id(99)
+
+
+def test_each_cell_type_has_its_codecs():
+    assert landing_codecs("f16") == landing_codecs("bf16") == tuple(CODECS)[:8]
+    assert landing_codecs("f16")[0] == "raw"
+    assert [landing_codecs(cells) for cells in ("q8_0", "k8v4", "q4_0")] == [
+        ("rows_q8_0",),
+        ("rows_k8v4",),
+        ("rows_q4_0",),
+    ]
+
+
+@st.composite
+def odd_slabs(draw):
+    """Few tokens of few heads of the sizes that models have; K and V may differ."""
+    head_dim_k, head_dim_v = (draw(st.sampled_from([64, 80, 96, 128, 256])) for _ in range(2))
+    heads = draw(st.integers(1, 3))
+    geometry = msgspec.structs.replace(GEOMETRY, num_kv_heads=heads, head_dim_k=head_dim_k, head_dim_v=head_dim_v)
+    start = draw(st.integers(0, 5))
+    return Slab(geometry, draw(st.integers(1, 2)), range(start, start + draw(st.integers(1, 5))))
+
+
+def outs_of(name, slab):
+    """A destination for each plane in the first kind of cells that the codec lands in."""
+    cell_type = CODECS[name].lands_in[0]
+    forms = CELL_ROWS[cell_type] * slab.num_layers
+    sizes = [count // form.block_elements * form.block_bytes for count, form in zip(slab.planes, forms, strict=True)]
+    return [np.full(size // 2, 0xDEAD, np.uint16) for size in sizes], CELL_ELEMENT[cell_type]
+
+
+@pytest.mark.parametrize("name", CODECS)
+@source_kinds
+@given(slab=odd_slabs(), scale=st.sampled_from([0, 1e-30, 1e-7, 1, 300]), seed=st.integers(0, 99))
+def test_odd_shapes_land_or_are_refused_by_the_rule(name, kind, slab, scale, seed):
+    values = np.random.default_rng(seed).standard_normal(sum(slab.planes)).astype(np.float32) * np.float32(scale)
+    elements = reference.from_float(values, kind)
+    unit = 64 if name.startswith("rows") else 32 if name in BLOCK else 1
+    parts = (slab.geometry.head_dim_k, slab.geometry.head_dim_v) if unit == 64 else slab.planes
+    if any(part % unit for part in parts):
+        with pytest.raises(CodecError, match=f"multiples of {unit}"):
+            CODECS[name].encode(elements, KINDS[kind], slab)
+        return
+    payload = CODECS[name].encode(elements, KINDS[kind], slab)
+    outs, cells = outs_of(name, slab)
+    CODECS[name].decode(payload, KINDS[kind], cells, outs, slab.tokens)
+    if name.startswith("rows"):
+        assert b"".join(out.tobytes() for out in outs) == bytes(payload)
+        return
+    landed = reference.to_float(np.concatenate(outs), "f16")
+    if name in LOSSLESS:
+        assert np.array_equal(landed, values_in_f16(elements, kind))
+    error = np.abs(landed - reference.to_float(elements, kind)).max()
+    assert error <= {"k8v4": 0.16, "kvz3": 0.5, "q8": 0.01}.get(name, 0.2) * np.abs(values).max() + 6e-5
+
+
+def values_in_f16(elements, kind):
+    return reference.to_float(reference.decode_raw(elements.tobytes(), kind, "f16"), "f16")
+
+
+@pytest.mark.parametrize("name", ["q8", "k8v4"])
+def test_planes_of_no_whole_blocks_are_refused_at_both_ends(name):
+    # One token of one head of 80: 80 is no multiple of 32, though K and V together are.
+    geometry = msgspec.structs.replace(GEOMETRY, num_kv_heads=1, head_dim_k=80, head_dim_v=80)
+    slab = Slab(geometry, 1, range(1))
+    with pytest.raises(CodecError, match="multiples of 32 elements, not 80"):
+        CODECS[name].encode(np.zeros(160, np.uint16), Element.BF16, slab)
+    with pytest.raises(CodecError, match="multiples of 32 elements, not 80"):
+        CODECS[name].decode(bytes(170), Element.BF16, Element.F16, [np.empty(80, np.uint16)] * 2, range(1))
+
+
+@pytest.mark.parametrize("name", CODECS)
+@given(flips=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 255)), max_size=4), cut=st.integers(0, 5000))
+def test_decoding_takes_no_more_memory_than_its_destinations_allow(name, flips, cut):
+    # Damage at the front, where lengths are declared.
+    geometry = msgspec.structs.replace(GEOMETRY, num_kv_heads=2, head_dim_k=64, head_dim_v=64)
+    slab = Slab(geometry, 2, range(64))
+    elements = random_elements("bf16", sum(slab.planes))
+    payload = bytearray(CODECS[name].encode(elements, Element.BF16, slab))
+    for at, mask in flips:
+        payload[at] ^= mask
+    payload = payload[: len(payload) - cut]
+    outs, cells = outs_of(name, slab)
+    tracemalloc.start()
+    try:
+        CODECS[name].decode(payload, Element.BF16, cells, outs, slab.tokens)
+    except CodecError:
+        pass
+    finally:
+        _, peak_bytes = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak_bytes <= 2 * elements.nbytes + 65536

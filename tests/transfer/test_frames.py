@@ -188,7 +188,7 @@ def test_frozen_frames_are_understood_and_made_again(name):
     assert pack(header, payload) == head
 
 
-@pytest.mark.parametrize("name", [name for name in GOLDEN if "-" in name])
+@pytest.mark.parametrize("name", [name for name in GOLDEN if "-" in name and "rows" not in name])
 @pytest.mark.parametrize("cells", [Element.BF16, Element.F16])
 def test_frozen_payloads_decode_to_the_same_elements(name, cells):
     head, payload = GOLDEN[name]
@@ -196,8 +196,6 @@ def test_frozen_payloads_decode_to_the_same_elements(name, cells):
     codec = by_wire_id(header.codec)
     out = np.empty(examples.ELEMENTS.size, np.uint16)
     planes = plane_elements(examples.GEOMETRY, header.num_tokens) * header.num_layers
-    if codec.name == "q8":  # the planes of its example are smaller than a block
-        planes = (out.size,)
     tokens = range(header.start_token, header.start_token + header.num_tokens)
     codec.decode(payload, header.element, cells, np.split(out, np.cumsum(planes)[:-1]), tokens)
     kinds = header.element.name.lower(), cells.name.lower()
@@ -210,7 +208,7 @@ def test_frozen_payloads_decode_to_the_same_elements(name, cells):
         assert np.array_equal(out, examples.ELEMENTS)
 
 
-@pytest.mark.parametrize("name", [name for name in GOLDEN if name.startswith(("raw", "q8", "k8v4"))])
+@pytest.mark.parametrize("name", [name for name in GOLDEN if name.startswith(("raw", "q8", "k8v4", "rows"))])
 def test_frozen_payloads_are_made_again(name):
     # The libraries of lz4 and zstd may find another encoding of the same plane.
     _, payload = GOLDEN[name]
