@@ -78,7 +78,7 @@ def measure(rounds: int, num_tokens: int) -> Iterator[Sample]:
     """GB/s of 16-bit elements for each way in turn; the order shifts by one each round, the first is not counted."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     link = Link()
-    receiver = KVReceiver(context, "tcp://127.0.0.1:*", GEOMETRY, link.frame_mib << 20)
+    receiver = KVReceiver(context, "127.0.0.1", GEOMETRY, frame_bytes=link.frame_mib << 20)
     bare = context.socket(zmq.PULL)
     bare.rcvhwm = 8
     port = bare.bind_to_random_port("tcp://127.0.0.1")
@@ -131,6 +131,9 @@ def _receiving(
 ) -> Callable[[], None]:
     """A transfer through the whole plane into bf16 landing buffers; a landed chunk's buffer is free at once."""
     link = Link()
+    poller = zmq.Poller()
+    for socket in (receiver.control, receiver.frames):
+        poller.register(socket, zmq.POLLIN)
 
     def receive() -> None:
         done: list[LandingReport | IsthmusError] = []
@@ -165,11 +168,11 @@ def _receiving(
             credit_chunks=granted,
             deadline_ms=int(DEADLINE_S * 1000),
         )
-        receiver.expect(ticket.ticket, place)
+        receiver.expect(ticket.ticket, place, granted)
         child.send(ticket)
         deadline_ns = time.monotonic_ns() + int(DEADLINE_S * 1e9)
         while not done:
-            if not receiver.socket.poll(1000) and time.monotonic_ns() > deadline_ns:
+            if not poller.poll(1000) and time.monotonic_ns() > deadline_ns:
                 raise LinkError(f"a transfer with codec {codec} did not finish within {DEADLINE_S:.0f} s")
             receiver.turn()
         if isinstance(done[0], IsthmusError):
@@ -198,8 +201,9 @@ def _send(orders: Connection, num_tokens: int, bare_endpoint: str) -> None:
     """The other process: sends what it is told to, until told None."""
     link = Link()
     chunks = [
-        (start, synthetic(min(link.chunk_tokens, num_tokens - start)))
+        (tokens, synthetic(len(tokens)))
         for start in range(0, num_tokens, link.chunk_tokens)
+        for tokens in (range(start, min(start + link.chunk_tokens, num_tokens)),)
     ]
     sender = KVSender(GEOMETRY, max_backlog_bytes=1 << 40, frame_bytes=link.frame_mib << 20)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -209,8 +213,8 @@ def _send(orders: Connection, num_tokens: int, bare_endpoint: str) -> None:
     while (order := orders.recv()) is not None:
         if isinstance(order, Ticket):
             sender.open(order)
-            for start, elements in chunks:
-                sender.submit(order.ticket, start, elements, Element.BF16, 0)
+            for tokens, elements in chunks:
+                sender.submit(order.ticket, tokens, 0, elements, Element.BF16, 0)
             sender.finish(order.ticket, num_tokens)
             continue
         for _, elements in chunks:
