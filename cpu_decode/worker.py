@@ -24,9 +24,10 @@ from cpu_decode.sampling import Sampler
 from cpu_decode.sequence import Sequence
 from transfer import codecs
 from transfer.config import Decode, Link
+from transfer.doorkeeper import Doorkeeper
 from transfer.errors import IsthmusError, ProtocolError, RequestError
 from transfer.geometry import KVGeometry, require_same
-from transfer.keys import Doorkeeper, ServerKeys, secure_server
+from transfer.keys import ServerKeys, secure_server
 from transfer.messages import (
     MAX_MESSAGE_BYTES,
     Abort,
@@ -113,6 +114,9 @@ class Worker:
             seal=link.seal,
             keys=keys,
         )
+        if self._doorkeeper:
+            self._doorkeeper.watch(self._control)
+            self._doorkeeper.watch(self._receiver.control)
 
     def run(self) -> None:
         """Serve until :meth:`stop`, or until the engine fails (raises its :class:`EngineError`)."""

@@ -1,30 +1,28 @@
-"""CURVE keys (RFC 26/CurveZMQ): who may speak to a decode worker, and how a socket is told.
+"""CURVE keys (ZeroMQ RFC 26): a folder of them, and how a socket is told.
 
-A key folder holds one certificate for each node, ``NAME.key`` (public) and ``NAME.key_secret``, in the format of
-``zmq.auth``. A name is a role, ``decode``, ``prefill`` or ``proxy``, with a suffix after a dash where a role has
-several holders. The workers' control socket lets in the holders of ``proxy*`` keys, their KV control socket those of
-``prefill*`` keys; all workers share the ``decode`` key.
+The folder holds a certificate for each node in the format of ``zmq.auth``: ``NAME.key`` (public) and
+``NAME.key_secret``. All workers share the name ``decode``. A client's name is its role, ``prefill`` or ``proxy``, with
+a suffix after a dash where a role has several holders. A worker needs its own secret and every client's public key, a
+client its own secret and ``decode.key``.
 """
 
 from __future__ import annotations
 
-import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import structlog
 import zmq
 import zmq.auth
-from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils import z85
 
 from transfer.errors import ConfigError
 
-log = structlog.get_logger()
-
-Role = Literal["decode", "prefill", "proxy"]
-ROLES: tuple[Role, ...] = ("decode", "prefill", "proxy")
-_NAME = re.compile(r"(decode|prefill|proxy)(-[a-z0-9-]+)?")
+Role = Literal["prefill", "proxy"]
+SERVER = "decode"
+ROLES: tuple[Role, ...] = ("prefill", "proxy")
+_CLIENT = re.compile(r"(prefill|proxy)(-[a-z0-9-]+)?")
 
 
 class ClientKeys(NamedTuple):
@@ -36,100 +34,135 @@ class ClientKeys(NamedTuple):
 
 
 class ServerKeys(NamedTuple):
-    """The workers' pair, and the folder whose public keys say who may come in."""
+    """The workers' pair, and by role the public keys that may come in, with their names; Z85 text."""
 
     public: bytes
     secret: bytes
-    folder: Path
+    allowed: dict[Role, dict[bytes, str]]
 
 
-def make(folder: Path, names: tuple[str, ...] = ROLES) -> list[str]:
-    """Make the pairs of ``names`` that ``folder`` lacks; returns those made. Existing keys are left alone.
+class Holder(NamedTuple):
+    """One name in a key folder. ``public`` is Z85 text."""
 
-    Raises :class:`ConfigError` for a name that does not begin with a role.
+    name: str
+    public: str
+    has_secret: bool
+
+
+def make(folder: Path, clients: tuple[str, ...] = ()) -> list[str]:
+    """Make the pairs of a worker, a prefill node, a proxy and ``clients`` that ``folder`` lacks; returns those made.
+
+    What is there already, a public key alone included, is left alone. Raises :class:`ConfigError` for a client whose
+    name does not begin with its role, and for a folder that cannot be written.
     """
-    for name in names:
-        if not _NAME.fullmatch(name):
-            raise ConfigError(
-                f"key name {name!r} must be a role ({', '.join(ROLES)}), or ROLE-SUFFIX in a-z, 0-9 and -"
-            )
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    missing = [name for name in names if not (folder / f"{name}.key_secret").exists()]
-    for name in missing:
-        before = os.umask(0o077)
-        try:
-            zmq.auth.create_certificates(folder, name)
-        finally:
-            os.umask(before)
-        (folder / f"{name}.key").chmod(0o644)
-    return missing
+    for name in clients:
+        if not _CLIENT.fullmatch(name):
+            raise ConfigError(f"client {name!r} must be named prefill-SUFFIX or proxy-SUFFIX, in a-z, 0-9 and -")
+    names = [name for name in dict.fromkeys((SERVER, *ROLES, *clients)) if not _files(folder, name)]
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in names:
+            _make_pair(folder, name)
+    except OSError as error:
+        raise ConfigError(f"cannot write keys to {folder}: {error.strerror}") from None
+    return names
 
 
-def client(folder: Path, name: str) -> ClientKeys:
-    """The pair of the client ``name`` and the workers' public key; :class:`ConfigError` names what is missing."""
-    public, secret = _pair(folder, name)
-    return ClientKeys(public, secret, _load(folder / "decode.key")[0])
+def holders(folder: Path) -> list[Holder]:
+    """Everyone whose public key is in ``folder``, by name; :class:`ConfigError` for one that cannot be read."""
+    if not folder.is_dir():
+        raise ConfigError(f"there is no key folder {folder}; make it with: isthmus keys make {folder}")
+    return [
+        Holder(path.stem, _load(path)[0].decode(), path.with_suffix(".key_secret").exists())
+        for path in sorted(folder.glob("*.key"))
+        if path.stem == SERVER or _CLIENT.fullmatch(path.stem)
+    ]
+
+
+def client(folder: Path, role: Role) -> ClientKeys:
+    """The pair of this node and the workers' public key.
+
+    The pair is that of the name ``role``, or else of the one ``role-SUFFIX`` whose secret is here. Raises
+    :class:`ConfigError` naming the file that is missing, unreadable or readable by others.
+    """
+    secrets = sorted(folder.glob(f"{role}-*.key_secret"))
+    own = folder / f"{role}.key_secret"
+    if not own.exists() and secrets:
+        own, *more = secrets
+        if more:
+            raise ConfigError(f"{folder} holds the secrets of several {role} nodes; leave only this node's there")
+    return ClientKeys(*_pair(own), _load(folder / f"{SERVER}.key")[0])
 
 
 def server(folder: Path) -> ServerKeys:
-    """The workers' pair; :class:`ConfigError` names what is missing."""
-    return ServerKeys(*_pair(folder, "decode"), folder)
-
-
-def allowed(folder: Path, role: Role) -> dict[bytes, str]:
-    """Public keys (Z85) of a role's holders, with their names."""
-    paths = sorted(folder.glob(f"{role}*.key"))
-    return {_load(path)[0]: path.stem for path in paths if (found := _NAME.fullmatch(path.stem)) and found[1] == role}
+    """The workers' pair and everyone whom they let in; raises :class:`ConfigError` as :func:`client` does."""
+    public, secret = _pair(folder / f"{SERVER}.key_secret")
+    allowed: dict[Role, dict[bytes, str]] = {role: {} for role in ROLES}
+    for holder in holders(folder):
+        for role in ROLES:
+            if holder.name.split("-")[0] == role:
+                allowed[role][holder.public.encode()] = holder.name
+    for role, known in allowed.items():
+        if not known:
+            raise ConfigError(f"{folder} has no public key of a {role} node: copy its {role}.key there")
+    return ServerKeys(public, secret, allowed)
 
 
 def secure_client(socket: zmq.Socket[bytes], keys: ClientKeys) -> None:
-    """Let ``socket``, not yet connected, speak CURVE."""
+    """Let ``socket``, not yet connected, speak CURVE. A worker that refuses its key is not asked again by ZeroMQ."""
     socket.curve_publickey, socket.curve_secretkey, socket.curve_serverkey = keys
 
 
 def secure_server(socket: zmq.Socket[bytes], keys: ServerKeys, role: Role) -> None:
-    """Let ``socket``, not yet bound, ask for keys of ``role``; its context needs a :class:`Doorkeeper`."""
+    """Let ``socket``, not yet bound, ask for CURVE and for a key of ``role``.
+
+    Its context needs a :class:`~transfer.doorkeeper.Doorkeeper` first: without one nobody comes in.
+    """
     socket.curve_server = True
     socket.curve_publickey, socket.curve_secretkey = keys.public, keys.secret
     socket.zap_domain = role.encode()
 
 
-class Doorkeeper:
-    """Answers a context's ZAP requests (RFC 27) in a thread of its own until closed."""
-
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keys: ServerKeys) -> None:
-        self._allowed = {role.encode(): allowed(keys.folder, role) for role in ROLES}
-        self._authenticator = ThreadAuthenticator(context)
-        self._authenticator.start()
-        for role in ROLES:
-            self._authenticator.configure_curve_callback(role, credentials_provider=self)
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        """Whether the holder of public key ``key`` (Z85) may speak to the sockets of ``domain``; called by zmq.auth."""
-        known = key in self._allowed.get(domain.encode(), {})
-        if not known:
-            log.warning("refused a peer: its key is not allowed here", domain=domain, key=key.decode(errors="replace"))
-        return known
-
-    def close(self) -> None:
-        """Stop answering; call before the context is terminated."""
-        self._authenticator.stop()
+def _files(folder: Path, name: str) -> list[Path]:
+    return [path for ending in ("key", "key_secret") if (path := folder / f"{name}.{ending}").exists()]
 
 
-def _pair(folder: Path, name: str) -> tuple[bytes, bytes]:
-    path = folder / f"{name}.key_secret"
+def _make_pair(folder: Path, name: str) -> None:
+    # Nobody sees a file before its mode is right, and an interruption leaves no half of a pair but a secret.
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        public, secret = map(Path, zmq.auth.create_certificates(scratch, name))
+        secret.chmod(0o600)
+        public.chmod(0o644)
+        secret.rename(folder / secret.name)
+        public.rename(folder / public.name)
+
+
+def _pair(path: Path) -> tuple[bytes, bytes]:
     public, secret = _load(path)
+    if path.stat().st_mode & 0o077:
+        raise ConfigError(f"{path} can be read by others; make new keys if they may have been, then: chmod 600 {path}")
     if secret is None:
         raise ConfigError(f"{path} holds no secret key")
-    if path.stat().st_mode & 0o077:
-        raise ConfigError(f"{path} can be read by others: chmod 600 {path}")
+    try:
+        matches = zmq.curve_public(secret) == public
+    except (ValueError, zmq.ZMQError):
+        matches = False
+    if not matches:
+        raise ConfigError(f"{path}: the secret key does not belong to the public key")
     return public, secret
 
 
 def _load(path: Path) -> tuple[bytes, bytes | None]:
-    try:
-        return zmq.auth.load_certificate(path)
-    except (OSError, ValueError) as error:
+    if not path.exists():
         raise ConfigError(
-            f"cannot read key {path} ({error}); make keys with: isthmus keys make {path.parent}"
-        ) from None
+            f"there is no key {path}; make keys with `isthmus keys make {path.parent}`, or copy those that were made"
+        )
+    try:
+        public, secret = zmq.auth.load_certificate(path)
+        if len(z85.decode(public)) != 32:
+            raise ValueError(f"its public key has {len(public)} characters, not 40")
+    except OSError as error:
+        raise ConfigError(f"cannot read key {path}: {error.strerror}") from None
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"{path} is not a key: {error}") from None
+    return public, secret

@@ -100,7 +100,7 @@ class Incoming:
 class KVReceiver:
     """Owns both sockets, bound to ``host``; port 0 is one of the system's choice. All methods belong to one thread.
 
-    With ``keys`` the control socket speaks CURVE; its context needs a :class:`~transfer.keys.Doorkeeper`. Raises
+    With ``keys`` the control socket speaks CURVE; its context needs a :class:`~transfer.doorkeeper.Doorkeeper`. Raises
     :class:`ConfigError` for a seal without keys.
     """
 

@@ -68,17 +68,20 @@ class Sealer:
 
 
 class Opener:
-    """The receiving end of a session; payloads of at most ``max_payload_bytes``."""
+    """The receiving end of a session: ``key`` of 16 bytes, payloads of at most ``max_payload_bytes``."""
 
     def __init__(self, key: bytes, mode: Seal, max_payload_bytes: int) -> None:
         self.mode = mode
         self._key = key
+        self._max_payload_bytes = max_payload_bytes
         self._plain = np.empty(max_payload_bytes if mode is Seal.AES_GCM else 0, np.uint8).data
 
     def open(self, counter: int, head: Payload, payload: Payload, tag: Payload) -> memoryview:
         """The plaintext, valid until the next call; raises :class:`ProtocolError` if anything was changed."""
         if len(tag) != TAG_BYTES:
             raise ProtocolError(f"tag has {len(tag)} bytes, not {TAG_BYTES}")
+        if len(payload) > self._max_payload_bytes:
+            raise ProtocolError(f"payload of {len(payload)} bytes is over the limit of {self._max_payload_bytes}")
         try:
             decryptor = Cipher(algorithms.AES(self._key), modes.GCM(_nonce(counter), bytes(tag))).decryptor()
             decryptor.authenticate_additional_data(head)
