@@ -175,7 +175,7 @@ def test_values_that_the_codec_refuses_fail_on_both_sides(sender, worker):
 
 
 def test_elements_that_no_codec_takes_fail_their_own_transfer_only(sender, worker):
-    broken, ticket, chunks = make_ticket(worker.endpoint), make_ticket(worker.endpoint), make_chunks(8)
+    broken, ticket, chunks = make_ticket(worker.endpoint, codec="lz4"), make_ticket(worker.endpoint), make_chunks(8)
     worker.expect(broken)
     landed = worker.expect(ticket)
     send(sender, broken, [(tokens, elements.astype(np.float64)) for tokens, elements in chunks])
