@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import structlog
 
-from transfer.config import Cluster
+from transfer import keys
+from transfer.config import Cluster, keys_folder
 from transfer.errors import ConfigError
 
 log = structlog.get_logger()
@@ -19,7 +20,8 @@ log = structlog.get_logger()
 def run(cluster: Cluster) -> None:
     """Serve until SIGTERM or SIGINT.
 
-    Raises :class:`ConfigError` if the model cannot be served, :class:`EngineError` if llama.cpp fails later.
+    Raises :class:`ConfigError` if the keys are not in order or the model cannot be served, :class:`EngineError` if
+    llama.cpp fails later.
     """
     if find_spec("llama_cpp") is None:
         raise ConfigError("llama-cpp-python is not installed; install isthmus[decode]")
@@ -31,6 +33,8 @@ def run(cluster: Cluster) -> None:
     from cpu_decode.llama import Context, Model
     from cpu_decode.worker import Worker
 
+    folder = keys_folder(cluster)
+    own_keys = keys.server(folder) if folder else None
     gguf = Path(cluster.pair.gguf)
     geometry = read_geometry(gguf)
     model = Model(gguf)
@@ -44,7 +48,7 @@ def run(cluster: Cluster) -> None:
         cell_type=cluster.decode.cell_type,
     )
     log.info("model loaded", gguf=str(gguf), threads=threads, cells=cluster.decode.num_cells)
-    worker = Worker(model, context, geometry, cluster.decode, cluster.link)
+    worker = Worker(model, context, geometry, cluster.decode, cluster.link, own_keys)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())
     worker.run()

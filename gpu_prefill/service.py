@@ -11,7 +11,8 @@ from pathlib import Path
 import msgspec
 
 from gpu_prefill.geometry import read_geometry, read_rope_order
-from transfer.config import Cluster
+from transfer import keys
+from transfer.config import Cluster, keys_folder
 from transfer.errors import ConfigError
 
 # vLLM refuses a step that is smaller than the number of sequences it may run at once.
@@ -87,11 +88,16 @@ def command(cluster: Cluster) -> tuple[list[str], dict[str, str]]:
 def kv_transfer_config(cluster: Cluster) -> str:
     """The ``--kv-transfer-config`` for vLLM, as JSON; raises :class:`ConfigError` if the model cannot be split."""
     hf_dir = Path(cluster.pair.hf_dir)
+    folder = keys_folder(cluster)
+    if folder is not None:
+        keys.client(folder, "prefill")  # what is wrong with it is better said here than by vLLM's worker
     extra = {
         "geometry": msgspec.to_builtins(read_geometry(hf_dir)),
         "rope_order": read_rope_order(hf_dir),
         "sender_bytes": cluster.prefill.sender_mib << 20,
         "frame_bytes": cluster.link.frame_mib << 20,
+        "budget_ms": cluster.prefill.export_budget_ms,
+        "keys_dir": cluster.keys.dir,
     }
     config = {
         "kv_connector": "IsthmusConnector",

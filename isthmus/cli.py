@@ -109,6 +109,36 @@ def pair_check(hf_dir: Path, gguf: Path) -> None:
         click.echo(f"ok  {line}")
 
 
+@cli.group("keys")
+def keys_group() -> None:
+    """Make and show the CURVE keys by which the nodes know each other."""
+
+
+@keys_group.command("make")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--client", "clients", multiple=True, help="One more client: prefill-NAME or proxy-NAME. Repeatable.")
+def keys_make(folder: Path, clients: tuple[str, ...]) -> None:
+    """Make the key pairs that FOLDER lacks: one for the decode workers, the prefill node and the proxy each.
+
+    Keys that exist are left alone. Says which host needs which files; there, `dir` in the cluster file's [keys] names
+    the folder that holds them.
+    """
+    from isthmus.keys import make
+
+    for line in make(folder, clients):
+        click.echo(line)
+
+
+@keys_group.command("list")
+@click.argument("folder", type=click.Path(path_type=Path))
+def keys_list(folder: Path) -> None:
+    """Show the public keys in FOLDER, what their holders may do, and whose secrets are elsewhere."""
+    from isthmus.keys import describe
+
+    for line in describe(folder):
+        click.echo(line)
+
+
 @cli.command()
 @click.option("--compare", is_flag=True, help="Ask by the routes split, gpu and cpu in turn and compare the medians.")
 @click.option("--keep", is_flag=True, help="Leave the stack up afterwards and say how to talk to it.")

@@ -17,7 +17,8 @@ from rich.console import Console
 
 from isthmus.children import Child, Children, terminate_as_interrupt
 from isthmus.progress import starting
-from transfer.config import Cluster, Decode, Pair, Prefill, Proxy, dump
+from transfer import keys
+from transfer.config import Cluster, Decode, Keys, Pair, Prefill, Proxy, dump
 from transfer.errors import ProtocolError
 from transfer.messages import Hello, Ping, Status, decode_from_worker, encode
 
@@ -49,9 +50,10 @@ class Stack:
     def __enter__(self) -> Self:
         with ExitStack() as exits:
             folder = Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="isthmus-")))
+            cluster = with_keys(self._cluster, folder / "keys")
             config = folder / "isthmus.toml"
-            config.write_bytes(dump(self._cluster))
-            probes = exits.enter_context(_Probes(self._cluster))
+            config.write_bytes(dump(cluster))
+            probes = exits.enter_context(_Probes(cluster))
             # Last in, so first out: a SIGTERM that comes while the children end finds them still being waited for.
             exits.enter_context(terminate_as_interrupt())
             self._children = exits.enter_context(
@@ -90,13 +92,21 @@ def run(cluster: Cluster) -> None:
 
 def cluster_on_free_ports(pair: Pair) -> Cluster:
     """The default cluster for ``pair`` on loopback, on ports that nothing listens on now."""
-    prefill, control, kv, proxy = _free_ports(4)
+    prefill, control, kv, kv_control, proxy = _free_ports(5)
     return Cluster(
         pair=pair,
         prefill=Prefill(port=prefill),
-        decode=Decode(control_port=control, kv_port=kv),
+        decode=Decode(control_port=control, kv_port=kv, kv_control_port=kv_control),
         proxy=Proxy(port=proxy),
     )
+
+
+def with_keys(cluster: Cluster, folder: Path) -> Cluster:
+    """``cluster``, with keys made in ``folder`` if it has none."""
+    if cluster.keys.dir:
+        return cluster
+    keys.make(folder)
+    return msgspec.structs.replace(cluster, keys=Keys(dir=str(folder)))
 
 
 def _free_ports(count: int) -> list[int]:
@@ -134,6 +144,7 @@ class _Probes:
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
+        self._keys = keys.client(Path(cluster.keys.dir), "proxy") if cluster.keys.dir else None
         self._http = httpx.Client(timeout=PROBE_S, trust_env=False)
         self._zmq = zmq.Context()
 
@@ -154,6 +165,8 @@ class _Probes:
         decode = self._cluster.decode
         with self._zmq.socket(zmq.DEALER) as dealer:
             dealer.linger = 0
+            if self._keys is not None:
+                keys.secure_client(dealer, self._keys)
             dealer.connect(f"tcp://{_reachable(decode.host)}:{decode.control_port}")
             dealer.send(encode(Hello()))
             dealer.send(encode(Ping()))

@@ -18,6 +18,7 @@ import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
 from transfer.errors import IsthmusError, LinkError, ProtocolError, from_wire
+from transfer.keys import ClientKeys, secure_client
 from transfer.messages import (
     MAX_MESSAGE_BYTES,
     Abort,
@@ -40,6 +41,7 @@ HEARTBEAT_S = 1.0
 SILENCE_S = 3.0
 RETRY_S = 0.5
 _HIGH_WATER_MESSAGES = 10_000
+_REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -116,10 +118,14 @@ class Conversation:
 
 
 class DecodeNode:
-    """The worker at ``endpoint``. ``up`` while a session stands; ``welcome`` and ``status`` are its last words."""
+    """The worker at ``endpoint``. ``up`` while a session stands; ``welcome`` and ``status`` are its last words.
 
-    def __init__(self, endpoint: str) -> None:
+    With ``keys`` the session speaks CURVE.
+    """
+
+    def __init__(self, endpoint: str, keys: ClientKeys | None = None) -> None:
         self.endpoint = endpoint
+        self._keys = keys
         self.up = False
         self.welcome: Welcome | None = None
         self.status: Status | None = None
@@ -169,9 +175,11 @@ class DecodeNode:
         socket.linger = 0
         socket.set_hwm(_HIGH_WATER_MESSAGES)
         socket.maxmsgsize = MAX_MESSAGE_BYTES
-        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | _REFUSED)
         reason: IsthmusError = LinkError("the proxy is stopping")
         try:
+            if self._keys is not None:
+                secure_client(socket, self._keys)
             socket.connect(self.endpoint)
             self._socket = socket
             async with asyncio.TaskGroup() as tasks:
@@ -227,7 +235,11 @@ class DecodeNode:
             await asyncio.sleep(HEARTBEAT_S)
 
     async def _watch(self, monitor: zmq.asyncio.Socket) -> None:
-        await recv_monitor_message(monitor)
+        event = (await recv_monitor_message(monitor))["event"]
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            raise LinkError("the decode worker does not let this proxy's key in")
+        if event & _REFUSED:
+            raise LinkError("the decode worker ended the handshake: both nodes need [keys] that belong together")
         raise LinkError("the decode worker closed the connection")
 
     async def _abort(self, request_id: str) -> None:

@@ -19,7 +19,8 @@ from proxy.openai import Body, ChatBody
 from proxy.prefill_node import PrefillNode
 from proxy.render import Renderer
 from proxy.router import Route
-from transfer.config import Cluster
+from transfer import keys
+from transfer.config import Cluster, keys_folder
 
 log = structlog.get_logger()
 
@@ -42,7 +43,11 @@ class Gateway:
         self.prefill = PrefillNode(
             f"http://{cluster.prefill.host}:{cluster.prefill.port}", self.model, cluster.proxy.max_running
         )
-        self.decode = DecodeNode(f"tcp://{cluster.decode.host}:{cluster.decode.control_port}")
+        folder = keys_folder(cluster)
+        self.decode = DecodeNode(
+            f"tcp://{cluster.decode.host}:{cluster.decode.control_port}",
+            keys.client(folder, "proxy") if folder else None,
+        )
         self.renderer = Renderer(cluster.pair.hf_dir)
         self.admission = Admission(cluster.proxy.max_running, cluster.proxy.max_queued)
         self.ledger = Ledger(cluster.proxy.ledger_entries)

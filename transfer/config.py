@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Annotated
 
 import msgspec
+import structlog
 
 from transfer.codecs import CODECS
 from transfer.errors import ConfigError
 from transfer.layout import CellType
 from transfer.seal import SealName
+
+log = structlog.get_logger()
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -33,7 +36,8 @@ class Prefill(Section, frozen=True, kw_only=True):
     """The vLLM node. ``kv_cache_gib`` is vLLM's cache on a CPU; on a GPU ``gpu_memory_utilization`` rules.
 
     ``max_step_tokens`` is vLLM's ``max_num_batched_tokens``. ``sender_mib`` bounds the KV that waits for the wire: at
-    half of it vLLM defers new requests, at all of it a transfer fails.
+    half of it vLLM defers new requests, at all of it a transfer fails. Steps whose forward is held up by exporting for
+    longer than ``export_budget_ms`` are counted and logged.
     """
 
     host: str = "127.0.0.1"
@@ -44,6 +48,7 @@ class Prefill(Section, frozen=True, kw_only=True):
     gpu_memory_utilization: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.9
     prefix_caching: bool = True
     sender_mib: Count = 1024
+    export_budget_ms: Annotated[float, msgspec.Meta(gt=0)] = 50.0
     extra_args: tuple[str, ...] = ()
 
 
@@ -94,7 +99,7 @@ class Link(Section, frozen=True, kw_only=True):
 
 
 class Keys(Section, frozen=True, kw_only=True):
-    """Where the CURVE keys are (``isthmus keys make``); empty: control sockets speak in the clear."""
+    """Folder of this host's CURVE keys (``isthmus keys make``); empty: control sockets speak in the clear."""
 
     dir: str = ""
 
@@ -111,7 +116,7 @@ class Cluster(Section, frozen=True, kw_only=True):
 
 
 def load(path: Path) -> Cluster:
-    """Read a cluster file. Relative paths in ``[pair]`` are taken from the file's folder.
+    """Read a cluster file. Relative paths in ``[pair]`` and ``[keys]`` are taken from the file's folder.
 
     Raises :class:`ConfigError` naming the file, the key and what is wrong with it.
     """
@@ -130,7 +135,20 @@ def load(path: Path) -> Cluster:
     for key, found in (("hf_dir", Path(pair.hf_dir).is_dir()), ("gguf", Path(pair.gguf).is_file())):
         if not found:
             raise ConfigError(f"{path}: {getattr(pair, key)} does not exist - at `$.pair.{key}`")
-    return msgspec.structs.replace(cluster, pair=pair)
+    keys = Keys(dir=str(base / cluster.keys.dir)) if cluster.keys.dir else cluster.keys
+    return msgspec.structs.replace(cluster, pair=pair, keys=keys)
+
+
+def keys_folder(cluster: Cluster) -> Path | None:
+    """Where a node's keys are, None if it has none; :class:`ConfigError` if frames are to be sealed without them."""
+    if cluster.link.seal == "none":
+        log.warning("KV travels unprotected: [link] seal is none", control="CURVE" if cluster.keys.dir else "open")
+    elif not cluster.keys.dir:
+        raise ConfigError(
+            f"KV frames are sealed ({cluster.link.seal}), which needs keys: make some with `isthmus keys make DIR` and"
+            ' set `dir` in [keys], or choose `seal = "none"` in [link] where nobody else is on the link'
+        )
+    return Path(cluster.keys.dir) if cluster.keys.dir else None
 
 
 def dump(cluster: Cluster) -> bytes:

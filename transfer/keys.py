@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import tempfile
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import zmq
 import zmq.auth
@@ -108,7 +108,7 @@ def server(folder: Path) -> ServerKeys:
     return ServerKeys(public, secret, allowed)
 
 
-def secure_client(socket: zmq.Socket[bytes], keys: ClientKeys) -> None:
+def secure_client(socket: zmq.Socket[Any], keys: ClientKeys) -> None:
     """Let ``socket``, not yet connected, speak CURVE. A worker that refuses its key is not asked again by ZeroMQ."""
     socket.curve_publickey, socket.curve_secretkey, socket.curve_serverkey = keys
 

@@ -33,6 +33,7 @@ class Running:
     geometry: KVGeometry
     sender: KVSender
     proxy_keys: keys.ClientKeys
+    prefill_keys: keys.ClientKeys
 
 
 @contextmanager
@@ -60,7 +61,7 @@ def serving(model: Model, geometry: KVGeometry, cell_type: CellType) -> Iterator
     client = WorkerClient(worker.control_port, proxy_keys)
     sender = KVSender(geometry, max_backlog_bytes=1 << 28, frame_bytes=1 << 20, keys=prefill_keys)
     try:
-        yield Running(worker, client, model, context, geometry, sender, proxy_keys)
+        yield Running(worker, client, model, context, geometry, sender, proxy_keys, prefill_keys)
     finally:
         sender.close()
         client.close()

@@ -10,7 +10,7 @@ import httpx
 import msgspec
 import pytest
 
-from isthmus.up import Stack, cluster_on_free_ports
+from isthmus.up import Stack, cluster_on_free_ports, with_keys
 from tests.conftest import ModelPair
 from transfer.config import Cluster, Pair
 
@@ -37,6 +37,7 @@ def stack(default_pair: ModelPair, tmp_path_factory: pytest.TempPathFactory) -> 
         decode=msgspec.structs.replace(cluster.decode, cell_type="bf16"),
         link=msgspec.structs.replace(cluster.link, chunk_tokens=256),
     )
+    cluster = with_keys(cluster, tmp_path_factory.mktemp("keys"))
     with Stack(cluster, tmp_path_factory.mktemp("logs")) as stack:
         yield Running(cluster, stack.proxy_url, f"http://127.0.0.1:{cluster.prefill.port}")
 
