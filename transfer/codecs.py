@@ -3,8 +3,8 @@
 Elements are the 16-bit values that vLLM holds (bf16 or f16). A codec encodes a frame's elements, a flat array in the
 order of ``transfer/layout.py`` (planes: K rows, V rows, K rows, ...), and decodes a payload straight into the decode
 node's cells, given as consecutive destination arrays. Conversions round to nearest even. An infinity or NaN is refused
-on arrival, for llama.cpp reads masked cells too and one of them poisons every token; every codec but ``raw``, which does
-not look at what it sends, refuses it before.
+on arrival, for llama.cpp reads masked cells too and one of them poisons every token; every codec but ``raw``, which
+does not look at what it sends, refuses it before.
 
 ========  ==  =========================================================================  =============
 name      id  payload for N elements                                                     bits / element
@@ -97,7 +97,7 @@ def _expect(payload: Payload, expected_bytes: int) -> None:
         raise CodecError(f"payload has {len(payload)} bytes, its elements need {expected_bytes}")
 
 
-def _encode_raw(elements: Elements, element: Element, _slab: Slab) -> Payload:
+def _encode_raw(elements: Elements, _element: Element, _slab: Slab) -> Payload:
     return elements.view(np.uint8).data
 
 
