@@ -17,7 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from measurements import result
-from transfer.codecs import CODECS, Codec
+from transfer.codecs import CELL_ELEMENT, CODECS, Codec
 from transfer.config import Link
 from transfer.frames import Element
 from transfer.geometry import KVGeometry
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Sample = dict[str, Any]
 
 ROUNDING = "bf16 rounding"
+WEIGHTS = "weights at q8_0"
 
 
 def run(json: Path | None, plot: Path | None, rounds: int) -> None:
@@ -69,8 +70,11 @@ def measure(rounds: int, console: Console) -> list[Sample]:
             for prompt in kv.prefill(model, geometry, texts, cell_type, threads):
                 known.append(prompt)
                 progress.advance(prefilling)
-        comparing = progress.add_task("fidelity", total=len(texts) * (len(CODECS) + 1))
-        for sample in fidelities(model, geometry, held["bf16"], held["f16"], link, threads):
+        comparing = progress.add_task("fidelity", total=len(texts) * (len(CODECS) + 2))
+        for sample in (
+            *fidelities(model, geometry, held["bf16"], held["f16"], link, threads),
+            *weight_fidelities(gguf, held["bf16"], threads),
+        ):
             samples.append(sample)
             progress.advance(comparing)
         model.close()
@@ -94,34 +98,56 @@ def fidelities(
     link: Link,
     threads: int,
 ) -> Iterator[Sample]:
-    """Divergence of what each codec lands, from uncompressed KV in the same f16 cells.
+    """Divergence of what each codec lands, from uncompressed KV in f16 cells.
 
+    Codecs land in f16 cells, ``rows_*`` in cells of their own type, whose effect on attention is then part of theirs.
     ``prompts`` hold bf16 KV. ``unrounded`` hold f16 KV of the same prompts, for the yardstick ``bf16 rounding``:
     how far predictions move when that KV is rounded to bf16, which is less than any lossy codec does to it.
     """
     from cpu_decode.llama import Context
     from measurements import kv
 
-    context = Context(
-        model, num_cells=kv.MAX_TOKENS, max_sequences=1, batch_tokens=256, threads=threads, cell_type="f16"
-    )
+    contexts = {
+        cell_type: Context(
+            model, num_cells=kv.MAX_TOKENS, max_sequences=1, batch_tokens=256, threads=threads, cell_type=cell_type
+        )
+        for cell_type in _cell_types()
+    }
+    context = contexts["f16"]
     for prompt, exact in zip(prompts, unrounded, strict=True):
         about = {"kind": "fidelity", "prompt": prompt.name, "prompt_tokens": len(prompt.prompt)}
         frames = list(kv.frames_of(prompt, geometry, link))
         num_elements = sum(frame.elements.size for frame in frames)
-        plain, _ = kv.through(CODECS["raw"], frames, geometry)
+        plain, _ = kv.through(CODECS["raw"], frames)
         expected = kv.predictions(context, prompt, plain)
         for codec in CODECS.values():
-            chunks, wire_bytes = kv.through(codec, frames, geometry)
-            kl, top1 = kv.divergence(expected, kv.predictions(context, prompt, chunks))
+            chunks, wire_bytes = kv.through(codec, frames)
+            got = kv.predictions(contexts[codec.lands_in[0]], prompt, chunks)
+            kl, top1 = kv.divergence(expected, got)
             bits = 8 * wire_bytes / num_elements
             yield about | {"codec": codec.name, "bits_per_element": bits, "kl": kl, "top1": top1}
-        plain, _ = kv.through(CODECS["raw"], list(kv.frames_of(exact, geometry, link)), geometry, Element.F16)
+        plain, _ = kv.through(CODECS["raw"], list(kv.frames_of(exact, geometry, link)), Element.F16)
         expected = kv.predictions(context, exact, plain)
-        plain, _ = kv.through(CODECS["raw"], list(kv.frames_of(kv.rounded_to_bf16(exact), geometry, link)), geometry)
+        plain, _ = kv.through(CODECS["raw"], list(kv.frames_of(kv.rounded_to_bf16(exact), geometry, link)))
         kl, top1 = kv.divergence(expected, kv.predictions(context, exact, plain))
         yield about | {"codec": ROUNDING, "kl": kl, "top1": top1}
-    context.close()
+    for context in contexts.values():
+        context.close()
+
+
+def weight_fidelities(gguf: Path, prompts: Sequence[PromptKV], threads: int) -> Iterator[Sample]:
+    """The yardstick ``weights at q8_0``: divergence of the model with its weights at q8_0 from the same at fp32."""
+    from measurements import weights
+
+    divergences = weights.q8_0_divergences(gguf, prompts, threads)
+    for prompt, (kl, top1) in zip(prompts, divergences, strict=True):
+        about = {"kind": "fidelity", "prompt": prompt.name, "prompt_tokens": len(prompt.prompt)}
+        yield about | {"codec": WEIGHTS, "kl": kl, "top1": top1}
+
+
+def _cell_types() -> list[CellType]:
+    """The types of cells that codecs are measured in."""
+    return list(dict.fromkeys(codec.lands_in[0] for codec in CODECS.values()))
 
 
 def speeds(frames: Sequence[Frame], rounds: int) -> Iterator[Sample]:
@@ -129,7 +155,9 @@ def speeds(frames: Sequence[Frame], rounds: int) -> Iterator[Sample]:
 
     GB/s of 16-bit elements. The order shifts by one each round; one round more, the first, is not counted.
     """
-    outs = [[np.empty(size, np.uint16) for size in frame.slab.planes] for frame in frames]
+    from measurements import kv
+
+    places = {cell_type: kv.chunks_for(frames, cell_type) for cell_type in _cell_types()}
     copies = [np.empty_like(frame.elements) for frame in frames]
     payloads: dict[str, list[Payload]] = {}
     num_bytes = sum(frame.elements.nbytes for frame in frames)
@@ -138,8 +166,11 @@ def speeds(frames: Sequence[Frame], rounds: int) -> Iterator[Sample]:
         payloads[codec.name] = [codec.encode(f.elements, Element.BF16, f.slab) for f in frames]
 
     def decode(codec: Codec) -> None:
-        for frame, payload, planes in zip(frames, payloads[codec.name], outs, strict=True):
-            codec.decode(payload, Element.BF16, Element.F16, planes, frame.slab.tokens)
+        cell_type = codec.lands_in[0]
+        for frame, payload in zip(frames, payloads[codec.name], strict=True):
+            tokens = frame.slab.tokens
+            outs = places[cell_type][tokens.start].planes(frame.first_layer, frame.slab.num_layers)
+            codec.decode(payload, Element.BF16, CELL_ELEMENT[cell_type], outs, tokens)
 
     def copy() -> None:
         for frame, target in zip(frames, copies, strict=True):
@@ -186,14 +217,13 @@ def summarize(samples: Sequence[Sample]) -> dict[str, Any]:
     """Plain numbers by codec. Speeds against memcpy are medians of ratios taken within a round."""
     speed = {(s["codec"], s["round"]): s for s in samples if s["kind"] == "speed"}
     copies = {turn: s["copy_gb_per_s"] for (codec, turn), s in speed.items() if codec == "memcpy"}
-    rounding = [s for s in samples if s["codec"] == ROUNDING]
-    summary: dict[str, Any] = {
-        "memcpy_gb_per_s": _spread(list(copies.values())),
-        "bf16_rounding": {
-            "kl_mean": statistics.fmean(s["kl"] for s in rounding),
-            "top1": statistics.fmean(s["top1"] for s in rounding),
-        },
-    }
+    summary: dict[str, Any] = {"memcpy_gb_per_s": _spread(list(copies.values()))}
+    for key, yardstick in (("bf16_rounding", ROUNDING), ("weights_q8_0", WEIGHTS)):
+        moved = [s for s in samples if s["codec"] == yardstick]
+        summary[key] = {
+            "kl_mean": statistics.fmean(s["kl"] for s in moved),
+            "top1": statistics.fmean(s["top1"] for s in moved),
+        }
     for name in CODECS:
         fidelity = [s for s in samples if s["kind"] == "fidelity" and s["codec"] == name]
         encodes = {turn: s["encode_gb_per_s"] for (codec, turn), s in speed.items() if codec == name}
@@ -238,8 +268,12 @@ def table(summary: dict[str, Any]) -> Table:
             f"{row['decode_gb_per_s']['median']:.2f}",
             f"{row['encode_vs_memcpy']:.2f} / {row['decode_vs_memcpy']:.2f}",
         )
-    rounding = summary["bf16_rounding"]
-    shown.caption = f"yardstick, KV rounded to bf16: KL {rounding['kl_mean']:.1e}, top-1 {rounding['top1']:.3f}"
+    rounding, weights = summary["bf16_rounding"], summary["weights_q8_0"]
+    shown.caption = (
+        "rows_* in quantized cells, the others in f16 cells\n"
+        f"yardsticks: KV rounded to bf16: KL {rounding['kl_mean']:.1e}, top-1 {rounding['top1']:.3f}; "
+        f"weights at q8_0: KL {weights['kl_mean']:.1e}, top-1 {weights['top1']:.3f}"
+    )
     shown.caption_justify = "left"
     return shown
 
@@ -255,6 +289,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         size.plot(row["bits_per_element"], row["kl_mean"], "o")
         size.annotate(name, (row["bits_per_element"], row["kl_mean"]), xytext=(5, 4), textcoords="offset points")
     size.axhline(summary["bf16_rounding"]["kl_mean"], color="grey", linestyle="--", label="KV rounded to bf16")
+    size.axhline(summary["weights_q8_0"]["kl_mean"], color="grey", linestyle=":", label=WEIGHTS)
     size.legend()
     size.set_yscale("symlog", linthresh=1e-6)
     size.set(xlabel="bits an element, all metadata", ylabel="mean KL to uncompressed KV, nats", title="size, fidelity")

@@ -101,25 +101,33 @@ def frames_of(kv: PromptKV, geometry: KVGeometry, link: Link) -> Iterator[Frame]
             yield Frame(first, Slab(geometry, len(planes) // 2, tokens), np.concatenate(rows))
 
 
-def through(
-    codec: Codec, frames: Sequence[Frame], geometry: KVGeometry, element: Element = Element.BF16
-) -> tuple[list[ChunkState], int]:
+def chunks_for(frames: Sequence[Frame], cell_type: CellType) -> dict[int, ChunkState]:
+    """Empty chunks of cells of ``cell_type`` for all ``frames``, by their first token."""
+    return {
+        tokens.start: ChunkState(
+            np.zeros(state_bytes(geometry, len(tokens), cell_type), np.uint8),
+            geometry,
+            cell_type,
+            tokens.start,
+            len(tokens),
+        )
+        for geometry, _, tokens in (frame.slab for frame in frames if frame.first_layer == 0)
+    }
+
+
+def through(codec: Codec, frames: Sequence[Frame], element: Element = Element.BF16) -> tuple[list[ChunkState], int]:
     """The chunks that ``frames`` become on the decode node, and the bytes of all payloads.
 
     The cells are of the first type that ``codec`` lands in: f16, or its own.
     """
     cell_type = codec.lands_in[0]
-    chunks: dict[int, ChunkState] = {}
+    chunks = chunks_for(frames, cell_type)
     wire_bytes = 0
     for frame in frames:
         payload = codec.encode(frame.elements, element, frame.slab)
         wire_bytes += len(payload)
         tokens = frame.slab.tokens
-        start, count = tokens.start, len(tokens)
-        if start not in chunks:
-            buffer = np.zeros(state_bytes(geometry, count, cell_type), np.uint8)
-            chunks[start] = ChunkState(buffer, geometry, cell_type, start, count)
-        outs = chunks[start].planes(frame.first_layer, frame.slab.num_layers)
+        outs = chunks[tokens.start].planes(frame.first_layer, frame.slab.num_layers)
         codec.decode(payload, element, CELL_ELEMENT[cell_type], outs, tokens)
     return list(chunks.values()), wire_bytes
 
@@ -140,6 +148,18 @@ def predictions(context: Context, kv: PromptKV, chunks: Sequence[ChunkState]) ->
     """
     for chunk in chunks:
         context.inject(chunk, 0)
+    return _continue(context, kv)
+
+
+def own_predictions(context: Context, kv: PromptKV) -> Logits:
+    """The same, given what the model of ``context`` makes of the prompt itself."""
+    batch = Batch(len(kv.prompt))
+    batch.add(0, 0, kv.prompt, want_logits=False)
+    context.decode(batch)
+    return _continue(context, kv)
+
+
+def _continue(context: Context, kv: PromptKV) -> Logits:
     last = len(kv.prompt) - 1
     context.trim(0, last)
     batch = Batch(len(kv.continuation))

@@ -77,9 +77,9 @@ def test_landed_rows_predict_as_well_as_native_ones(model, geometry, cell_type, 
     (sent,) = kv.prefill(model, geometry, text, "bf16", 2)
     (native,) = kv.prefill(model, geometry, text, cell_type, 2)
     frames = list(kv.frames_of(sent, geometry, Link(chunk_tokens=256)))
-    plain, _ = kv.through(CODECS["raw"], frames, geometry)
+    plain, _ = kv.through(CODECS["raw"], frames)
     (codec,) = landing_codecs(cell_type)
-    landed, _ = kv.through(CODECS[codec], frames, geometry)
+    landed, _ = kv.through(CODECS[codec], frames)
     unrotated = [whole_chunk(geometry, sent, cell_type)]
     logits = {}
     for kind, chunks in (("f16", plain), (cell_type, landed)):

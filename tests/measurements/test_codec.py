@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from measurements import codec, kv, prompts
-from measurements.codec import ROUNDING, draw, run, summarize
+from measurements.codec import ROUNDING, WEIGHTS, draw, run, summarize
 from transfer.codecs import CODECS
 from transfer.config import Link
 from transfer.geometry import KVGeometry
 from transfer.layout import plane_elements
+
+LOSSY = [name for name in CODECS if name not in ("raw", "lz4", "zstd")]
 
 GEOMETRY = KVGeometry(
     model_fingerprint="m",
@@ -46,7 +48,7 @@ def test_a_run_has_a_sample_of_every_prompt_and_round(written: Path) -> None:
     result = json.loads((written / "codec.json").read_text())
     assert result["measure"] == "codec"
     fidelity = [(s["prompt"], s["codec"]) for s in result["samples"] if s["kind"] == "fidelity"]
-    assert sorted(fidelity) == sorted((p, c) for p in ("prose", "chat") for c in (*CODECS, ROUNDING))
+    assert sorted(fidelity) == sorted((p, c) for p in ("prose", "chat") for c in (*CODECS, ROUNDING, WEIGHTS))
     speed = [s["codec"] for s in result["samples"] if s["kind"] == "speed"]
     assert sorted(speed) == sorted(["memcpy", *CODECS])
     assert (written / "codec.png").read_bytes().startswith(b"\x89PNG")
@@ -56,10 +58,11 @@ def test_lossless_codecs_change_nothing_and_the_others_little(written: Path) -> 
     summary = json.loads((written / "codec.json").read_text())["summary"]
     for name in ("raw", "lz4", "zstd"):
         assert (summary[name]["kl_mean"], summary[name]["top1"]) == (0, 1)
-    for name in ("q8", "k8v4", "kvz1", "kvz2", "kvz3", "bf16_rounding"):
+    for name in (*LOSSY, "bf16_rounding", "weights_q8_0"):
         assert 0 < summary[name]["kl_mean"] < 0.2
     bits = {name: summary[name]["bits_per_element"] for name in CODECS}
     assert (bits["raw"], bits["q8"], bits["k8v4"]) == (16, 8.5, 6.5)
+    assert (bits["rows_q8_0"], bits["rows_k8v4"], bits["rows_q4_0"]) == (8.5, 6.5, 4.5)
     assert bits["kvz3"] < bits["kvz2"] < bits["kvz1"] < bits["zstd"] < bits["lz4"] < 16
 
 
@@ -97,7 +100,9 @@ def test_rounding_to_bf16_rounds() -> None:
 
 
 def samples_of(speeds: dict[str, list[float]]) -> list[codec.Sample]:
-    samples: list[codec.Sample] = [{"kind": "fidelity", "codec": ROUNDING, "kl": 0.5, "top1": 1.0}]
+    samples: list[codec.Sample] = [
+        {"kind": "fidelity", "codec": yardstick, "kl": 0.5, "top1": 1.0} for yardstick in (ROUNDING, WEIGHTS)
+    ]
     for name in CODECS:
         about = {"kind": "fidelity", "codec": name, "top1": 1.0}
         samples.append(about | {"prompt_tokens": 300, "bits_per_element": 8, "kl": 0.0})
