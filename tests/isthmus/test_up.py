@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -11,8 +11,10 @@ import psutil
 import pytest
 import zmq
 
-from isthmus.up import Stack, _Probes, cluster_on_free_ports
+from isthmus.up import Stack, _Probes, cluster_on_free_ports, with_keys
+from transfer import keys
 from transfer.config import Cluster, Pair
+from transfer.doorkeeper import Doorkeeper
 from transfer.errors import EngineError
 from transfer.messages import Failure, Message, Ping, Status, decode_to_worker, encode
 
@@ -53,10 +55,14 @@ def http(port: int, status: int, body: bytes) -> Iterator[None]:
 
 
 @contextmanager
-def worker(port: int, answer: Message) -> Iterator[None]:
-    """Answers every Ping with ``answer``."""
-    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+def worker(port: int, answer: Message, folder: Path | None = None) -> Iterator[None]:
+    """Answers every Ping with ``answer``; those of proxies whose keys are in ``folder``, if there is one."""
+    with zmq.Context() as context, ExitStack() as exits, context.socket(zmq.ROUTER) as router:
         router.linger = 0
+        if folder is not None:
+            # Closed after the socket, before the context.
+            exits.callback(Doorkeeper(context, keys.server(folder)).close)
+            keys.secure_server(router, keys.server(folder), "proxy")
         router.bind(f"tcp://127.0.0.1:{port}")
         stopped = threading.Event()
 
@@ -88,8 +94,9 @@ def probes(cluster: Cluster) -> Iterator[_Probes]:
 
 
 def test_ports_differ(cluster: Cluster) -> None:
-    ports = {cluster.prefill.port, cluster.decode.control_port, cluster.decode.kv_port, cluster.proxy.port}
-    assert len(ports) == 4
+    decode = cluster.decode
+    ports = {cluster.prefill.port, decode.control_port, decode.kv_port, decode.kv_control_port, cluster.proxy.port}
+    assert len(ports) == 5
 
 
 def test_nobody_there_is_not_healthy(probes: _Probes) -> None:
@@ -113,6 +120,23 @@ def test_decode_is_healthy_when_it_tells_its_status(cluster: Cluster, probes: _P
 def test_decode_is_not_healthy_when_it_refuses(cluster: Cluster, probes: _Probes) -> None:
     with worker(cluster.decode.control_port, Failure(code="engine_error", message="still loading")):
         assert not probes.decode()
+
+
+def test_decode_is_asked_with_the_proxys_key(cluster: Cluster, tmp_path: Path) -> None:
+    keys.make(tmp_path)
+    with worker(cluster.decode.control_port, STATUS, tmp_path):
+        with _Probes(cluster) as keyless:
+            assert not keyless.decode()
+        with _Probes(with_keys(cluster, tmp_path)) as probes:
+            assert probes.decode()
+
+
+def test_a_stack_without_keys_gets_some_and_one_with_keys_keeps_them(cluster: Cluster, tmp_path: Path) -> None:
+    made = with_keys(cluster, tmp_path / "keys")
+    assert made.keys.dir == str(tmp_path / "keys")
+    assert keys.client(tmp_path / "keys", "proxy")
+    assert with_keys(made, tmp_path / "more") == made
+    assert not (tmp_path / "more").exists()
 
 
 @pytest.mark.parametrize(

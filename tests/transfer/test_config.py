@@ -1,7 +1,9 @@
 import re
+from pathlib import Path
 
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from transfer import config
 from transfer.errors import ConfigError
@@ -42,6 +44,33 @@ def test_relative_paths_do_not_depend_on_the_current_folder(write, tmp_path, mon
     assert config.load(path).pair.gguf == str(tmp_path / "tiny.gguf")
 
 
+def test_the_key_folder_is_taken_from_the_files_folder(write, tmp_path):
+    cluster = config.load(write(MINIMAL + '[keys]\ndir = "secrets"'))
+    assert cluster.keys.dir == str(tmp_path / "secrets")
+    assert config.keys_folder(cluster) == tmp_path / "secrets"
+    assert config.load(write(MINIMAL + '[keys]\ndir = "/etc/isthmus"')).keys.dir == "/etc/isthmus"
+
+
+@pytest.mark.parametrize("seal", ["aes-gcm", "integrity"])
+def test_a_seal_without_keys_is_refused_with_both_fixes(write, seal):
+    cluster = config.load(write(MINIMAL + f'[link]\nseal = "{seal}"'))
+    with pytest.raises(ConfigError, match=rf'{seal}.*isthmus keys make.*\[keys\].*seal = "none"'):
+        config.keys_folder(cluster)
+
+
+def test_frames_are_sealed_unless_the_file_says_otherwise(write):
+    assert config.load(write(MINIMAL)).link.seal == "aes-gcm"
+
+
+@pytest.mark.parametrize(("folder", "control"), [("", "open"), ("/k", "CURVE")])
+def test_no_seal_is_warned_of(write, folder, control):
+    cluster = config.load(write(MINIMAL + f'[link]\nseal = "none"\n[keys]\ndir = "{folder}"'))
+    with capture_logs() as logs:
+        assert config.keys_folder(cluster) == (Path(folder) if folder else None)
+    assert [(line["log_level"], line["control"]) for line in logs] == [("warning", control)]
+    assert "unprotected" in logs[0]["event"]
+
+
 def test_a_dumped_cluster_loads_equal(write, tmp_path):
     cluster = config.load(write(MINIMAL + '[link]\ncodec = "q8"\nchunk_tokens = 64\n[prefill]\nextra_args = ["--x"]'))
     (tmp_path / "elsewhere").mkdir()
@@ -69,6 +98,8 @@ def test_a_cluster_is_frozen(write):
         (MINIMAL + '[decode]\ncell_type = "f32"', "$.decode.cell_type"),
         (MINIMAL + "[proxy]\nmax_running = 0", "$.proxy.max_running"),
         (MINIMAL + '[link]\ncodec = "snappy"', "$.link.codec"),
+        (MINIMAL + '[link]\nseal = "rot13"', "$.link.seal"),
+        (MINIMAL + "[keys]\nfolder = 1", "folder"),
         (MINIMAL + "[link]\nframe_mib = 65", "$.link.frame_mib"),
         (MINIMAL + "[link]\ntransfer_deadline_s = 0.0", "$.link.transfer_deadline_s"),
         (MINIMAL + "[prefill]\ngpu_memory_utilization = 1.5", "$.prefill.gpu_memory_utilization"),
@@ -100,7 +131,13 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
         config.load(tmp_path)
 
 
+def test_the_example_file_shows_every_key_with_its_default():
+    shown = msgspec.toml.decode((Path(__file__).parents[2] / "isthmus.example.toml").read_bytes())
+    defaults = config.Cluster(pair=msgspec.convert(shown["pair"], config.Pair))
+    assert shown == msgspec.toml.decode(config.dump(defaults))
+
+
 def test_ports_of_one_host_do_not_collide_by_default():
     decode, proxy, prefill = config.Decode(), config.Proxy(), config.Prefill()
-    assert len({decode.control_port, decode.kv_port, proxy.port, prefill.port}) == 4
+    assert len({decode.control_port, decode.kv_port, decode.kv_control_port, proxy.port, prefill.port}) == 5
     assert msgspec.convert(msgspec.to_builtins(decode), config.Decode) == decode
