@@ -12,12 +12,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+import numpy as np
 import structlog
 
 from cpu_decode.landing import LandingReport
 from cpu_decode.llama import Batch, Context
 from cpu_decode.sequence import Sequence
-from cpu_decode.state import ChunkState
+from cpu_decode.state import ChunkState, StateBlob
 from transfer.errors import EngineError, IsthmusError, LinkError
 from transfer.messages import Failure, Tokens
 
@@ -69,11 +70,12 @@ class Engine:
         self.failed: EngineError | None = None
         self.prefill_tokens_per_s = 0.0
         self.prefill_basis = ""
+        self.inject_tokens_per_s = 0.0
         self._calibrated = threading.Event()
         self._thread = threading.Thread(target=self._run, name="isthmus-engine", daemon=True)
 
     def start(self) -> None:
-        """Start the step loop; returns when the local prefill rate is known, or ``failed`` is set."""
+        """Start the step loop; returns when the rates of prefill and injection are known, or ``failed`` is set."""
         self._thread.start()
         self._calibrated.wait()
 
@@ -272,7 +274,7 @@ class Engine:
             self.prefill_basis = f"last local prefill: {len(sequence.tokens)} tokens in {seconds:.2f} s"
 
     def _calibrate(self) -> None:
-        """Time one prefill, after one that warms the machine up; cells are left as they were."""
+        """Time one prefill and one injection, after one that warms the machine up; cells are left as they were."""
         count = min(CALIBRATION_TOKENS, self._batch_tokens, self._context.num_cells)
         for _ in range(2):
             began = time.monotonic_ns()
@@ -281,6 +283,11 @@ class Engine:
             self._context.decode(self._batch)
             self._context.logits(count - 1)
             seconds = (time.monotonic_ns() - began) / 1e9
+            state = np.frombuffer(self._context.state(0), np.uint8)
+            self._context.trim(0, 0)
+            began = time.monotonic_ns()
+            self._context.inject(StateBlob(state, state.size, 0, count), 0)
+            self.inject_tokens_per_s = count * 1e9 / (time.monotonic_ns() - began)
             self._context.trim(0, 0)
         self.prefill_tokens_per_s = count / seconds
         self.prefill_basis = f"calibration at start: {count} tokens in {seconds:.2f} s"

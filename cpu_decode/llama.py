@@ -14,7 +14,7 @@ import llama_cpp
 import numpy as np
 import structlog
 
-from cpu_decode.state import ChunkState, is_quantized
+from cpu_decode.state import ChunkState, StateBlob, is_quantized
 from transfer.errors import ConfigError, EngineError
 from transfer.layout import CELL_ROWS, CellType, RopeOrder
 
@@ -172,7 +172,7 @@ class Context:
         if code:
             raise EngineError(f"llama_decode returned {code} for a batch of {batch.size} tokens")
 
-    def inject(self, chunk: ChunkState, seq_id: int) -> None:
+    def inject(self, chunk: ChunkState | StateBlob, seq_id: int) -> None:
         """Append ``chunk`` to the cells of ``seq_id``. Raises :class:`EngineError` and leaves no cell behind."""
         pointer = chunk.buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         read = llama_cpp.llama_state_seq_set_data(self.handle, pointer, chunk.num_bytes, self._scratch)

@@ -8,6 +8,7 @@ u32 count, i32 sequence; u32 transposed, u32 layers; per layer i32 type, u64 row
 from __future__ import annotations
 
 import struct
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +53,15 @@ def state_bytes(geometry: KVGeometry, num_tokens: int, cell_type: CellType) -> i
     """Size of the state of ``num_tokens`` tokens; raises what :func:`row_bytes` raises."""
     fixed = _HEAD.size + _SHAPE.size + 2 * geometry.num_layers * _PLANE.size
     return fixed + num_tokens * (_CELL.itemsize + geometry.num_layers * sum(row_bytes(geometry, cell_type)))
+
+
+class StateBlob(NamedTuple):
+    """The state of ``num_tokens`` tokens from ``start_token`` on: the first ``num_bytes`` of ``buffer``, uint8."""
+
+    buffer: npt.NDArray[np.uint8]
+    num_bytes: int
+    start_token: int
+    num_tokens: int
 
 
 class ChunkState:

@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from cpu_decode.worker import even_chunk_tokens
 from tests.cpu_decode.native_kv import elements_of, prefill
 from tests.cpu_decode.serving import MAX_SEQUENCES
 from tests.cpu_decode.worker_client import WorkerClient
@@ -250,3 +251,11 @@ def test_hello_compares_protocol_and_geometry(running):
     refusal = running.client.ask(Hello(protocol=PROTOCOL + 1))
     assert isinstance(refusal, Failure)
     assert "protocol version differs" in refusal.message
+
+
+@pytest.mark.parametrize(
+    ("most_tokens", "inject_tokens_per_s", "chunk_tokens"),
+    [(512, 1e6, 512), (512, 1e5, 224), (512, 1e3, 32), (20, 1e3, 20)],
+)
+def test_a_slow_injection_makes_chunks_smaller(most_tokens, inject_tokens_per_s, chunk_tokens):
+    assert even_chunk_tokens(most_tokens, inject_tokens_per_s) == chunk_tokens
