@@ -9,7 +9,8 @@ import pytest
 from gpu_prefill import service
 from gpu_prefill.geometry import read_geometry
 from tests.gpu_prefill.checkpoints import LLAMA, write_model
-from transfer.config import Cluster, Link, Pair, Prefill
+from transfer import keys
+from transfer.config import Cluster, Keys, Link, Pair, Prefill
 from transfer.errors import ConfigError
 from transfer.geometry import KVGeometry
 
@@ -73,6 +74,19 @@ def test_the_file_decides_about_prefix_caching_and_has_the_last_word(cluster: Cl
     argv, _ = service.command(with_prefill(cluster, Prefill(prefix_caching=False, extra_args=("--no-enforce-eager",))))
     assert "--no-enable-prefix-caching" in argv
     assert argv[-1] == "--no-enforce-eager"
+
+
+@pytest.mark.usefixtures("build")
+def test_the_connector_learns_where_its_keys_are_and_no_secret(cluster: Cluster, tmp_path: Path) -> None:
+    sealed = msgspec.structs.replace(cluster, link=Link(), keys=Keys(dir=str(tmp_path / "keys")))
+    with pytest.raises(ConfigError, match=r"prefill\.key_secret"):
+        service.command(sealed)
+    keys.make(tmp_path / "keys")
+    argv, environment = service.command(sealed)
+    extra = msgspec.json.decode(option(argv, "--kv-transfer-config"))["kv_connector_extra_config"]
+    assert extra["keys_dir"] == str(tmp_path / "keys")
+    secret = keys.client(tmp_path / "keys", "prefill").secret.decode()
+    assert not any(secret in word for word in (*argv, *environment.values()))
 
 
 @pytest.mark.usefixtures("build")

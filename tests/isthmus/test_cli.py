@@ -91,6 +91,20 @@ def test_a_wrong_key_in_the_cluster_file_is_named(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("node", ["prefill", "decode", "proxy"])
+def test_a_node_that_seals_without_keys_does_not_start(node: str, tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "m.gguf").touch()
+    (tmp_path / "c.toml").write_text('[pair]\nname = "m"\nhf_dir = "hf"\ngguf = "m.gguf"\n')
+    result = run(node, "--config", "c.toml", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "isthmus keys make" in result.stderr.splitlines()[-1]
+    (tmp_path / "c.toml").write_text((tmp_path / "c.toml").read_text() + '[keys]\ndir = "keys"\n')
+    result = run(node, "--config", "c.toml", cwd=tmp_path)
+    assert result.returncode == 2
+    assert f"there is no key {tmp_path / 'keys' / node}.key_secret" in result.stderr.splitlines()[-1]
+
+
 def test_a_wrong_log_level_is_a_config_error() -> None:
     result = run("version", ISTHMUS_LOG="loud")
     assert result.returncode == 2
