@@ -303,7 +303,7 @@ class Worker:
                 raise RequestError(f"{param} has token ids outside 0..{self._model.vocab_size - 1}", param)
 
     def _expect_kv(self, request: Admitted, ticket: str, reserve: Reserve) -> None:
-        codecs.by_name(reserve.codec)
+        codecs.for_cells(reserve.codec, self._decode.cell_type)
         request.reserved_buffers = self._pool.reserve(
             # As many tokens as the configuration says, in chunks of the size that injects evenly.
             self._link.credit_chunks * self._link.chunk_tokens // self._chunk_tokens

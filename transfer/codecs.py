@@ -245,6 +245,14 @@ def by_wire_id(wire_id: int) -> Codec:
     return _BY_WIRE_ID[wire_id]
 
 
+def for_cells(name: str, cell_type: CellType) -> Codec:
+    """The codec called ``name``; :class:`CodecError` lists others if it cannot land in cells of ``cell_type``."""
+    codec = by_name(name)
+    if cell_type not in codec.lands_in:
+        raise CodecError(f"codec {name} cannot land in {cell_type} cells; use {', '.join(landing_codecs(cell_type))}")
+    return codec
+
+
 def landing_codecs(cell_type: CellType) -> tuple[str, ...]:
     """The codecs that can land in cells of ``cell_type``, the preferred one first."""
     return tuple(codec.name for codec in CODECS.values() if cell_type in codec.lands_in)

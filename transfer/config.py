@@ -8,8 +8,8 @@ from typing import Annotated
 import msgspec
 import structlog
 
-from transfer.codecs import CODECS
-from transfer.errors import ConfigError
+from transfer import codecs
+from transfer.errors import CodecError, ConfigError
 from transfer.layout import CellType
 from transfer.seal import SealName
 
@@ -126,8 +126,10 @@ def load(path: Path) -> Cluster:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
-    if cluster.link.codec not in CODECS:
-        raise ConfigError(f"{path}: codec {cluster.link.codec!r} is not one of {', '.join(CODECS)} - at `$.link.codec`")
+    try:
+        codecs.for_cells(cluster.link.codec, cluster.decode.cell_type)
+    except CodecError as error:
+        raise ConfigError(f"{path}: {error} - at `$.link.codec`") from None
     base = path.resolve().parent
     pair = msgspec.structs.replace(
         cluster.pair, hf_dir=str(base / cluster.pair.hf_dir), gguf=str(base / cluster.pair.gguf)

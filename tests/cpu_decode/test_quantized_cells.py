@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 
 from cpu_decode.geometry import read_geometry
-from cpu_decode.llama import Context, Model
+from cpu_decode.llama import Batch, Context, Model
 from cpu_decode.state import ChunkState, row_bytes, state_bytes
 from measurements import kv, prompts
 from tests.cpu_decode.native_kv import elements_of, prefill
+from tests.cpu_decode.serving import LINK, serving
+from tests.cpu_decode.test_worker import GREEDY, send_kv
 from tests.isthmus import tiny_gguf
 from tests.transfer import codec_reference as reference
 from transfer.codecs import CODECS, landing_codecs
 from transfer.config import Link
-from transfer.errors import ConfigError
+from transfer.errors import CodecError, ConfigError
 from transfer.geometry import KVGeometry
 from transfer.layout import CELL_ROWS, CellRow, CellType
 
@@ -106,6 +108,42 @@ def whole_chunk(geometry, sent, cell_type):
     for out, plane, form in zip(chunk.planes(0, geometry.num_layers), sent.planes, forms, strict=True):
         out.view(np.uint8)[:] = np.frombuffer(reference.rows_of(reference.to_float(plane, "bf16"), form), np.uint8)
     return chunk
+
+
+@pytest.mark.parametrize("cell_type", ["q8_0", "k8v4"])
+def test_a_worker_with_quantized_cells_continues_what_lands(model, context, geometry, cell_type):
+    prompt = [(11 * i + 5) % 40_000 for i in range(150)]
+    (codec,) = landing_codecs(cell_type)
+    with serving(model, geometry, cell_type) as running:
+        with pytest.raises(CodecError, match=f"raw cannot land in {cell_type} cells; use {codec}"):
+            running.client.reserve(prompt, GREEDY, "kv")
+        ticket = running.client.reserve(prompt, GREEDY, "kv", codec=codec)
+        first = send_kv(running, context, ticket, prompt)
+        running.client.start(ticket, first)
+        ids, _, last = running.client.collect(ticket)
+    assert last.report.kv_wire_bytes < 0.6 * last.report.kv_raw_bytes
+    assert ids == [first, *greedily(model, geometry, prompt, first, cell_type, context)]
+
+
+def greedily(model, geometry, prompt, first, cell_type, context):
+    """The tokens after ``first``, from the same rows injected by hand."""
+    prefill(context, 0, prompt)
+    whole = ChunkState(np.frombuffer(bytearray(context.state(0)), np.uint8), geometry, "bf16", 0, len(prompt))
+    context.trim(0, 0)
+    sent = kv.PromptKV("sent", prompt, [], whole.planes(0, geometry.num_layers))
+    codec = CODECS[landing_codecs(cell_type)[0]]
+    chunks, _ = kv.through(codec, list(kv.frames_of(sent, geometry, LINK)))
+    landed = Context(model, num_cells=4096, max_sequences=1, batch_tokens=64, threads=1, cell_type=cell_type)
+    for chunk in chunks:
+        landed.inject(chunk, 0)
+    ids = [first]
+    while len(ids) < GREEDY.max_tokens:
+        batch = Batch(1)
+        row = batch.add(0, len(prompt) + len(ids) - 1, [ids[-1]], want_logits=True)
+        landed.decode(batch)
+        ids.append(int(landed.logits(row).argmax()))
+    landed.close()
+    return ids[1:]
 
 
 @cell_types

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from tests.golden.examples import GEOMETRY
 from tests.transfer import codec_reference as reference
 from tests.transfer.ggml_rows import through_ggml
-from transfer.codecs import CELL_ELEMENT, CODECS, by_name, by_wire_id, landing_codecs
+from transfer.codecs import CELL_ELEMENT, CODECS, by_name, by_wire_id, for_cells, landing_codecs
 from transfer.errors import CodecError
 from transfer.frames import Element
 from transfer.layout import CELL_ROWS, Slab
@@ -451,3 +451,13 @@ def test_decoding_takes_no_more_memory_than_its_destinations_allow(name, flips, 
         _, peak_bytes = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert peak_bytes <= 2 * elements.nbytes + 65536
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("cells", CELL_ROWS)
+def test_a_codec_is_given_only_for_cells_that_it_lands_in(name, cells):
+    if name in landing_codecs(cells):
+        assert for_cells(name, cells) is CODECS[name]
+    else:
+        with pytest.raises(CodecError, match=f"{name} cannot land in {cells} cells; use {landing_codecs(cells)[0]}"):
+            for_cells(name, cells)

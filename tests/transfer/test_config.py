@@ -98,6 +98,8 @@ def test_a_cluster_is_frozen(write):
         (MINIMAL + '[decode]\ncell_type = "f32"', "$.decode.cell_type"),
         (MINIMAL + "[proxy]\nmax_running = 0", "$.proxy.max_running"),
         (MINIMAL + '[link]\ncodec = "snappy"', "$.link.codec"),
+        (MINIMAL + '[decode]\ncell_type = "q8_0"', "use rows_q8_0 - at `$.link.codec`"),
+        (MINIMAL + '[link]\ncodec = "rows_k8v4"', "codec rows_k8v4 cannot land in f16 cells"),
         (MINIMAL + '[link]\nseal = "rot13"', "$.link.seal"),
         (MINIMAL + "[keys]\nfolder = 1", "folder"),
         (MINIMAL + "[link]\nframe_mib = 65", "$.link.frame_mib"),
