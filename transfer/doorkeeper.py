@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import OrderedDict
 
 import structlog
 import zmq
@@ -19,6 +20,9 @@ log = structlog.get_logger()
 # Peers that fail before they show a key: another mechanism, another server key, garbage. Their address is not told.
 _FAILED = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 LOG_EVERY_S = 1.0
+# Domain of the sockets that take sealed frames: they ask for no key, but for an address from which one was shown.
+FRAMES_DOMAIN = b"frames"
+MAX_ADDRESSES = 1024
 
 
 class Doorkeeper(Authenticator):
@@ -32,6 +36,7 @@ class Doorkeeper(Authenticator):
         self.refused = 0
         self._keys = keys
         self._address = ""
+        self._frames_from: OrderedDict[str, None] = OrderedDict()
         self._logged_ns = 0
         self._monitors: list[zmq.Socket[bytes]] = []
         for role in keys.allowed:
@@ -53,6 +58,10 @@ class Doorkeeper(Authenticator):
         """Whether the holder of public key ``key`` (Z85) may come in; called by the base class."""
         known = {role: names[key] for role, names in self._keys.allowed.items() if key in names}
         if domain in known:
+            if domain == "prefill":
+                self._frames_from[self._address] = None
+                if len(self._frames_from) > MAX_ADDRESSES:
+                    self._frames_from.popitem(last=False)
             return True
         self._refuse(
             "its key is not allowed here",
@@ -65,6 +74,14 @@ class Doorkeeper(Authenticator):
     async def handle_zap_message(self, msg: list[bytes]) -> None:
         """Answer one request: version, request id, domain, address, identity, mechanism, credentials."""
         self._address = msg[3].decode(errors="replace") if len(msg) > 3 else ""
+        if len(msg) > 3 and msg[2] == FRAMES_DOMAIN:
+            # ZeroMQ holds a message of endless parts in memory before anyone can look at its seal.
+            if self._address in self._frames_from:
+                self._send_zap_reply(msg[1], b"200", b"OK")
+            else:
+                self._refuse("no prefill node has shown its key from there", address=self._address)
+                self._send_zap_reply(msg[1], b"400", b"say hello first")
+            return
         await super().handle_zap_message(msg)
 
     def close(self) -> None:

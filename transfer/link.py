@@ -175,12 +175,11 @@ class Link:
         seal = NAMES[welcome.seal]
         if seal is not Seal.NONE and not self._secure:
             raise LinkError("the worker seals KV frames under a key that came in the clear: set [keys] dir on both")
-        port = self._session.frames_port if self._session else 0
-        if welcome.frames_port != port:
-            host = urlsplit(self.endpoint).hostname
-            if port:
-                self.frames.disconnect(f"tcp://{host}:{port}")
-            self.frames.connect(f"tcp://{host}:{welcome.frames_port}")
+        # Connected anew for each session: a worker that was restarted has refused the old connection for good.
+        host = urlsplit(self.endpoint).hostname
+        if self._session is not None:
+            self.frames.disconnect(f"tcp://{host}:{self._session.frames_port}")
+        self.frames.connect(f"tcp://{host}:{welcome.frames_port}")
         self._session = welcome
         self._sealer = Sealer(welcome.key, seal) if seal is not Seal.NONE else None
 

@@ -19,6 +19,7 @@ import zmq
 
 from transfer import frames
 from transfer.codecs import CODECS
+from transfer.doorkeeper import FRAMES_DOMAIN
 from transfer.errors import CodecError, ConfigError, IsthmusError, LinkError, ProtocolError
 from transfer.frames import Header, Kind
 from transfer.geometry import KVGeometry, require_same
@@ -142,6 +143,8 @@ class KVReceiver:
         self.frames.rcvhwm = RECEIVE_HIGH_WATER_MARK_FRAMES
         self.frames.maxmsgsize = self._max_payload_bytes
         self.frames.linger = 0
+        if keys is not None:
+            self.frames.zap_domain = FRAMES_DOMAIN
         self.frames.bind(f"tcp://{host}:{frames_port or '*'}")
 
     @property

@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from tests.cpu_decode.serving import Running
 from transfer.codecs import CODECS
@@ -73,4 +74,23 @@ def test_nobody_else_is(stranger: str, running: Running, kv_port: int, sender_he
             "no curve": None,
         }[stranger]
         assert ask(port, client, SILENCE_MS, hello, encode(Ping())) is None
+    assert running.client.status().worker == running.worker.name
+
+
+def test_the_frames_socket_is_closed_to_addresses_that_have_shown_no_key(
+    running: Running, kv_port: int, sender_hello: bytes
+) -> None:
+    frames_port = decode_from_receiver(ask(kv_port, running.prefill_keys, ANSWER_MS, sender_hello)).frames_port
+    with zmq.Context() as context:
+        for source, welcome in (("127.0.0.1", True), ("127.0.0.2", False)):
+            push = context.socket(zmq.PUSH)
+            push.linger = 0
+            monitor = push.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+            push.connect(f"tcp://{source}:0;127.0.0.1:{frames_port}")
+            assert monitor.poll(ANSWER_MS)
+            event = parse_monitor_message(monitor.recv_multipart())["event"]
+            assert (event == zmq.EVENT_HANDSHAKE_SUCCEEDED) is welcome
+            push.disable_monitor()
+            monitor.close(linger=0)
+            push.close()
     assert running.client.status().worker == running.worker.name
