@@ -81,9 +81,15 @@ class Gateway:
                 prompt = await self._tokenize(call.body)
             with account.meter.stage("route"):
                 job = self._plan(call, prompt, account)
-            pieces = await held.enter_async_context(aclosing(self._take(job, account)))
-            async for piece in pieces:
-                yield piece
+            try:
+                async with aclosing(self._take(job, account)) as pieces:
+                    async for piece in pieces:
+                        yield piece
+            except handoff.KVLostError as lost:
+                rest = self._fail_over(call, lost, account)
+                async with aclosing(self._take(rest, account)) as pieces:
+                    async for piece in pieces:
+                        yield piece
 
     def close(self, account: Account, status: str) -> Entry:
         """Enter a request that ended with ``status`` into the ledger and the metrics."""
@@ -117,6 +123,18 @@ class Gateway:
         return Job(
             call.request_id, prompt, call.body.sampling(max_tokens), call.codec, self.cluster.link.transfer_deadline_s
         )
+
+    def _fail_over(self, call: Call, lost: handoff.KVLostError, account: Account) -> Job:
+        """Choose the route that finishes a request whose KV was lost; raises the loss where nothing may."""
+        if call.forced_route is not None or not (self.prefill.up or self.decode.up):
+            raise lost.error
+        # vLLM has the prompt in its prefix cache.
+        account.route = "gpu" if self.prefill.up else "cpu"
+        account.reason, account.failed_over = "kv_lost", lost.error.code
+        account.carried_tokens, account.route_tokens = lost.sent_tokens, 0
+        log.warning("KV lost, going on", request_id=call.request_id, route=account.route, reason=str(lost.error))
+        # The worker may not have let go of the first reservation yet.
+        return lost.rest._replace(request_id=f"{call.request_id}-again")
 
     def _take(self, job: Job, account: Account) -> Pieces:
         match account.route:

@@ -12,12 +12,13 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import NamedTuple
 
+import msgspec
 import structlog
 
 from proxy.decode_node import Conversation, DecodeNode
 from proxy.ledger import Account
 from proxy.prefill_node import STREAM_SILENCE_S, FirstToken, PrefillNode
-from transfer.errors import CapacityError, EngineError
+from transfer.errors import CapacityError, CodecError, EngineError, IsthmusError, LinkError, ProtocolError
 from transfer.messages import FinishReason, Reserve, Sampling, Ticket
 
 RESERVE_S = 10.0
@@ -47,8 +48,23 @@ class Job(NamedTuple):
     deadline_s: float
 
 
+class KVLostError(Exception):
+    """A split request whose KV never arrived, and which can go on elsewhere: ``error`` is why, ``rest`` what is left.
+
+    ``sent_tokens`` tokens are with the client already; ``rest``'s prompt ends with them.
+    """
+
+    def __init__(self, error: IsthmusError, rest: Job, sent_tokens: int) -> None:
+        super().__init__(str(error))
+        self.error, self.rest, self.sent_tokens = error, rest, sent_tokens
+
+
 async def split(job: Job, prefill: PrefillNode, decode: DecodeNode, account: Account) -> Pieces:
-    """Prefill in vLLM, decode in llama.cpp."""
+    """Prefill in vLLM, decode in llama.cpp.
+
+    Raises :class:`KVLostError` if prefill succeeded and the KV did not arrive, where the client has seen no more than
+    a first token that can be moved into the prompt.
+    """
     async with _reserved(job, decode, account, kv=True) as (conversation, ticket):
         with account.meter.stage("prefill"):
             first = await conversation.guard(
@@ -58,7 +74,7 @@ async def split(job: Job, prefill: PrefillNode, decode: DecodeNode, account: Acc
         log.info("prefilled", request_id=job.request_id, ticket=ticket.ticket, cached_tokens=first.cached_tokens)
         keep = not _decoder_samples(job.sampling)
         if keep and (first.finish_reason == "stop" or job.sampling.max_tokens == 1):
-            account.completion_tokens = 1
+            account.route_tokens = 1
             yield Piece(first.text, first.finish_reason)
             return
         if first.export_error:
@@ -66,11 +82,19 @@ async def split(job: Job, prefill: PrefillNode, decode: DecodeNode, account: Acc
         sent = keep and _can_send(first, job.sampling)
         await conversation.start(first.token if keep else None, first_text_sent=sent)
         if sent:
-            account.completion_tokens = 1
+            account.route_tokens = 1
             yield Piece(first.text)
-        async with aclosing(_decoded(conversation, account, job.deadline_s)) as pieces:
-            async for piece in pieces:
-                yield piece
+        decoded = False
+        try:
+            async with aclosing(_decoded(conversation, account, job.deadline_s)) as pieces:
+                async for piece in pieces:
+                    decoded = True
+                    yield piece
+        except (LinkError, ProtocolError, CodecError) as error:
+            rest = _rest(job, first.token) if sent else job
+            if decoded or rest is None:
+                raise
+            raise KVLostError(error, rest, int(sent)) from None
 
 
 async def cpu(job: Job, decode: DecodeNode, account: Account) -> Pieces:
@@ -89,9 +113,9 @@ async def gpu(job: Job, prefill: PrefillNode, account: Account) -> Pieces:
         with account.meter.stage("prefill"):
             delta = await anext(deltas)
         while True:
-            account.completion_tokens += 1
+            account.route_tokens += 1
             if delta.finish_reason:
-                account.completion_tokens = delta.completion_tokens
+                account.route_tokens = delta.completion_tokens
                 account.cached_tokens = delta.cached_tokens
             yield Piece(delta.text, delta.finish_reason)
             if delta.finish_reason:
@@ -133,10 +157,10 @@ async def _decoded(conversation: Conversation, account: Account, first_wait_s: f
     while True:
         tokens = await conversation.tokens(wait_s)
         wait_s = STREAM_SILENCE_S
-        account.completion_tokens += len(tokens.token_ids)
+        account.route_tokens += len(tokens.token_ids)
         if tokens.report:
             account.report = tokens.report
-            account.completion_tokens = tokens.report.completion_tokens
+            account.route_tokens = tokens.report.completion_tokens
             account.cached_tokens = max(account.cached_tokens, tokens.report.kv_reused_tokens)
         yield Piece(tokens.text, tokens.finish_reason)
         if tokens.finish_reason:
@@ -152,6 +176,15 @@ def _reserve(job: Job, *, kv: bool) -> Reserve:
         codec=job.codec,
         deadline_ms=round(job.deadline_s * 1000),
     )
+
+
+def _rest(job: Job, first_token: int) -> Job | None:
+    """``job`` after its first token; None where the penalties that count only new tokens would lose one."""
+    sampling = job.sampling
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        return None
+    shorter = msgspec.structs.replace(sampling, max_tokens=sampling.max_tokens - 1)
+    return job._replace(prompt=[*job.prompt, first_token], sampling=shorter)
 
 
 def _decoder_samples(sampling: Sampling) -> bool:

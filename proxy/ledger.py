@@ -17,7 +17,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
     ``prefill_ns`` is vLLM's answer for ``split``, the worker's own prefill for ``cpu`` and the time to the first token
     for ``gpu``. ``specialization_gain_ns`` is what prefill on the other node saved; only ``split`` has one.
-    ``status`` is ``ok``, ``cancelled`` or an error code.
+    ``status`` is ``ok``, ``cancelled`` or an error code. ``failed_over`` is the error code for which ``split`` was left
+    in mid-request; ``route`` is then the one that finished.
     """
 
     request_id: str
@@ -49,6 +50,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     prefill_alternative_ns: int | None
     prefill_alternative_basis: str | None
     specialization_gain_ns: int | None
+    failed_over: str | None
     status: str
 
     def server_timing(self) -> str:
@@ -68,13 +70,21 @@ class Account:
         self.reason: str | None = None
         self.codec: str | None = None
         self.prompt_tokens = 0
-        self.completion_tokens = 0
+        # Sent by a route that failed, and by the one that went on; and why the first one failed, by its error's code.
+        self.carried_tokens = 0
+        self.route_tokens = 0
+        self.failed_over: str | None = None
         self.cached_tokens = 0
         self.alternative: Estimate | None = None
         self.report: DecodeReport | None = None
         self._began_ns = time.monotonic_ns()
         self._first_text_ns: int | None = None
         self._last_text_ns = 0
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of the answer so far."""
+        return self.carried_tokens + self.route_tokens
 
     def saw_text(self) -> int | None:
         """Note that text goes out to the client; returns the ns since the text before it, None for the first."""
@@ -123,6 +133,7 @@ class Account:
             prefill_alternative_ns=self.alternative.ns if self.alternative else None,
             prefill_alternative_basis=self.alternative.basis if self.alternative else None,
             specialization_gain_ns=gain_ns,
+            failed_over=self.failed_over,
             status=status,
         )
 

@@ -9,7 +9,7 @@ from transfer.config import Cluster
 from transfer.errors import LinkError, RequestError
 
 Route = Literal["split", "gpu", "cpu"]
-Reason = Literal["forced", "both_up", "prefill_down", "decode_down"]
+Reason = Literal["forced", "both_up", "prefill_down", "decode_down", "kv_lost"]
 
 HEADER = "X-Isthmus-Route"
 ROUTES: tuple[Route, ...] = get_args(Route)

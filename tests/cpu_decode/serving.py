@@ -37,8 +37,13 @@ class Running:
 
 
 @contextmanager
-def serving(model: Model, geometry: KVGeometry, cell_type: CellType) -> Iterator[Running]:
-    """Serve on ports of the system's choice for the body; the worker must end when asked."""
+def serving(
+    model: Model, geometry: KVGeometry, cell_type: CellType, keys_folder: Path | None = None
+) -> Iterator[Running]:
+    """Serve on ports of the system's choice for the body, with keys of its own or those of ``keys_folder``.
+
+    The worker must end when asked.
+    """
     decode = Decode(
         control_port=0,
         kv_port=0,
@@ -52,10 +57,11 @@ def serving(model: Model, geometry: KVGeometry, cell_type: CellType) -> Iterator
     context = Context(
         model, num_cells=4096, max_sequences=MAX_SEQUENCES, batch_tokens=512, threads=1, cell_type=cell_type
     )
-    with tempfile.TemporaryDirectory() as folder:
-        keys.make(Path(folder))
-        worker = Worker(model, context, geometry, decode, LINK, keys.server(Path(folder)))
-        proxy_keys, prefill_keys = (keys.client(Path(folder), role) for role in ("proxy", "prefill"))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = keys_folder or Path(temporary)
+        keys.make(folder)
+        worker = Worker(model, context, geometry, decode, LINK, keys.server(folder))
+        proxy_keys, prefill_keys = (keys.client(folder, role) for role in ("proxy", "prefill"))
     thread = threading.Thread(target=worker.run)
     thread.start()
     client = WorkerClient(worker.control_port, proxy_keys)

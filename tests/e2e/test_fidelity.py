@@ -35,14 +35,14 @@ def model(default_pair: ModelPair) -> Iterator[Model]:
 
 
 @pytest.fixture(scope="module")
-def f16(model: Model, default_pair: ModelPair) -> Iterator[Serving]:
-    with serving(model, read_geometry(default_pair.gguf), "f16") as running:
+def f16(model: Model, default_pair: ModelPair, stack: Running) -> Iterator[Serving]:
+    with serving(model, read_geometry(default_pair.gguf), "f16", Path(stack.cluster.keys.dir)) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def bf16(model: Model, default_pair: ModelPair) -> Iterator[Serving]:
-    with serving(model, read_geometry(default_pair.gguf), "bf16") as running:
+def bf16(model: Model, default_pair: ModelPair, stack: Running) -> Iterator[Serving]:
+    with serving(model, read_geometry(default_pair.gguf), "bf16", Path(stack.cluster.keys.dir)) as running:
         yield running
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
+import msgspec
 import zmq
 
 from transfer.geometry import KVGeometry
@@ -53,6 +54,7 @@ class Script:
     refuse_reserve: Failure | None = None
     fail_after_texts: int | None = None
     silent_after_start: bool = False
+    kv_failure: Failure | None = None
     endless: bool = False
     prefill_tokens_per_s: float = 400.0
 
@@ -178,6 +180,10 @@ class FakeWorker:
         if self.script.silent_after_start or self.script.endless:
             return
         request_id = start.request_id
+        if self.script.kv_failure and self._prompts[request_id].source == "kv":
+            self.open.pop(request_id)
+            self._say(client, msgspec.structs.replace(self.script.kv_failure, request_id=request_id))
+            return
         # Like the real one: the first token's text is the worker's to stream unless the client has it.
         texts = list(self.script.texts)
         if not start.first_text_sent:

@@ -16,6 +16,7 @@ from transfer.errors import CapacityError, EngineError, LinkError
 from transfer.messages import Abort, Failure, Reserve, Start
 
 CPU = {"X-Isthmus-Route": "cpu"}
+SPLIT = {"X-Isthmus-Route": "split"}
 GPU = {"X-Isthmus-Route": "gpu"}
 
 
@@ -178,7 +179,7 @@ def test_vllm_takes_too_long(stack):
 
 def test_kv_that_never_arrives(stack):
     stack.worker.script.silent_after_start = True
-    events = stack.chat(stream=True).text.strip().split("\n\n")
+    events = stack.chat(SPLIT, stream=True).text.strip().split("\n\n")
     assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "link_error"
     assert "[DONE]" not in events[-1]
 
@@ -242,9 +243,8 @@ def test_the_worker_dies_in_mid_stream_and_comes_back(hf_dir):
 
     with running(make_cluster(hf_dir)) as stack:
         stack.worker.script.endless = True
-        with stack.http.stream(
-            "POST", "/v1/completions", json={"model": "tiny", "prompt": "hi", "stream": True, "max_tokens": 150}
-        ) as response:
+        body = {"model": "tiny", "prompt": "hi", "stream": True, "max_tokens": 150}
+        with stack.http.stream("POST", "/v1/completions", json=body, headers=SPLIT) as response:
             lines = response.iter_lines()
             next(lines)
             stack.worker.close()
