@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -133,12 +132,12 @@ def test_ten_at_once_decode_as_one_by_one(stack: Running, bf16: Serving, model: 
     """
     story = prompts["a long page, in several steps"]
     ten = [story[31 * n : 31 * n + 20 + 37 * n] for n in range(10)]
-    with ThreadPoolExecutor(10) as pool, ExitStack() as held:
+    with ExitStack() as held:
         tickets = [bf16.client.reserve(prompt, GREEDY, "kv") for prompt in ten]
         for ticket in tickets:
             held.callback(bf16.client.abort, ticket)
         url, name = stack.prefill_url, stack.cluster.pair.name
-        firsts = list(pool.map(lambda prompt, ticket: prefill(url, name, prompt, ticket), ten, tickets))
+        firsts = prefill(bf16, url, name, ten, tickets)
         kv = [landed_elements(bf16, ticket, len(prompt)) for prompt, ticket in zip(ten, tickets, strict=True)]
         for ticket, first in zip(tickets, firsts, strict=True):
             bf16.client.start(ticket, first)

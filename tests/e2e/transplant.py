@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
@@ -18,7 +19,22 @@ from transfer.messages import Sampling, Ticket
 GREEDY = Sampling(max_tokens=24, temperature=0.0, ignore_eos=True)
 
 
-def prefill(prefill_url: str, model: str, prompt: list[int], ticket: Ticket) -> int:
+def prefill(
+    serving: Serving, prefill_url: str, model: str, prompts: list[list[int]], tickets: list[Ticket]
+) -> list[int]:
+    """Run the prompts through vLLM, all at once; returns each one's first token, greedily sampled.
+
+    The worker hears from its client meanwhile: it would give up on one that is silent, and vLLM may take its time.
+    """
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        answers = [pool.submit(_prefill_one, prefill_url, model, *each) for each in zip(prompts, tickets, strict=True)]
+        while not all(answer.done() for answer in answers):
+            serving.client.status()
+            time.sleep(0.1)
+    return [answer.result() for answer in answers]
+
+
+def _prefill_one(prefill_url: str, model: str, prompt: list[int], ticket: Ticket) -> int:
     """Run ``prompt`` through vLLM with ``ticket``; returns the first token, greedily sampled."""
     body = {
         "model": model,
@@ -28,7 +44,7 @@ def prefill(prefill_url: str, model: str, prompt: list[int], ticket: Ticket) -> 
         "return_token_ids": True,
         "kv_transfer_params": {"isthmus": msgspec.to_builtins(ticket)},
     }
-    response = httpx.post(f"{prefill_url}/v1/completions", json=body, timeout=60, trust_env=False)
+    response = httpx.post(f"{prefill_url}/v1/completions", json=body, timeout=120, trust_env=False)
     assert response.status_code == 200, response.text
     answer = response.json()
     assert answer["kv_transfer_params"]["isthmus"] == {"exported_tokens": len(prompt), "complete": True}
@@ -50,7 +66,7 @@ def landed(serving: Serving, prefill_url: str, model: str, prompt: list[int]) ->
     """The prompt's rows as they lie in the worker's cells, its ticket, and the token vLLM sampled after it."""
     ticket = serving.client.reserve(prompt, GREEDY, "kv")
     try:
-        first = prefill(prefill_url, model, prompt, ticket)
+        (first,) = prefill(serving, prefill_url, model, [prompt], [ticket])
         yield landed_elements(serving, ticket, len(prompt)), ticket, first
     finally:
         serving.client.abort(ticket)

@@ -301,7 +301,9 @@ def test_a_transfer_goes_on_where_it_was_when_the_link_comes_back(sender, worker
     link = faulty()
     ticket, chunks = make_ticket(link.endpoint), make_chunks(8 * CHUNK_TOKENS)
     landed = worker.expect(ticket)
-    send(sender, ticket, chunks[:4])
+    sender.open(ticket)
+    for tokens, elements in chunks[:4]:
+        sender.submit(ticket.ticket, tokens, 0, elements, Element.BF16, 1)
     assert worker.run_until(lambda: landed.rows)
     link.cut.set()
     for tokens, elements in chunks[4:]:
