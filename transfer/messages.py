@@ -43,9 +43,11 @@ class Landing(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
-    """How to pick tokens; OpenAI's names, plus top_k, min_p, repetition_penalty and ignore_eos as vLLM spells them.
+    """How to pick tokens; OpenAI's names, plus those of vLLM, plus llama.cpp's DRY, XTC and typical sampling.
 
-    ``top_k`` 0 is off. ``seed`` None means unseeded.
+    ``top_k`` 0 is off. ``seed`` None means unseeded. ``logprobs`` is how many alternatives to report with each token's
+    own log probability; None reports nothing. At most one of ``json_schema`` (a JSON schema as JSON) and ``grammar``
+    (llama.cpp's GBNF) constrains the output. DRY is off at ``dry_multiplier`` 0, XTC at ``xtc_probability`` 0.
     """
 
     max_tokens: int
@@ -60,6 +62,27 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     logit_bias: dict[int, float] = {}
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    typical_p: float = 1.0
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    json_schema: str = ""
+    grammar: str = ""
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = -1
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Natural log of a token's probability before penalties and truncation, and the likeliest tokens' in its place."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -87,7 +110,10 @@ class Welcome(Message, frozen=True, kw_only=True):
 
 
 class Reserve(Message, frozen=True, kw_only=True):
-    """Pin cells for a request. ``source`` says where the prompt's KV will come from: the wire, or a local prefill."""
+    """Pin cells for a request. ``source`` says where the prompt's KV will come from: the wire, or a local prefill.
+
+    ``choices`` answers share the prompt's cells, each with ``max_tokens`` of its own.
+    """
 
     request_id: str
     prompt: list[int]
@@ -95,14 +121,15 @@ class Reserve(Message, frozen=True, kw_only=True):
     source: Literal["kv", "local"]
     codec: str = "raw"
     deadline_ms: int = 60_000
+    choices: int = 1
 
 
 class Ticket(Message, frozen=True, kw_only=True):
     """A reserved landing place. The proxy hands it to the prefill node as ``kv_transfer_params["isthmus"]``.
 
     ``ticket`` is 32 hex digits; ``kv_endpoint`` is where SenderHello goes. The sender may have ``credit_chunks`` chunks
-    of at most ``chunk_tokens`` tokens in flight until a Credit raises the number. Tokens before ``reused_tokens`` are
-    already in the worker's cells.
+    of at most ``chunk_tokens`` tokens in flight until a Credit raises the number. Tokens before ``reused_tokens``, at
+    most all but the prompt's last one, are already in the worker's cells and are not to be sent.
     """
 
     request_id: str
@@ -121,11 +148,13 @@ class Start(Message, frozen=True, kw_only=True):
 
     With ``first_token`` the worker continues after it; without, it samples the first token itself. If
     ``first_text_sent``, the client has that token's text already and the worker streams only what follows.
+    With ``local`` no KV will come, or no more of it: the worker computes what its cells lack.
     """
 
     request_id: str
     first_token: int | None = None
     first_text_sent: bool = False
+    local: bool = False
 
 
 class Abort(Message, frozen=True, kw_only=True):
@@ -135,13 +164,19 @@ class Abort(Message, frozen=True, kw_only=True):
 
 
 class Tokens(Message, frozen=True, kw_only=True):
-    """Newly sampled tokens and the text they complete; the last message carries ``finish_reason`` and ``report``."""
+    """Newly sampled tokens of one choice and the text they complete.
+
+    A choice's last message carries its ``finish_reason``, the request's last one also the ``report``. ``logprobs``
+    are those of the last tokens in ``token_ids``: a first token that came with Start has none here.
+    """
 
     request_id: str
     token_ids: list[int]
     text: str
     finish_reason: FinishReason | None = None
     report: DecodeReport | None = None
+    choice: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Failure(Message, frozen=True, kw_only=True):
