@@ -28,6 +28,7 @@ from transfer.doorkeeper import Doorkeeper
 from transfer.errors import IsthmusError, ProtocolError, RequestError
 from transfer.geometry import KVGeometry, require_same
 from transfer.keys import ServerKeys, secure_server
+from transfer.listen import bind
 from transfer.messages import (
     MAX_MESSAGE_BYTES,
     Abort,
@@ -107,7 +108,7 @@ class Worker:
         self._control.router_mandatory = True
         if keys:
             secure_server(self._control, keys, "proxy")
-        self._control.bind(_endpoint(decode.host, decode.control_port))
+        bind(self._control, decode.host, decode.control_port, "[decode] control_port")
         self._receiver = KVReceiver(
             self._zmq,
             decode.host,
@@ -258,7 +259,7 @@ class Worker:
             worker=self.name,
             geometry=self._geometry,
             landing=self._form,
-            codecs=codecs.landing_codecs(self._decode.cell_type),
+            codecs=codecs.landing_codecs(self._decode.cell_type, self._geometry),
             kv_endpoint=self._kv_endpoint,
             num_cells=self._admission.num_cells,
             max_sequences=self._admission.max_sequences,
@@ -303,7 +304,7 @@ class Worker:
                 raise RequestError(f"{param} has token ids outside 0..{self._model.vocab_size - 1}", param)
 
     def _expect_kv(self, request: Admitted, ticket: str, reserve: Reserve) -> None:
-        codecs.for_cells(reserve.codec, self._decode.cell_type)
+        codecs.for_cells(reserve.codec, self._decode.cell_type, self._geometry)
         request.reserved_buffers = self._pool.reserve(
             # As many tokens as the configuration says, in chunks of the size that injects evenly.
             self._link.credit_chunks * self._link.chunk_tokens // self._chunk_tokens

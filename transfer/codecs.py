@@ -48,6 +48,7 @@ import numpy.typing as npt
 from transfer import entropy, kernels, kvz, rows
 from transfer.errors import CodecError
 from transfer.frames import Element
+from transfer.geometry import KVGeometry
 from transfer.kernels import BLOCK, require_finite
 from transfer.layout import Bytes, CellType, Elements, Payload, Slab
 
@@ -70,7 +71,7 @@ class Codec(NamedTuple):
     ``slab``; ``raw``'s payload is a view of them. ``decode(payload, element, cells, outs, tokens)`` fills ``outs``, one
     contiguous uint16 array for each plane, which holds the positions ``tokens`` of the prompt; ``cells`` is
     ``CELL_ELEMENT`` of a cell type in ``lands_in``. Both raise :class:`CodecError`; a failed decode leaves ``outs``
-    partly written.
+    partly written. ``row_elements`` divides the rows of the models whose KV the codec takes in chunks of any length.
     """
 
     name: str
@@ -78,6 +79,13 @@ class Codec(NamedTuple):
     encode: Callable[[Elements, Element, Slab], Payload]
     decode: Callable[[Payload, Element, Element, Sequence[Elements], range], None]
     lands_in: tuple[CellType, ...] = ("f16", "bf16")
+    row_elements: int = 1
+
+    def fits(self, cell_type: CellType, geometry: KVGeometry | None) -> bool:
+        """Whether KV of ``geometry``, None for any, can land in cells of ``cell_type``."""
+        head_dims = (geometry.head_dim_k, geometry.head_dim_v) if geometry else ()
+        heads = geometry.num_kv_heads if geometry else 1
+        return cell_type in self.lands_in and not any(heads * dim % self.row_elements for dim in head_dims)
 
 
 def _count(outs: Sequence[Elements]) -> int:
@@ -215,9 +223,9 @@ CODECS: dict[str, Codec] = {
     for codec in (
         Codec("raw", 1, _encode_raw, _decode_raw),
         Codec("lz4", 2, partial(_encode_split, _compress_lz4), partial(_decode_split, _decompress_lz4)),
-        Codec("q8", 3, _encode_q8, _decode_q8),
+        Codec("q8", 3, _encode_q8, _decode_q8, row_elements=BLOCK),
         Codec("zstd", 4, partial(_encode_split, entropy.compress), partial(_decode_split, entropy.decompress)),
-        Codec("k8v4", 5, _encode_k8v4, _decode_k8v4),
+        Codec("k8v4", 5, _encode_k8v4, _decode_k8v4, row_elements=BLOCK),
         *(
             Codec(name, wire_id, partial(kvz.encode, ratios), kvz.decode)
             for wire_id, (name, ratios) in enumerate(kvz.PRESETS.items(), 6)
@@ -245,14 +253,16 @@ def by_wire_id(wire_id: int) -> Codec:
     return _BY_WIRE_ID[wire_id]
 
 
-def for_cells(name: str, cell_type: CellType) -> Codec:
-    """The codec called ``name``; :class:`CodecError` lists others if it cannot land in cells of ``cell_type``."""
+def for_cells(name: str, cell_type: CellType, geometry: KVGeometry | None = None) -> Codec:
+    """The codec called ``name``; :class:`CodecError` lists others if it cannot land in such cells."""
     codec = by_name(name)
-    if cell_type not in codec.lands_in:
-        raise CodecError(f"codec {name} cannot land in {cell_type} cells; use {', '.join(landing_codecs(cell_type))}")
+    if not codec.fits(cell_type, geometry):
+        others = ", ".join(landing_codecs(cell_type, geometry))
+        of_model = "" if cell_type not in codec.lands_in else f" of rows that {codec.row_elements} does not divide"
+        raise CodecError(f"codec {name} cannot land in {cell_type} cells{of_model}; use {others}")
     return codec
 
 
-def landing_codecs(cell_type: CellType) -> tuple[str, ...]:
-    """The codecs that can land in cells of ``cell_type``, the preferred one first."""
-    return tuple(codec.name for codec in CODECS.values() if cell_type in codec.lands_in)
+def landing_codecs(cell_type: CellType, geometry: KVGeometry | None = None) -> tuple[str, ...]:
+    """The codecs by which KV of ``geometry``, None for any, can land in such cells, the preferred one first."""
+    return tuple(codec.name for codec in CODECS.values() if codec.fits(cell_type, geometry))

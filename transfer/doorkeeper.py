@@ -13,13 +13,16 @@ import zmq.asyncio
 from zmq.auth import Authenticator
 from zmq.utils.monitor import parse_monitor_message
 
-from transfer.keys import ServerKeys
+from transfer.errors import ConfigError
+from transfer.keys import ServerKeys, allow_list
 
 log = structlog.get_logger()
 
 # Peers that fail before they show a key: another mechanism, another server key, garbage. Their address is not told.
 _FAILED = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 LOG_EVERY_S = 1.0
+# Keys that are added to the folder, or taken out, count for connections made this much later.
+READ_EVERY_S = 1.0
 # Domain of the sockets that take sealed frames: they ask for no key, but for an address from which one was shown.
 FRAMES_DOMAIN = b"frames"
 MAX_ADDRESSES = 1024
@@ -34,7 +37,8 @@ class Doorkeeper(Authenticator):
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keys: ServerKeys) -> None:
         super().__init__(context)
         self.refused = 0
-        self._keys = keys
+        self._folder, self._holders = keys.folder, keys.allowed
+        self._read_ns = time.monotonic_ns()
         self._address = ""
         self._frames_from: OrderedDict[str, None] = OrderedDict()
         self._logged_ns = 0
@@ -56,7 +60,8 @@ class Doorkeeper(Authenticator):
 
     def callback(self, domain: str, key: bytes) -> bool:
         """Whether the holder of public key ``key`` (Z85) may come in; called by the base class."""
-        known = {role: names[key] for role, names in self._keys.allowed.items() if key in names}
+        self._read_again()
+        known = {role: names[key] for role, names in self._holders.items() if key in names}
         if domain in known:
             if domain == "prefill":
                 self._frames_from[self._address] = None
@@ -113,6 +118,17 @@ class Doorkeeper(Authenticator):
             self._heard.close(linger=0)
             for monitor in self._monitors:
                 monitor.close(linger=0)
+
+    def _read_again(self) -> None:
+        """Take in changes of the key folder; one that cannot be read changes nothing."""
+        now = time.monotonic_ns()
+        if now - self._read_ns < READ_EVERY_S * 1e9:
+            return
+        self._read_ns = now
+        try:
+            self._holders = allow_list(self._folder)
+        except ConfigError as error:
+            log.warning("the allowed keys cannot be read again", reason=str(error))
 
     def _failed(self, monitor: zmq.Socket[bytes], parts: list[bytes], poller: zmq.asyncio.Poller) -> None:
         event = parse_monitor_message(parts)

@@ -34,11 +34,12 @@ class ClientKeys(NamedTuple):
 
 
 class ServerKeys(NamedTuple):
-    """The workers' pair, and by role the public keys that may come in, with their names; Z85 text."""
+    """The workers' pair, and by role the public keys in ``folder`` that may come in, with their names; Z85 text."""
 
     public: bytes
     secret: bytes
     allowed: dict[Role, dict[bytes, str]]
+    folder: Path
 
 
 class Holder(NamedTuple):
@@ -97,15 +98,21 @@ def client(folder: Path, role: Role) -> ClientKeys:
 def server(folder: Path) -> ServerKeys:
     """The workers' pair and everyone whom they let in; raises :class:`ConfigError` as :func:`client` does."""
     public, secret = _pair(folder / f"{SERVER}.key_secret")
+    allowed = allow_list(folder)
+    for role, known in allowed.items():
+        if not known:
+            raise ConfigError(f"{folder} has no public key of a {role} node: copy its {role}.key there")
+    return ServerKeys(public, secret, allowed, folder)
+
+
+def allow_list(folder: Path) -> dict[Role, dict[bytes, str]]:
+    """Names by public key (Z85) of those in ``folder`` who may come in, by role; raises what :func:`holders` raises."""
     allowed: dict[Role, dict[bytes, str]] = {role: {} for role in ROLES}
     for holder in holders(folder):
         for role in ROLES:
             if holder.name.split("-")[0] == role:
                 allowed[role][holder.public.encode()] = holder.name
-    for role, known in allowed.items():
-        if not known:
-            raise ConfigError(f"{folder} has no public key of a {role} node: copy its {role}.key there")
-    return ServerKeys(public, secret, allowed)
+    return allowed
 
 
 def secure_client(socket: zmq.Socket[Any], keys: ClientKeys) -> None:

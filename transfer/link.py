@@ -6,6 +6,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 import msgspec
@@ -44,6 +45,8 @@ RECEIVE_HIGH_WATER_MARK_MESSAGES = 1000
 MAX_FAREWELLS = 1000
 # A hello that was lost is said again.
 HELLO_AGAIN_S = 1.0
+# ZeroMQ never asks again where a key was refused, but the key may have been admitted since.
+CONNECT_AGAIN_S = 5.0
 RECONNECT_MS, MAX_RECONNECT_MS = 100, 1000
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 5000
 
@@ -57,7 +60,7 @@ class Link:
         self.endpoint = endpoint
         self.used_ns = time.monotonic_ns()
         self._hello = SenderHello(geometry=geometry, codecs=tuple(CODECS))
-        self._helloed_ns = 0
+        self._helloed_ns = self._connected_ns = 0
         self._awaiting_welcome = False
         self._session: SenderWelcome | None = None
         self._sealer: Sealer | None = None
@@ -107,6 +110,13 @@ class Link:
         now = self.used_ns = time.monotonic_ns()
         if self._awaiting_welcome and now - self._helloed_ns < HELLO_AGAIN_S * 1e9:
             return
+        if not self._awaiting_welcome:
+            self._connected_ns = now
+        elif now - self._connected_ns > CONNECT_AGAIN_S * 1e9:
+            with suppress(zmq.ZMQError):
+                self.control.disconnect(self.endpoint)
+            self.control.connect(self.endpoint)
+            self._connected_ns = now
         try:
             self.control.send(encode(msgspec.structs.replace(self._hello, renew=renew)), zmq.NOBLOCK)
         except zmq.Again:

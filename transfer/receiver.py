@@ -24,6 +24,7 @@ from transfer.errors import CodecError, ConfigError, IsthmusError, LinkError, Pr
 from transfer.frames import Header, Kind
 from transfer.geometry import KVGeometry, require_same
 from transfer.keys import ServerKeys, secure_server
+from transfer.listen import bind
 from transfer.messages import (
     Cancel,
     Credit,
@@ -138,14 +139,18 @@ class KVReceiver:
         self.control.router_handover = True
         if keys is not None:
             secure_server(self.control, keys, "prefill")
-        self.control.bind(f"tcp://{host}:{control_port or '*'}")
+        bind(self.control, host, control_port, "[decode] kv_control_port")
         self.frames = context.socket(zmq.PULL)
         self.frames.rcvhwm = RECEIVE_HIGH_WATER_MARK_FRAMES
         self.frames.maxmsgsize = self._max_payload_bytes
         self.frames.linger = 0
         if keys is not None:
             self.frames.zap_domain = FRAMES_DOMAIN
-        self.frames.bind(f"tcp://{host}:{frames_port or '*'}")
+        try:
+            bind(self.frames, host, frames_port, "[decode] kv_port")
+        except ConfigError:
+            self.control.close()
+            raise
 
     @property
     def port(self) -> int:

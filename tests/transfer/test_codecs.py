@@ -461,3 +461,15 @@ def test_a_codec_is_given_only_for_cells_that_it_lands_in(name, cells):
     else:
         with pytest.raises(CodecError, match=f"{name} cannot land in {cells} cells; use {landing_codecs(cells)[0]}"):
             for_cells(name, cells)
+
+
+@pytest.mark.parametrize(("num_kv_heads", "fits"), [(1, False), (2, True), (3, False)])
+def test_codecs_of_blocks_are_not_offered_where_a_token_may_end_inside_one(num_kv_heads, fits):
+    geometry = msgspec.structs.replace(GEOMETRY, num_kv_heads=num_kv_heads, head_dim_k=80, head_dim_v=80)
+    offered = landing_codecs("f16", geometry)
+    assert {"raw", "lz4", "zstd", "kvz1"} <= set(offered)
+    for name in ("q8", "k8v4"):
+        assert (name in offered) == fits
+        if not fits:
+            with pytest.raises(CodecError, match=f"{name} cannot land in f16 cells of rows that 32 does not divide"):
+                for_cells(name, "f16", geometry)

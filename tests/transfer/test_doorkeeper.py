@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import secrets
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import pytest
 import zmq
 from structlog.testing import capture_logs
 
-from transfer import keys
+from transfer import doorkeeper, keys
 from transfer.doorkeeper import Doorkeeper
 from transfer.keys import ClientKeys, secure_client, secure_server
 
@@ -99,6 +100,37 @@ def test_every_holder_of_a_role_is_answered(folder: Path, tmp_path: Path) -> Non
     door = Echo(folder, "prefill")
     try:
         assert answered(door.port, keys.client(tmp_path, "prefill"), ANSWER_MS)
+    finally:
+        door.close()
+
+
+def test_a_key_counts_from_when_it_is_put_into_the_folder_until_it_is_taken_out(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doorkeeper, "READ_EVERY_S", 0.0)
+    keys.make(tmp_path)
+    newcomer = keys.client(folder, "proxy")._replace(server=keys.client(tmp_path, "proxy").server)
+    door = Echo(tmp_path, "proxy")
+    try:
+        assert not answered(door.port, newcomer, SILENCE_MS)
+        shutil.copy(folder / "proxy.key", tmp_path / "proxy-new.key")
+        assert answered(door.port, newcomer, ANSWER_MS)
+        (tmp_path / "proxy-new.key").unlink()
+        assert not answered(door.port, newcomer, SILENCE_MS)
+    finally:
+        door.close()
+
+
+def test_a_folder_that_cannot_be_read_any_more_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doorkeeper, "READ_EVERY_S", 0.0)
+    keys.make(tmp_path / "keys")
+    client = keys.client(tmp_path / "keys", "proxy")
+    door = Echo(tmp_path / "keys", "proxy")
+    try:
+        shutil.rmtree(tmp_path / "keys")
+        with capture_logs() as logs:
+            assert answered(door.port, client, ANSWER_MS)
+        assert "the allowed keys cannot be read again" in {entry["event"] for entry in logs}
     finally:
         door.close()
 
