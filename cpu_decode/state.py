@@ -1,8 +1,10 @@
 """A chunk of KV as llama.cpp's sequence state, laid out once and filled in place.
 
-Format: ``llama_context::state_seq_write_data`` and ``llama_kv_cache::state_write`` in llama.cpp's ``src``, for one
-unified, non-transposed (flash attention) cache: u32 magic, i32 sequence; u32 streams, u32 cells; per cell i32 position,
-u32 count, i32 sequence; u32 transposed, u32 layers; per layer i32 type, u64 row bytes, the K rows; the same for V.
+Format: ``llama_context::state_seq_write_data`` and ``llama_kv_cache::state_write`` in llama.cpp's ``src``, for
+unified, non-transposed (flash attention) caches: u32 magic, i32 sequence; then for each cache u32 streams, u32 cells;
+per cell i32 position, u32 count, i32 sequence; u32 transposed, u32 layers; per layer i32 type, u64 row bytes, the K
+rows; the same for V. Layers with a sliding window have a cache of their own behind the others'
+(``llama_kv_cache_iswa``), which keeps every position here: our contexts are made with ``swa_full``.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from transfer.layout import CELL_ROWS, ROTATED_ELEMENTS, CellType, Elements
 
 MAGIC = 0xAF143CD8
 
-_HEAD = struct.Struct("<IiII")
+_HEAD = struct.Struct("<Ii")
+_CELLS = struct.Struct("<II")
 _SHAPE = struct.Struct("<II")
 _PLANE = struct.Struct("<iQ")
 _CELL = np.dtype([("position", "<i4"), ("sequences", "<u4"), ("sequence", "<i4")])
@@ -51,8 +54,16 @@ def is_quantized(cell_type: CellType) -> bool:
 
 def state_bytes(geometry: KVGeometry, num_tokens: int, cell_type: CellType) -> int:
     """Size of the state of ``num_tokens`` tokens; raises what :func:`row_bytes` raises."""
-    fixed = _HEAD.size + _SHAPE.size + 2 * geometry.num_layers * _PLANE.size
-    return fixed + num_tokens * (_CELL.itemsize + geometry.num_layers * sum(row_bytes(geometry, cell_type)))
+    caches = len(layers_by_cache(geometry))
+    fixed = _HEAD.size + caches * (_CELLS.size + _SHAPE.size) + 2 * geometry.num_layers * _PLANE.size
+    per_token = caches * _CELL.itemsize + geometry.num_layers * sum(row_bytes(geometry, cell_type))
+    return fixed + num_tokens * per_token
+
+
+def layers_by_cache(geometry: KVGeometry) -> list[list[int]]:
+    """The layers that each of llama.cpp's caches holds, in the order of the caches."""
+    full = [layer for layer in range(geometry.num_layers) if layer not in geometry.window_layers]
+    return [full, list(geometry.window_layers)] if geometry.window_layers else [full]
 
 
 class StateBlob(NamedTuple):
@@ -82,25 +93,27 @@ class ChunkState:
         self.start_token = start_token
         self.num_tokens = num_tokens
         self.num_bytes = state_bytes(geometry, num_tokens, cell_type)
-        self._num_layers = geometry.num_layers
+        self._planes: dict[int, list[Elements]] = {layer: [] for layer in range(geometry.num_layers)}
         cells = np.zeros(num_tokens, _CELL)
         cells["position"] = np.arange(start_token, start_token + num_tokens)
         cells["sequences"] = 1
-        _HEAD.pack_into(buffer.data, 0, MAGIC, 0, 1, num_tokens)
+        rows = list(zip(CELL_ROWS[cell_type], row_bytes(geometry, cell_type), strict=True))
+        _HEAD.pack_into(buffer.data, 0, MAGIC, 0)
         at = _HEAD.size
-        buffer[at : at + cells.nbytes] = cells.view(np.uint8)
-        at += cells.nbytes
-        _SHAPE.pack_into(buffer.data, at, 0, geometry.num_layers)
-        at += _SHAPE.size
-        self._planes: list[Elements] = []
-        for row, size_bytes in zip(CELL_ROWS[cell_type], row_bytes(geometry, cell_type), strict=True):
-            for _ in range(geometry.num_layers):
-                _PLANE.pack_into(buffer.data, at, row.ggml_type, size_bytes)
-                at += _PLANE.size
-                self._planes.append(buffer[at : at + num_tokens * size_bytes].view(np.uint16))
-                at += num_tokens * size_bytes
+        for layers in layers_by_cache(geometry):
+            _CELLS.pack_into(buffer.data, at, 1, num_tokens)
+            at += _CELLS.size
+            buffer[at : at + cells.nbytes] = cells.view(np.uint8)
+            at += cells.nbytes
+            _SHAPE.pack_into(buffer.data, at, 0, len(layers))
+            at += _SHAPE.size
+            for row, size_bytes in rows:
+                for layer in layers:
+                    _PLANE.pack_into(buffer.data, at, row.ggml_type, size_bytes)
+                    at += _PLANE.size
+                    self._planes[layer].append(buffer[at : at + num_tokens * size_bytes].view(np.uint16))
+                    at += num_tokens * size_bytes
 
     def planes(self, first_layer: int, num_layers: int) -> list[Elements]:
         """The rows of a layer group in wire order, K then V of each layer: uint16 arrays into the buffer."""
-        layers = range(first_layer, first_layer + num_layers)
-        return [self._planes[plane] for layer in layers for plane in (layer, self._num_layers + layer)]
+        return [plane for layer in range(first_layer, first_layer + num_layers) for plane in self._planes[layer]]

@@ -13,7 +13,8 @@ class KVGeometry(msgspec.Struct, frozen=True, kw_only=True):
     """Shape and meaning of one model's KV cache.
 
     Both engines derive it on their own: the prefill node from the Hugging Face directory, the decode node from the
-    GGUF. ``model_fingerprint`` ties it to one set of weights: see :func:`fingerprint_norm`.
+    GGUF. ``model_fingerprint`` ties it to one set of weights: see :func:`fingerprint_norm`. ``window_layers``, by
+    index, attend to the last ``sliding_window`` positions only and rotate with a theta of their own.
     """
 
     model_fingerprint: str
@@ -26,6 +27,8 @@ class KVGeometry(msgspec.Struct, frozen=True, kw_only=True):
     rope_scaling: str
     sliding_window: int
     vocab_size: int
+    window_layers: tuple[int, ...] = ()
+    window_rope_theta: float = 0.0
 
     @property
     def elements_per_token(self) -> int:
@@ -50,10 +53,10 @@ def fingerprint_norm(norm_weight_bf16: bytes) -> str:
 def require_same(ours: KVGeometry, theirs: KVGeometry) -> None:
     """Raise :class:`GeometryError` naming the first field in which the two differ.
 
-    ``rope_theta`` is compared with a relative tolerance of 1e-6: GGUF stores it as fp32.
+    Thetas are compared with a relative tolerance of 1e-6: GGUF stores them as fp32.
     """
     for name in KVGeometry.__struct_fields__:
         left, right = getattr(ours, name), getattr(theirs, name)
-        same = abs(left - right) <= 1e-6 * abs(left) if name == "rope_theta" else left == right
+        same = abs(left - right) <= 1e-6 * abs(left) if name.endswith("rope_theta") else left == right
         if not same:
             raise GeometryError(name, left, right)
