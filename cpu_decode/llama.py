@@ -16,11 +16,18 @@ import structlog
 
 from cpu_decode.state import ChunkState, StateBlob, is_quantized
 from transfer.errors import ConfigError, EngineError
+from transfer.geometry import KVGeometry
 from transfer.layout import CELL_ROWS, CellType, RopeOrder
 
 log = structlog.get_logger()
 
 _ROPE_ORDER: dict[int, RopeOrder] = {0: "interleaved", 2: "half"}  # enum llama_rope_type: NORM, NEOX
+_LOAD_MODE = {  # enum llama_load_mode by (mapped, locked)
+    (False, False): 0,
+    (True, False): 1,
+    (False, True): 2,
+    (True, True): 3,
+}
 _FLASH_ATTENTION_ON = 1
 _PIECE_BYTES = 256
 _LOG_INFO_LEVEL, _LOG_ERROR_LEVEL = 2, 4
@@ -38,12 +45,18 @@ def _on_log(level: int, text: bytes, _user: Any) -> None:
 
 
 class Model:
-    """A GGUF in memory and what its vocabulary says."""
+    """A GGUF in memory and what its vocabulary says.
 
-    def __init__(self, gguf: Path) -> None:
+    Weights are the pages of the ``mapped`` file, or else a copy of their own; ``locked`` ones are not swapped out, as
+    far as this process's limit allows.
+    """
+
+    def __init__(self, gguf: Path, *, mapped: bool = True, locked: bool = False) -> None:
         llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
-        self.handle = llama_cpp.llama_model_load_from_file(str(gguf).encode(), llama_cpp.llama_model_default_params())
+        params = llama_cpp.llama_model_default_params()
+        params.load_mode = _LOAD_MODE[mapped, locked]
+        self.handle = llama_cpp.llama_model_load_from_file(str(gguf).encode(), params)
         if not self.handle:
             raise ConfigError(f"llama.cpp cannot load {gguf}")
         self._vocab = llama_cpp.llama_model_get_vocab(self.handle)
@@ -56,12 +69,19 @@ class Model:
         """How this architecture pairs rotary elements; :class:`ConfigError` if its KV cannot be split."""
         if llama_cpp.llama_model_is_recurrent(self.handle) or llama_cpp.llama_model_is_hybrid(self.handle):
             raise ConfigError("recurrent and hybrid models keep state that is not attention KV; they cannot be split")
-        if llama_cpp.llama_model_n_swa(self.handle):
-            raise ConfigError("models with a sliding window cannot be split yet")
         rope_type = int(llama_cpp.llama_model_rope_type(self.handle))
         if rope_type not in _ROPE_ORDER:
             raise ConfigError(f"rope type {rope_type} of this model cannot be split yet")
         return _ROPE_ORDER[rope_type]
+
+    def require_window(self, geometry: KVGeometry) -> None:
+        """Raise :class:`ConfigError` if llama.cpp slides a window over layers of which ``geometry`` knows nothing."""
+        window = int(llama_cpp.llama_model_n_swa(self.handle))
+        if window != geometry.sliding_window:
+            raise ConfigError(
+                f"llama.cpp attends to a window of {window} positions in some layers of this model, where "
+                f"{geometry.sliding_window} was expected; windows of this architecture cannot be split yet"
+            )
 
     def piece(self, token: int) -> bytes:
         """The bytes that ``token`` stands for; control tokens stand for none."""
@@ -147,6 +167,8 @@ class Context:
         params.type_k, params.type_v = (row.ggml_type for row in CELL_ROWS[cell_type])
         params.flash_attn_type = _FLASH_ATTENTION_ON
         params.kv_unified = True
+        # Chunks land, and prefixes are reused, at positions that a window has left behind.
+        params.swa_full = True
         params.no_perf = True
         _rotations.clear()
         self.handle = llama_cpp.llama_init_from_model(model.handle, params)

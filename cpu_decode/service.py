@@ -3,61 +3,116 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from importlib.util import find_spec
 from pathlib import Path
 
-import psutil
 import structlog
 
+from cpu_decode import binding, numa
 from transfer import keys
-from transfer.config import Cluster, keys_folder
+from transfer.config import Cluster, Decode, keys_folder
 from transfer.errors import ConfigError
+from transfer.geometry import KVGeometry
 
 log = structlog.get_logger()
 
 
-def run(cluster: Cluster) -> None:
-    """Serve until SIGTERM or SIGINT.
+def run(cluster: Cluster, node: numa.Node | None = None) -> None:
+    """Serve until SIGTERM or SIGINT; bound to ``node`` if there is one.
 
-    Raises :class:`ConfigError` if the keys are not in order or the model cannot be served, :class:`EngineError` if
-    llama.cpp fails later.
+    Raises :class:`ConfigError` if the keys are not in order, the model cannot be served or the node cannot host it,
+    :class:`EngineError` if llama.cpp fails later.
     """
     if find_spec("llama_cpp") is None:
         raise ConfigError("llama-cpp-python is not installed; install isthmus[decode]")
     # Read by the OpenMP runtime when llama.cpp is loaded. Threads at a barrier spin for microseconds, then sleep: a
     # token has hundreds of barriers, so sleeping at once doubles its time, and spinning on takes an idle engine's core.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    decode = cluster.decode
+    gguf = Path(cluster.pair.gguf)
+    cpus = numa.compute_cpus(node, decode.threads) if node else ()
+    if node:
+        # Before llama.cpp is loaded: what is touched first by a bound thread lies on its node.
+        binding.bind(node)
 
     from cpu_decode.geometry import read_geometry
     from cpu_decode.llama import Context, Model
+    from cpu_decode.threadpool import PinnedThreads
     from cpu_decode.worker import Worker
 
     folder = keys_folder(cluster)
     own_keys = keys.server(folder) if folder else None
-    gguf = Path(cluster.pair.gguf)
     geometry = read_geometry(gguf)
-    model = Model(gguf)
-    threads = cluster.decode.threads or usable_cores()
+    if node:
+        numa.require_room(node, needed_bytes(gguf, geometry, decode))
+    if decode.mlock:
+        _raise_lock_limit()
+    # Pages of a mapped file are the page cache's, wherever they are: a bound worker reads its own copy.
+    model = Model(gguf, mapped=node is None, locked=decode.mlock)
+    threads = len(cpus) or decode.threads or usable_cores()
     context = Context(
         model,
-        num_cells=cluster.decode.num_cells,
-        max_sequences=cluster.decode.max_sequences,
-        batch_tokens=max(cluster.decode.prefill_batch_tokens, cluster.decode.max_sequences),
+        num_cells=decode.num_cells,
+        max_sequences=decode.max_sequences,
+        batch_tokens=max(decode.prefill_batch_tokens, decode.max_sequences),
         threads=threads,
-        cell_type=cluster.decode.cell_type,
+        cell_type=decode.cell_type,
     )
-    log.info("model loaded", gguf=str(gguf), threads=threads, cells=cluster.decode.num_cells)
-    worker = Worker(model, context, geometry, cluster.decode, cluster.link, own_keys)
+    pinned = PinnedThreads(context, cpus) if cpus else None
+    huge_page_bytes = binding.take_huge_pages() if decode.huge_pages else 0
+    log.info(
+        "model loaded",
+        gguf=str(gguf),
+        threads=threads,
+        cells=decode.num_cells,
+        numa_node=node.number if node else None,
+        cpus=list(cpus) or None,
+        huge_page_bytes=huge_page_bytes,
+    )
+    if decode.mlock:
+        _say_whether_locked(gguf)
+    watch = binding.MemoryWatch(node.number) if node else None
+    worker = Worker(model, context, geometry, decode, cluster.link, own_keys)
+    if watch:
+        worker.memory = watch
+        watch.start()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: worker.stop())
     worker.run()
+    if watch:
+        watch.stop()
     context.close()
+    if pinned:
+        pinned.close()
     model.close()
 
 
 def usable_cores() -> int:
     """Physical cores that this process may run on; SMT siblings add nothing to memory-bound decoding."""
-    allowed = len(os.sched_getaffinity(0))
-    physical = psutil.cpu_count(logical=False) or allowed
-    return max(1, min(allowed, physical))
+    return len(numa.cores(os.sched_getaffinity(0)))
+
+
+def needed_bytes(gguf: Path, geometry: KVGeometry, decode: Decode) -> int:
+    """Memory that a worker takes: weights, cells and landing buffers; what else there is, is small."""
+    from cpu_decode.state import row_bytes
+
+    cells = decode.num_cells * geometry.num_layers * sum(row_bytes(geometry, decode.cell_type))
+    return gguf.stat().st_size + cells + (decode.landing_mib << 20)
+
+
+def _raise_lock_limit() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard, hard))
+
+
+def _say_whether_locked(gguf: Path) -> None:
+    locked = binding.locked_bytes()
+    if locked < gguf.stat().st_size:
+        limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+        log.info(
+            "weights may be swapped out: the limit of locked memory is too low (systemd: LimitMEMLOCK=infinity)",
+            locked_bytes=locked,
+            limit_bytes=limit,
+        )

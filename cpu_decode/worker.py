@@ -17,6 +17,7 @@ import structlog
 import zmq
 
 from cpu_decode.admission import Admission
+from cpu_decode.binding import MemoryWatch
 from cpu_decode.engine import Engine, Event, Injected, Released
 from cpu_decode.landing import LandingPlace, LandingPool
 from cpu_decode.llama import Context, Model
@@ -85,10 +86,13 @@ class Worker:
         keys: ServerKeys | None = None,
     ) -> None:
         self.name = f"{decode.advertise_host}:{decode.control_port}"
+        # Set by the service that binds this worker to a NUMA node.
+        self.memory: MemoryWatch | None = None
         self._geometry = geometry
         self._model = model
         self._decode = decode
         self._link = link
+        model.require_window(geometry)
         self._form = Landing(cell_type=decode.cell_type, rope_order=model.rope_order)
         self._admission = Admission(decode.num_cells, decode.max_sequences)
         self._chunk_tokens = link.chunk_tokens
@@ -181,6 +185,7 @@ class Worker:
             landing_bytes=self._pool.in_use * self._pool.buffer_bytes,
             prefill_tokens_per_s=self.engine.prefill_tokens_per_s,
             prefill_basis=self.engine.prefill_basis,
+            remote_memory_fraction=self.memory.remote_fraction if self.memory else 0.0,
         )
 
     def _new_pool(self) -> LandingPool:

@@ -99,7 +99,7 @@ class Children:
         for name, process in self._processes.items():
             if process.poll() is not None:
                 raise EngineError(
-                    f"{name} died with {_describe(process.returncode)}; its last lines:\n{self._tail(name)}"
+                    f"{name} died with {describe(process.returncode)}; its last lines:\n{self._tail(name)}"
                 )
 
     def stop(self) -> None:
@@ -137,7 +137,7 @@ class Children:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
 
     def _require_in_time(self) -> None:
@@ -185,8 +185,8 @@ def terminate_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _die_with_parent() -> None:
-    # Runs in the child before exec: a parent that is killed outright cannot end its children itself.
+def die_with_parent() -> None:
+    """Runs in a child before exec: a parent that is killed outright cannot end its children itself."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
@@ -213,5 +213,6 @@ def _in(seconds: float) -> int:
     return time.monotonic_ns() + int(seconds * 1e9)
 
 
-def _describe(exit_code: int) -> str:
+def describe(exit_code: int) -> str:
+    """How a process ended, in words."""
     return f"signal {signal.Signals(-exit_code).name}" if exit_code < 0 else f"exit code {exit_code}"

