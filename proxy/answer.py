@@ -18,11 +18,12 @@ from proxy.failures import describe
 from proxy.formats import DONE, ChatFormat, CompletionFormat, sse
 from proxy.gateway import Call, Gateway
 from proxy.handoff import Pieces
-from proxy.ledger import Account, Entry
+from proxy.ledger import Entry
 from proxy.openai import ChatBody
+from proxy.prompts import parts, together
 from proxy.router import HEADER as ROUTE_HEADER
-from transfer.errors import EngineError, IsthmusError
-from transfer.messages import FinishReason
+from proxy.router import REASON_HEADER
+from transfer.errors import IsthmusError
 
 STALLED_CLIENT_S = 60.0
 REQUEST_ID_HEADER = "X-Request-Id"
@@ -31,17 +32,17 @@ log = structlog.get_logger()
 
 
 class Answer(Response):
-    """Serves ``call`` and closes its ledger entry, however it ends."""
+    """Serves ``call`` and closes its ledger entries, one for each prompt, however it ends."""
 
     def __init__(self, gateway: Gateway, call: Call) -> None:
         super().__init__()
         self._gateway = gateway
         self._call = call
-        self._account = Account(call.request_id, gateway.model)
-        self._entry: Entry | None = None
+        self._parts = parts(call, gateway.model)
+        self._accounts = [part.account for part in self._parts]
+        self._entries: list[Entry] = []
         self._started = False
-        kind = ChatFormat if isinstance(call.body, ChatBody) else CompletionFormat
-        self._format = kind(call.request_id, gateway.model, include_usage=call.body.include_usage)
+        self._format = _format(call, gateway, len(self._parts))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
         """Serve until the answer is out or the client is gone, whichever comes first."""
@@ -56,7 +57,7 @@ class Answer(Response):
 
     async def _serve(self, send: Send) -> None:
         try:
-            async with aclosing(self._gateway.pieces(self._call, self._account)) as pieces:
+            async with aclosing(together(self._gateway, self._parts)) as pieces:
                 if self._call.body.stream:
                     await self._stream(pieces, send)
                 else:
@@ -75,34 +76,33 @@ class Answer(Response):
             await self._fail(error, send)
 
     async def _stream(self, pieces: Pieces, send: Send) -> None:
-        reason: FinishReason | None = None
         async for piece in pieces:
             if not self._started:
                 await self._start(send, 200, {"Content-Type": "text/event-stream; charset=utf-8", **_NO_BUFFERS})
                 await self._send(send, b"".join(sse(chunk) for chunk in self._format.opening()))
             if piece.text:
-                self._saw_text()
-                await self._send(send, sse(self._format.delta(piece.text)))
-            reason = piece.finish_reason
-        chunks = self._format.closing(_require(reason), self._account)
-        entry = self._close("ok")
-        if self._call.body.isthmus:
-            chunks[-1]["isthmus"] = msgspec.to_builtins(entry)
+                self._saw_text(piece.choice)
+            for chunk in self._format.take(piece):
+                await self._send(send, sse(chunk))
+        chunks = self._format.closing(self._accounts)
+        chunks[-1] |= self._extras(self._close("ok"))
         await self._send(send, b"".join(sse(chunk) for chunk in chunks) + DONE, last=True)
 
     async def _whole(self, pieces: Pieces, send: Send) -> None:
-        texts = []
-        reason: FinishReason | None = None
         async for piece in pieces:
             if piece.text:
-                self._saw_text()
-                texts.append(piece.text)
-            reason = piece.finish_reason
-        whole = self._format.whole("".join(texts), _require(reason), self._account)
-        entry = self._close("ok")
-        if self._call.body.isthmus:
-            whole["isthmus"] = msgspec.to_builtins(entry)
-        await self._json(send, 200, whole, {"Server-Timing": entry.server_timing()})
+                self._saw_text(piece.choice)
+            self._format.take(piece)
+        whole = self._format.whole(self._accounts)
+        entries = self._close("ok")
+        await self._json(send, 200, whole | self._extras(entries), {"Server-Timing": entries[0].server_timing()})
+
+    def _extras(self, entries: list[Entry]) -> dict[str, Any]:
+        """What the client asked for beyond OpenAI: one ledger entry, or a list of them if there are several prompts."""
+        if not self._call.body.isthmus:
+            return {}
+        seen = msgspec.to_builtins(entries)
+        return {"isthmus": seen if len(seen) > 1 else seen[0]}
 
     async def _fail(self, error: Exception, send: Send) -> None:
         """Tell the client, as a JSON answer or, once the stream has begun, as its last event."""
@@ -113,15 +113,16 @@ class Answer(Response):
         else:
             await self._json(send, failed.status, failed.body, failed.headers)
 
-    def _close(self, status: str) -> Entry:
-        if self._entry is None:
-            self._entry = self._gateway.close(self._account, status)
-        return self._entry
+    def _close(self, status: str) -> list[Entry]:
+        if not self._entries:
+            self._entries = [self._gateway.close(account, status) for account in self._accounts]
+        return self._entries
 
-    def _saw_text(self) -> None:
-        gap_ns = self._account.saw_text()
-        if gap_ns is not None and self._account.route:
-            self._gateway.metrics.gap(self._account.route, gap_ns)
+    def _saw_text(self, choice: int) -> None:
+        account = self._accounts[choice // self._call.body.choices]
+        gap_ns = account.saw_text()
+        if gap_ns is not None and account.route:
+            self._gateway.metrics.gap(account.route, gap_ns)
 
     async def _json(self, send: Send, status: int, body: dict[str, Any], headers: dict[str, str]) -> None:
         data = msgspec.json.encode(body)
@@ -133,8 +134,9 @@ class Answer(Response):
     async def _start(self, send: Send, status: int, headers: dict[str, str]) -> None:
         self._started = True
         headers |= {REQUEST_ID_HEADER: self._call.request_id}
-        if self._account.route:
-            headers[ROUTE_HEADER] = self._account.route
+        account = self._accounts[0]
+        if account.route and account.reason:
+            headers |= {ROUTE_HEADER: account.route, REASON_HEADER: account.reason}
         raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": int(status), "headers": raw})
 
@@ -151,7 +153,8 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def _require(reason: FinishReason | None) -> FinishReason:
-    if reason is None:
-        raise EngineError("the answer ended without a finish_reason")
-    return reason
+def _format(call: Call, gateway: Gateway, num_prompts: int) -> ChatFormat | CompletionFormat:
+    vocabulary = gateway.renderer.vocabulary
+    if isinstance(call.body, ChatBody):
+        return ChatFormat(call.request_id, call.body, vocabulary)
+    return CompletionFormat(call.request_id, call.body, vocabulary, num_prompts)

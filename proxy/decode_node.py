@@ -77,7 +77,7 @@ class Conversation:
         answer = await self._receive(timeout_s)
         if not isinstance(answer, Tokens):
             raise ProtocolError("the decode worker sent a second Ticket")
-        self.finished = answer.finish_reason is not None
+        self.finished = answer.report is not None
         return answer
 
     async def guard(self, work: Coroutine[Any, Any, T]) -> T:

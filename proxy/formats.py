@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Generic
 
 import msgspec
 
+from proxy import logprobs
+from proxy.handoff import Piece
 from proxy.ledger import Account
-from transfer.messages import FinishReason
+from proxy.openai import B, ChatBody, CompletionBody
+from proxy.vocabulary import Vocabulary
+from transfer.errors import EngineError
+from transfer.messages import FinishReason, TokenLogprob
 
 Chunk = dict[str, Any]
 DONE = b"data: [DONE]\n\n"
@@ -23,62 +29,112 @@ def sse(chunk: Chunk) -> bytes:
     return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
 
 
-def usage(account: Account) -> dict[str, Any]:
-    """OpenAI's token counts."""
+def usage(accounts: Sequence[Account]) -> dict[str, Any]:
+    """OpenAI's token counts, over all prompts of a request."""
+    prompt_tokens = sum(account.prompt_tokens for account in accounts)
+    completion_tokens = sum(account.completion_tokens for account in accounts)
     return {
-        "prompt_tokens": account.prompt_tokens,
-        "completion_tokens": account.completion_tokens,
-        "total_tokens": account.prompt_tokens + account.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": account.cached_tokens},
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(account.cached_tokens for account in accounts)},
     }
 
 
-class Format(ABC):
-    """What chat and completions share: the envelope around ``choices``."""
+class Choice:
+    """One answer as far as it has come."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.texts: list[str] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.reason: FinishReason | None = None
+        # Where, in the answer's text, the next token with log probabilities begins.
+        self.offset = 0
+
+    @property
+    def text(self) -> str:
+        """All text so far."""
+        return "".join(self.texts)
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the answer ended; :class:`EngineError` if nobody said."""
+        if self.reason is None:
+            raise EngineError("the answer ended without a finish_reason")
+        return self.reason
+
+
+class Format(ABC, Generic[B]):
+    """What chat and completions share: the envelope around ``choices``, and what has been said so far."""
 
     id_prefix: ClassVar[str]
     chunk_object: ClassVar[str]
     whole_object: ClassVar[str]
 
-    def __init__(self, request_id: str, model: str, *, include_usage: bool) -> None:
-        self._include_usage = include_usage
-        self._base = {"id": f"{self.id_prefix}-{request_id}", "created": int(time.time()), "model": model}
+    def __init__(self, request_id: str, body: B, vocabulary: Vocabulary, num_prompts: int = 1) -> None:
+        self._body: B = body
+        self._vocabulary = vocabulary
+        self._choices = [Choice(index) for index in range(num_prompts * body.choices)]
+        self._base = {"id": f"{self.id_prefix}-{request_id}", "created": int(time.time()), "model": body.model}
 
     def opening(self) -> list[Chunk]:
         """Chunks before the first text."""
         return []
 
-    def delta(self, text: str) -> Chunk:
-        """A chunk of text."""
-        return self._chunk([self._delta_choice(text, None)])
+    def take(self, piece: Piece) -> list[Chunk]:
+        """Remember ``piece``, and say it in a stream."""
+        choice = self._choices[piece.choice]
+        choice.reason = piece.finish_reason or choice.reason
+        choice.texts.append(piece.text)
+        choice.logprobs += piece.logprobs
+        if not piece.text and not piece.logprobs:
+            return []
+        return [self._chunk([self._delta(choice, piece.text, piece.logprobs)])]
 
-    def closing(self, reason: FinishReason, account: Account) -> list[Chunk]:
-        """Chunks after the last text: ``finish_reason``, then token counts if the client asked for them."""
-        chunks = [self._chunk([self._delta_choice("", reason)])]
-        if self._include_usage:
-            chunks.append(self._chunk([]) | {"usage": usage(account)})
+    def closing(self, accounts: Sequence[Account]) -> list[Chunk]:
+        """Chunks after the last text: every ``finish_reason``, then token counts if the client asked for them."""
+        chunks = [self._chunk([self._ending(choice)]) for choice in self._choices]
+        if self._body.include_usage:
+            chunks.append(self._chunk([]) | {"usage": usage(accounts)})
         return chunks
 
-    def whole(self, text: str, reason: FinishReason, account: Account) -> Chunk:
+    def whole(self, accounts: Sequence[Account]) -> Chunk:
         """The answer to a request that does not stream."""
-        choice = {"index": 0, **self._message(text), "logprobs": None, "finish_reason": reason}
-        return self._base | {"object": self.whole_object, "choices": [choice], "usage": usage(account)}
+        choices = [
+            {"index": index, **self._message(choice), "finish_reason": choice.finish_reason}
+            for index, choice in enumerate(self._kept())
+        ]
+        return self._base | {"object": self.whole_object, "choices": choices, "usage": usage(accounts)}
+
+    def _kept(self) -> list[Choice]:
+        """The choices to send: of each prompt's the likeliest, where more were made than are wanted."""
+        made, kept = self._body.choices, self._body.kept_choices
+        if made == kept:
+            return self._choices
+        prompts = [self._choices[first : first + made] for first in range(0, len(self._choices), made)]
+        ranked = [sorted(group, key=lambda choice: -logprobs.mean(choice.logprobs)) for group in prompts]
+        return [choice for group in ranked for choice in group[:kept]]
 
     def _chunk(self, choices: list[dict[str, Any]]) -> Chunk:
         chunk = self._base | {"object": self.chunk_object, "choices": choices}
         # A client that asked for usage sees the field, null, in every chunk but the last.
-        return chunk | {"usage": None} if self._include_usage else chunk
+        return chunk | {"usage": None} if self._body.include_usage else chunk
 
     @abstractmethod
-    def _delta_choice(self, text: str, reason: FinishReason | None) -> dict[str, Any]:
-        """The choice of a chunk."""
+    def _delta(self, choice: Choice, text: str, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """A chunk's choice that says ``text`` and the log probabilities of ``entries``."""
 
     @abstractmethod
-    def _message(self, text: str) -> dict[str, Any]:
-        """The text in a whole answer's choice."""
+    def _ending(self, choice: Choice) -> dict[str, Any]:
+        """A chunk's choice that says why the answer ended."""
+
+    @abstractmethod
+    def _message(self, choice: Choice) -> dict[str, Any]:
+        """What a whole answer says of a choice, apart from its index and end."""
 
 
-class ChatFormat(Format):
+class ChatFormat(Format[ChatBody]):
     """``chat.completion`` and its chunks."""
 
     id_prefix = "chatcmpl"
@@ -87,30 +143,46 @@ class ChatFormat(Format):
 
     def opening(self) -> list[Chunk]:
         """The role comes in a chunk of its own."""
-        choice = {
-            "index": 0,
-            "delta": {"role": "assistant", "content": ""},
-            "logprobs": None,
-            "finish_reason": None,
-        }
-        return [self._chunk([choice])]
+        return [
+            self._chunk([_chat_choice(choice.index, {"role": "assistant", "content": ""})]) for choice in self._choices
+        ]
 
-    def _delta_choice(self, text: str, reason: FinishReason | None) -> dict[str, Any]:
-        return {"index": 0, "delta": {"content": text} if text else {}, "logprobs": None, "finish_reason": reason}
+    def _delta(self, choice: Choice, text: str, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+        return _chat_choice(choice.index, {"content": text}) | {"logprobs": self._logprobs(entries)}
 
-    def _message(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def _ending(self, choice: Choice) -> dict[str, Any]:
+        return _chat_choice(choice.index, {}, choice.finish_reason)
+
+    def _message(self, choice: Choice) -> dict[str, Any]:
+        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        return {"message": message, "logprobs": self._logprobs(choice.logprobs)}
+
+    def _logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        return None if self._body.num_top is None else logprobs.chat(entries, self._vocabulary)
 
 
-class CompletionFormat(Format):
+class CompletionFormat(Format[CompletionBody]):
     """``text_completion`` and its chunks."""
 
     id_prefix = "cmpl"
     chunk_object = "text_completion"
     whole_object = "text_completion"
 
-    def _delta_choice(self, text: str, reason: FinishReason | None) -> dict[str, Any]:
-        return {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
+    def _delta(self, choice: Choice, text: str, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+        said = self._logprobs(entries, choice.offset)
+        choice.offset += logprobs.width(entries, self._vocabulary)
+        return {"index": choice.index, "text": text, "logprobs": said, "finish_reason": None}
 
-    def _message(self, text: str) -> dict[str, Any]:
-        return {"text": text}
+    def _ending(self, choice: Choice) -> dict[str, Any]:
+        return {"index": choice.index, "text": "", "logprobs": None, "finish_reason": choice.finish_reason}
+
+    def _message(self, choice: Choice) -> dict[str, Any]:
+        return {"text": choice.text, "logprobs": self._logprobs(choice.logprobs, 0)}
+
+    def _logprobs(self, entries: Sequence[TokenLogprob], offset: int) -> dict[str, Any] | None:
+        # Not those that only best_of needs.
+        return None if self._body.logprobs is None else logprobs.completion(entries, self._vocabulary, offset)
+
+
+def _chat_choice(index: int, delta: dict[str, Any], reason: FinishReason | None = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}

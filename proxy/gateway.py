@@ -73,7 +73,10 @@ class Gateway:
             self.renderer.close()
 
     async def pieces(self, call: Call, account: Account) -> Pieces:
-        """The answer to ``call``: wait for a slot, tokenize, route, hand off. Closing it gives everything back."""
+        """The answer to ``call``, which has one prompt: wait for a slot, tokenize, route, hand off.
+
+        Closing it gives everything back.
+        """
         async with AsyncExitStack() as held:
             with account.meter.stage("queue"):
                 await held.enter_async_context(self.admission.slot(call.request_id))
@@ -109,27 +112,42 @@ class Gateway:
 
     async def _tokenize(self, body: Body) -> list[int]:
         self.renderer.require_known(body.logit_bias or (), "logit_bias")
+        self.renderer.require_known(body.stop_token_ids or (), "stop_token_ids")
         if isinstance(body, ChatBody):
             return await self.renderer.chat(body.turns())
-        return await self.renderer.completion(body.prompt)
+        return await self.renderer.completion(body.prompt[0])
 
     def _plan(self, call: Call, prompt: list[int], account: Account) -> Job:
-        account.prompt_tokens = len(prompt)
-        route, reason = router.choose(call.forced_route, prefill_up=self.prefill.up, decode_up=self.decode.up)
-        max_tokens = router.fit(len(prompt), call.body.token_limit, router.context_tokens(route, self.cluster))
+        account.prompt = prompt
+        body = call.body
+        barred = router.bar(body.sampling(self.cluster.prefill.max_model_len), echo=body.echoes_logprobs)
+        route, reason = router.choose(
+            call.forced_route, prefill_up=self.prefill.up, decode_up=self.decode.up, barred=barred
+        )
+        context = router.context_tokens(route, self.cluster)
+        # vLLM counts every choice on its own; the worker's cells are there once.
+        sharing = 1 if route == "gpu" else body.choices
+        max_tokens = router.fit(len(prompt), body.token_limit, context, sharing)
         account.route, account.reason = route, reason
         account.codec = call.codec if route == "split" else None
         account.alternative = costs.cpu_prefill(len(prompt), self.decode.status)
         return Job(
-            call.request_id, prompt, call.body.sampling(max_tokens), call.codec, self.cluster.link.transfer_deadline_s
+            call.request_id,
+            prompt,
+            body.sampling(max_tokens),
+            call.codec,
+            self.cluster.link.transfer_deadline_s,
+            body.choices,
+            body.echoes_logprobs,
         )
 
     def _fail_over(self, call: Call, lost: handoff.KVLostError, account: Account) -> Job:
         """Choose the route that finishes a request whose KV was lost; raises the loss where nothing may."""
-        if call.forced_route is not None or not (self.prefill.up or self.decode.up):
+        vllm_may = self.prefill.up and router.unknown_to_vllm(lost.rest.sampling) is None
+        if call.forced_route is not None or not (vllm_may or self.decode.up):
             raise lost.error
         # vLLM has the prompt in its prefix cache.
-        account.route = "gpu" if self.prefill.up else "cpu"
+        account.route = "gpu" if vllm_may else "cpu"
         account.reason, account.failed_over = "kv_lost", lost.error.code
         account.carried_tokens, account.route_tokens = lost.sent_tokens, 0
         log.warning("KV lost, going on", request_id=call.request_id, route=account.route, reason=str(lost.error))

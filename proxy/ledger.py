@@ -69,7 +69,7 @@ class Account:
         self.route: Route | None = None
         self.reason: str | None = None
         self.codec: str | None = None
-        self.prompt_tokens = 0
+        self.prompt: list[int] = []
         # Sent by a route that failed, and by the one that went on; and why the first one failed, by its error's code.
         self.carried_tokens = 0
         self.route_tokens = 0
@@ -80,6 +80,11 @@ class Account:
         self._began_ns = time.monotonic_ns()
         self._first_text_ns: int | None = None
         self._last_text_ns = 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt; 0 until they are known."""
+        return len(self.prompt)
 
     @property
     def completion_tokens(self) -> int:

@@ -1,52 +1,70 @@
 """OpenAI's request schemas, as far as this proxy serves them, and what it says about the rest.
 
 Fields that OpenAI has and we do not know are ignored, as OpenAI ignores them; fields whose effect we lack are refused
-by name. ``top_k``, ``min_p``, ``repetition_penalty`` and ``ignore_eos`` are vLLM's; ``isthmus`` asks for the ledger.
+by name. ``top_k``, ``min_p``, ``repetition_penalty``, ``ignore_eos``, ``min_tokens`` and ``stop_token_ids`` are vLLM's;
+``typical_p``, ``xtc_*``, ``dry_*`` and ``timings_per_token`` llama-server's; ``isthmus`` asks for the ledger.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from functools import cached_property
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from proxy import constraints
+from proxy.constraints import ResponseFormat, Schema, StructuredOutputs
 from proxy.failures import UnknownModelError
+from proxy.logprobs import MAX_TOP
+from proxy.turns import Turn, for_template
 from transfer.errors import RequestError
 from transfer.messages import Sampling
 
 MAX_STOPS = 16
+MAX_CHOICES = 16
+MAX_PROMPTS = 64
 COMPLETION_MAX_TOKENS = 16
 _INT64 = 2**63
 
+Prompt = str | list[int]
+# Fields that Sampling spells alike, with its own defaults.
+_SAMPLING_FIELDS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "seed",
+    "min_tokens",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "ignore_eos",
+    "xtc_probability",
+    "xtc_threshold",
+    "dry_multiplier",
+    "dry_base",
+    "dry_allowed_length",
+    "dry_penalty_last_n",
+    "grammar",
+)
 
-def _join_parts(value: object) -> object:
-    """A list of text parts as one string; strings pass."""
-    if not isinstance(value, list):
-        return value
-    texts = []
-    for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise ValueError('only parts of the form {"type": "text", "text": "..."} are supported')
-        texts.append(part["text"])
-    return "".join(texts)
 
-
-def _as_stops(value: object) -> object:
+def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _one_prompt(value: object) -> str | list[int]:
-    """The prompt out of OpenAI's four forms: text, ids, or a list with one of those."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and value:
-        if all(type(token) is int for token in value):
-            return value
-        if len(value) > 1 and all(isinstance(prompt, str | list) for prompt in value):
-            raise ValueError("one prompt a request is supported; send one request for each")
-        if len(value) == 1 and isinstance(value[0], str | list):
-            return _one_prompt(value[0])
-    raise ValueError("must be a string, a list of token ids, or a list with one of those, and not empty")
+def _prompts(value: object) -> object:
+    """A list of prompts out of OpenAI's four forms: text, ids, or a list of either."""
+    several = isinstance(value, list) and bool(value) and not _are_ids(value)
+    prompts = value if several and isinstance(value, list) else [value]
+    for prompt in prompts:
+        if not isinstance(prompt, str) and not (isinstance(prompt, list) and prompt and _are_ids(prompt)):
+            raise ValueError("must be a string, a list of token ids, or a list of those, and not empty")
+    return prompts
+
+
+def _are_ids(value: list[object]) -> bool:
+    return all(type(token) is int for token in value)
 
 
 class _Schema(BaseModel):
@@ -59,13 +77,6 @@ class StreamOptions(_Schema):
     include_usage: bool | None = False
 
 
-class ChatMessage(_Schema):
-    """One turn of the conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_join_parts)]
-
-
 class _Body(_Schema):
     """What both endpoints take. ``null`` means the default, as with OpenAI."""
 
@@ -73,15 +84,19 @@ class _Body(_Schema):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
     stop: (
-        Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS), BeforeValidator(_as_stops)]
+        Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS), BeforeValidator(_as_list)]
         | None
     ) = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=128)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -90,17 +105,22 @@ class _Body(_Schema):
         | None
     ) = None
     ignore_eos: bool | None = None
+    xtc_probability: Annotated[float, Field(ge=0, le=1)] | None = None
+    xtc_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
+    dry_multiplier: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    dry_base: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    dry_allowed_length: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    dry_penalty_last_n: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    dry_sequence_breakers: Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=64)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | str | None = None
+    json_schema: Schema | None = None
+    grammar: Annotated[str, Field(max_length=constraints.MAX_SCHEMA_BYTES)] | None = None
+    timings_per_token: bool | None = None
     isthmus: bool | None = None
 
-    n: int | None = None
-    best_of: int | None = None
-    logprobs: bool | int | None = None
-    top_logprobs: int | None = None
-    tools: list[Any] | None = None
-    functions: list[Any] | None = None
-    response_format: dict[str, Any] | None = None
-    echo: bool | None = None
-    suffix: str | None = None
+    prompt_logprobs: int | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -112,69 +132,155 @@ class _Body(_Schema):
         """Most tokens to generate; None for what the context leaves."""
         return self.max_tokens
 
+    @property
+    def choices(self) -> int:
+        """Answers to make for each prompt."""
+        return _or(self.n, 1)
+
+    @property
+    def kept_choices(self) -> int:
+        """Answers to send for each prompt."""
+        return self.choices
+
+    @property
+    def num_top(self) -> int | None:
+        """Alternatives to report with each token's log probability; None if nothing is to be reported."""
+        return None
+
+    @property
+    def echoes_logprobs(self) -> bool:
+        """Whether the log probabilities of the prompt's tokens are asked for."""
+        return False
+
     def sampling(self, max_tokens: int) -> Sampling:
-        """How both engines shall pick tokens."""
+        """How both engines shall pick tokens; :class:`RequestError` if ``max_tokens`` is under ``min_tokens``."""
+        if _or(self.min_tokens, 0) > max_tokens:
+            raise RequestError(f"min_tokens = {self.min_tokens} is over max_tokens = {max_tokens}", "min_tokens")
+        fields = {field: value for field in _SAMPLING_FIELDS if (value := getattr(self, field)) is not None}
+        if self.dry_sequence_breakers is not None:
+            fields["dry_sequence_breakers"] = tuple(self.dry_sequence_breakers)
         return Sampling(
             max_tokens=max_tokens,
-            temperature=_or(self.temperature, 1.0),
-            top_p=_or(self.top_p, 1.0),
             top_k=max(0, _or(self.top_k, 0)),
-            min_p=_or(self.min_p, 0.0),
-            seed=self.seed,
-            repetition_penalty=_or(self.repetition_penalty, 1.0),
-            presence_penalty=_or(self.presence_penalty, 0.0),
-            frequency_penalty=_or(self.frequency_penalty, 0.0),
             logit_bias=self.logit_bias or {},
             stop=tuple(self.stop or ()),
-            ignore_eos=bool(self.ignore_eos),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            logprobs=self.num_top,
+            json_schema=self.answer_schema,
+            **fields,
         )
 
-    def refuse_unsupported(self) -> None:
-        """Raise :class:`RequestError` naming the first field whose effect we lack."""
-        asked = {
-            "n": _or(self.n, 1) != 1,
-            "best_of": _or(self.best_of, 1) != 1,
-            "logprobs": self.logprobs is not None and self.logprobs is not False,
-            "top_logprobs": bool(self.top_logprobs),
-            "tools": bool(self.tools),
-            "functions": bool(self.functions),
-            "response_format": (self.response_format or {}).get("type", "text") != "text",
-            "echo": bool(self.echo),
-            "suffix": bool(self.suffix),
+    @cached_property
+    def answer_schema(self) -> str:
+        """The JSON schema that the answer must match, as JSON; empty for free text."""
+        found = {param: schema for param, schema in self._schemas().items() if schema is not None}
+        if len(found) + bool(self.grammar) > 1:
+            names = " and ".join([*found, *(["grammar"] if self.grammar else [])])
+            raise RequestError(f"{names} cannot be combined; keep one of them", next(iter(found)))
+        return "".join(constraints.encoded(schema, param) for param, schema in found.items())
+
+    def check(self) -> None:
+        """Raise :class:`RequestError` about fields that contradict each other or whose effect we lack."""
+        if self.prompt_logprobs is not None:
+            raise RequestError("prompt_logprobs: use echo with logprobs on /v1/completions", "prompt_logprobs")
+        # A bad schema is found here, before anything is reserved.
+        _ = self.answer_schema
+
+    def _schemas(self) -> dict[str, Schema | None]:
+        """The fields that ask for a schema, with what they ask for."""
+        return {
+            "response_format": constraints.of_format(self.response_format),
+            "structured_outputs": constraints.of_outputs(self.structured_outputs),
+            "guided_json": constraints.parsed(self.guided_json, "guided_json"),
+            "json_schema": self.json_schema,
         }
-        for field, used in asked.items():
-            if used:
-                raise RequestError(f"{field} = {getattr(self, field)!r} is not supported yet; leave it out", field)
 
 
 class ChatBody(_Body):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[Turn], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
+    tools: list[Any] | None = None
+    functions: list[Any] | None = None
 
     @property
     def token_limit(self) -> int | None:
         """``max_completion_tokens`` under its new name or its old one."""
         return self.max_completion_tokens or self.max_tokens
 
-    def turns(self) -> list[dict[str, str]]:
-        """The messages as chat templates know them; ``developer`` is OpenAI's newer name for ``system``."""
-        return [
-            {"role": "system" if turn.role == "developer" else turn.role, "content": turn.content}
-            for turn in self.messages
-        ]
+    @property
+    def num_top(self) -> int | None:
+        """``logprobs`` turns them on, ``top_logprobs`` says how many."""
+        return _or(self.top_logprobs, 0) if self.logprobs else None
+
+    def turns(self) -> list[dict[str, Any]]:
+        """The messages as chat templates know them."""
+        return for_template(self.messages)
+
+    def check(self) -> None:
+        """As for all bodies, and what only chat has."""
+        super().check()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs = true", "top_logprobs")
+        for field in ("tools", "functions"):
+            if getattr(self, field):
+                raise RequestError(f"{field} is not supported yet; leave it out", field)
+        self.turns()
 
 
 class CompletionBody(_Body):
     """``POST /v1/completions``."""
 
-    prompt: Annotated[str | list[int], BeforeValidator(_one_prompt)]
+    prompt: Annotated[list[Prompt], Field(max_length=MAX_PROMPTS), BeforeValidator(_prompts)]
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
+    echo: bool | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    suffix: str | None = None
 
     @property
     def token_limit(self) -> int | None:
         """OpenAI's default for this endpoint is 16."""
-        return self.max_tokens or COMPLETION_MAX_TOKENS
+        return _or(self.max_tokens, COMPLETION_MAX_TOKENS)
+
+    @property
+    def choices(self) -> int:
+        """``best_of`` are made."""
+        return max(_or(self.n, 1), _or(self.best_of, 1))
+
+    @property
+    def kept_choices(self) -> int:
+        """``n`` are sent."""
+        return _or(self.n, 1)
+
+    @property
+    def num_top(self) -> int | None:
+        """``best_of`` needs the log probabilities even if the client does not."""
+        return 0 if self.logprobs is None and self.choices > self.kept_choices else self.logprobs
+
+    @property
+    def echoes_logprobs(self) -> bool:
+        """Scoring a prompt; so is an echo without any answer, which only vLLM gives."""
+        return bool(self.echo) and (self.logprobs is not None or self.max_tokens == 0)
+
+    def check(self) -> None:
+        """As for all bodies, and what only completions have."""
+        super().check()
+        if self.max_tokens == 0 and not self.echo:
+            raise RequestError("max_tokens = 0 needs echo = true", "max_tokens")
+        if self.suffix:
+            raise RequestError("suffix is not supported; leave it out", "suffix")
+        if _or(self.best_of, self.kept_choices) < self.kept_choices:
+            raise RequestError(f"best_of = {self.best_of} is under n = {self.n}", "best_of")
+        if self.stream and self.choices > self.kept_choices:
+            raise RequestError("best_of cannot be streamed; leave it or stream out", "best_of")
+
+    def apart(self) -> list[CompletionBody]:
+        """One body for each prompt."""
+        return [self.model_copy(update={"prompt": [prompt]}) for prompt in self.prompt]
 
 
 Body = ChatBody | CompletionBody
@@ -193,7 +299,7 @@ def parse(kind: type[B], data: bytes, model: str) -> B:
         raise _first_error(error) from None
     if body.model != model:
         raise UnknownModelError(f"the model {body.model!r} does not exist; this cluster serves {model!r}", "model")
-    body.refuse_unsupported()
+    body.check()
     return body
 
 

@@ -1,12 +1,14 @@
 """The client to the prefill node: vLLM's own OpenAI server over HTTP.
 
-Requests go to ``/v1/completions`` with token ids as the prompt. ``return_token_ids`` and ``kv_transfer_params`` are
-vLLM's additions (``vllm/entrypoints/openai/completion/protocol.py``).
+Requests go to ``/v1/completions`` with token ids as the prompt. ``return_token_ids``, ``return_tokens_as_token_ids``,
+``structured_outputs`` and ``kv_transfer_params`` are vLLM's additions
+(``vllm/entrypoints/openai/completion/protocol.py``).
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -17,12 +19,29 @@ import msgspec
 import structlog
 
 from transfer.errors import EngineError, LinkError, RequestError
-from transfer.messages import FinishReason, Sampling, Ticket
+from transfer.messages import FinishReason, Sampling, Ticket, TokenLogprob
 
 HEARTBEAT_S = 1.0
 SILENCE_S = 3.0
 STREAM_SILENCE_S = 300.0
 _CONNECT_S = 3.0
+# Fields of Sampling that vLLM spells alike and means alike.
+_SAME_FIELDS = (
+    "max_tokens",
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "stop",
+    "stop_token_ids",
+    "ignore_eos",
+    "logprobs",
+)
 _FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 log = structlog.get_logger()
@@ -42,10 +61,18 @@ class _Usage(msgspec.Struct):
         return (self.prompt_tokens_details and self.prompt_tokens_details.cached_tokens) or 0
 
 
+class _Logprobs(msgspec.Struct):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+
+
 class _Choice(msgspec.Struct):
     text: str
+    index: int = 0
     finish_reason: str | None = None
     token_ids: list[int] | None = None
+    logprobs: _Logprobs | None = None
 
 
 class _Error(msgspec.Struct):
@@ -78,15 +105,24 @@ class FirstToken(NamedTuple):
     finish_reason: FinishReason
     cached_tokens: int
     export_error: str | None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Delta(NamedTuple):
-    """A piece of a streamed answer; the last one has ``finish_reason`` and the counts."""
+    """A piece of one choice of a streamed answer; the choice's last one has its ``finish_reason``."""
 
     text: str
     finish_reason: FinishReason | None = None
-    completion_tokens: int = 0
-    cached_tokens: int = 0
+    choice: int = 0
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class Counts(NamedTuple):
+    """The end of a streamed answer: what all choices took."""
+
+    completion_tokens: int
+    cached_tokens: int
 
 
 class PrefillNode:
@@ -133,6 +169,8 @@ class PrefillNode:
         """
         body = self._body(prompt, sampling) | {
             "max_tokens": 1,
+            "min_tokens": min(1, sampling.min_tokens),
+            "structured_outputs": None,
             "return_token_ids": True,
             "kv_transfer_params": {"isthmus": msgspec.to_builtins(ticket)},
         }
@@ -151,24 +189,36 @@ class PrefillNode:
             finish_reason=_finish_reason(choice.finish_reason or ""),
             cached_tokens=completion.usage.cached_tokens if completion.usage else 0,
             export_error=_export_error(completion.kv_transfer_params),
+            logprobs=_token_logprobs(choice.logprobs, sampling.logprobs),
         )
 
-    async def stream(self, request_id: str, prompt: list[int], sampling: Sampling) -> AsyncGenerator[Delta, None]:
-        """Generate the whole answer on the prefill node. Closing the generator makes vLLM abort. Errors as above."""
-        body = self._body(prompt, sampling) | {"stream": True, "stream_options": {"include_usage": True}}
-        finish_reason: FinishReason | None = None
+    async def stream(
+        self, request_id: str, prompt: list[int], sampling: Sampling, *, choices: int = 1, echo: bool = False
+    ) -> AsyncGenerator[Delta | Counts, None]:
+        """Generate the whole answer on the prefill node: Deltas of ``choices`` choices, then Counts.
+
+        With ``echo`` each choice begins with the prompt's text and log probabilities. Closing the generator makes vLLM
+        abort. Errors as above.
+        """
+        body = self._body(prompt, sampling) | {
+            "n": choices,
+            "echo": echo,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            # With ids vLLM leaves the prompt's text out of an echo.
+            "return_token_ids": not echo,
+        }
+        open_choices = choices
         async with self._post(request_id, body) as response:
             async for line in response.aiter_lines():
                 if not line.startswith("data: ") or line == "data: [DONE]":
                     continue
                 chunk = _parse(line.removeprefix("data: ").encode())
-                if chunk.choices:
-                    choice = chunk.choices[0]
-                    finish_reason = _finish_reason(choice.finish_reason) if choice.finish_reason else None
-                    if choice.text or not finish_reason:
-                        yield Delta(choice.text)
-                elif chunk.usage and finish_reason:
-                    yield Delta("", finish_reason, chunk.usage.completion_tokens, chunk.usage.cached_tokens)
+                for choice in chunk.choices:
+                    open_choices -= choice.finish_reason is not None
+                    yield _delta(choice, sampling)
+                if chunk.usage and not chunk.choices and not open_choices:
+                    yield Counts(chunk.usage.completion_tokens, chunk.usage.cached_tokens)
                     return
         raise EngineError("vLLM's stream ended before its answer did")
 
@@ -186,9 +236,15 @@ class PrefillNode:
 
     def _body(self, prompt: list[int], sampling: Sampling) -> dict[str, Any]:
         # Every field is written out, so that no default of the server's can make the two engines sample differently.
-        fields: dict[str, Any] = msgspec.to_builtins(sampling)
-        fields["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()} or None
-        return {"model": self._model, "prompt": prompt, **fields}
+        schema = sampling.json_schema
+        return {
+            "model": self._model,
+            "prompt": prompt,
+            **{field: getattr(sampling, field) for field in _SAME_FIELDS},
+            "logit_bias": {str(token): bias for token, bias in sampling.logit_bias.items()} or None,
+            "structured_outputs": {"json": msgspec.json.decode(schema)} if schema else None,
+            "return_tokens_as_token_ids": True,
+        }
 
     def _mark(self, *, up: bool, reason: str = "") -> None:
         if up and not self.up:
@@ -222,6 +278,32 @@ def _failure(code: int | str | None, message: str) -> EngineError | RequestError
     if code == httpx.codes.BAD_REQUEST:
         return RequestError(f"vLLM refuses the request: {message}")
     return EngineError(f"vLLM failed: {message}")
+
+
+def _delta(choice: _Choice, sampling: Sampling) -> Delta:
+    reason = _finish_reason(choice.finish_reason) if choice.finish_reason else None
+    logprobs = _token_logprobs(choice.logprobs, sampling.logprobs)
+    return Delta(choice.text, reason, choice.index, tuple(choice.token_ids or ()), logprobs)
+
+
+def _token_logprobs(found: _Logprobs | None, num_top: int | None) -> tuple[TokenLogprob, ...]:
+    """What vLLM says, likeliest first and at most ``num_top``; NaN for a prompt's first token, which has none."""
+    if found is None:
+        return ()
+    answer = []
+    for name, logprob, top in zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True):
+        ranked = sorted(((_token_id(name), value) for name, value in (top or {}).items()), key=lambda pair: -pair[1])
+        own = math.nan if logprob is None else logprob
+        answer.append(TokenLogprob(_token_id(name), own, tuple(ranked[:num_top])))
+    return tuple(answer)
+
+
+def _token_id(name: str) -> int:
+    """``token_id:42``, as vLLM writes tokens under ``return_tokens_as_token_ids``."""
+    number = name.removeprefix("token_id:")
+    if not number.isdecimal():
+        raise EngineError(f"vLLM names a token {name!r}; it must understand return_tokens_as_token_ids")
+    return int(number)
 
 
 def _finish_reason(reason: str) -> FinishReason:

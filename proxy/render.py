@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 
+from proxy.vocabulary import Vocabulary
 from transfer.errors import ConfigError, RequestError
 
 T = TypeVar("T")
@@ -21,10 +22,11 @@ class Renderer:
         self._hf_dir = hf_dir
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render")
         self._tokenizer: Any = None
+        self.vocabulary: Vocabulary
 
     async def load(self) -> None:
-        """Read the tokenizer from the pair's folder; :class:`ConfigError` if it cannot be read."""
-        self._tokenizer = await self._run(self._load)
+        """Read tokenizer and vocabulary from the pair's folder; :class:`ConfigError` if they cannot be read."""
+        self._tokenizer, self.vocabulary = await self._run(self._load)
 
     async def chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a conversation, with the template's opening of the assistant's turn."""
@@ -48,13 +50,14 @@ class Renderer:
     async def _run(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    def _load(self) -> Any:
+    def _load(self) -> tuple[Any, Vocabulary]:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self._hf_dir, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(self._hf_dir, local_files_only=True)
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot read a tokenizer from pair.hf_dir = {self._hf_dir}: {error}") from None
+        return tokenizer, Vocabulary(tokenizer)
 
     def _chat(self, messages: list[dict[str, str]]) -> list[int]:
         if not self._tokenizer.chat_template:

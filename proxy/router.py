@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple, get_args
 
 from proxy.failures import ContextLengthError
 from transfer.config import Cluster
 from transfer.errors import LinkError, RequestError
+from transfer.messages import Sampling
 
 Route = Literal["split", "gpu", "cpu"]
-Reason = Literal["forced", "both_up", "prefill_down", "decode_down", "kv_lost"]
+Reason = Literal["forced", "both_up", "prefill_down", "decode_down", "only_vllm_can", "kv_lost"]
 
 HEADER = "X-Isthmus-Route"
+REASON_HEADER = "X-Isthmus-Reason"
 ROUTES: tuple[Route, ...] = get_args(Route)
 _NEEDS = {"split": ("prefill", "decode"), "gpu": ("prefill",), "cpu": ("decode",)}
 
@@ -33,9 +36,48 @@ def parse_route(header: str | None) -> Route | None:
     raise RequestError(f"{HEADER} is {header!r}; use one of {', '.join(ROUTES)}, auto", HEADER)
 
 
-def choose(forced: Route | None, *, prefill_up: bool, decode_up: bool) -> Decision:
-    """Split where both nodes are up, else the one that is; :class:`LinkError` if what is needed is down."""
+def unknown_to_vllm(sampling: Sampling) -> str | None:
+    """The first of the request's fields that only llama.cpp has, None if vLLM can do all that is asked."""
+    asked = {
+        "grammar": sampling.grammar,
+        "typical_p": sampling.typical_p < 1,
+        "xtc_probability": sampling.xtc_probability,
+        "dry_multiplier": sampling.dry_multiplier,
+    }
+    return next((field for field, used in asked.items() if used), None)
+
+
+def bar(sampling: Sampling, *, echo: bool) -> dict[Route, str]:
+    """The routes that cannot serve a request, each with the request's field that it lacks.
+
+    ``echo`` asks for the log probabilities of the prompt's tokens, which only vLLM gives.
+    """
+    if echo:
+        return {"split": "echo", "cpu": "echo"}
+    field = unknown_to_vllm(sampling)
+    return {"gpu": field} if field else {}
+
+
+def choose(
+    forced: Route | None, *, prefill_up: bool, decode_up: bool, barred: Mapping[Route, str] | None = None
+) -> Decision:
+    """Split where both nodes are up, else the one that is, but never a route that is ``barred`` (see :func:`bar`).
+
+    Raises :class:`RequestError` if a barred route is forced and :class:`LinkError` if what is needed is down.
+    """
+    barred = barred or {}
     up = {"prefill": prefill_up, "decode": decode_up}
+    if forced and forced in barred:
+        allowed = ", ".join(route for route in ROUTES if route not in barred)
+        raise RequestError(
+            f"route {forced} cannot serve {barred[forced]}; leave it out, or use {allowed}", barred[forced]
+        )
+    if "split" in barred:
+        if not prefill_up:
+            raise LinkError(f"{barred['split']} needs the prefill node, which is down")
+        return Decision("gpu", "only_vllm_can")
+    if "gpu" in barred and not decode_up:
+        raise LinkError(f"{barred['gpu']} needs the decode node, which is down")
     if forced:
         down = [node for node in _NEEDS[forced] if not up[node]]
         if down:
@@ -59,13 +101,17 @@ def context_tokens(route: Route, cluster: Cluster) -> int:
     return {"gpu": vllm, "cpu": llama, "split": min(vllm, llama)}[route]
 
 
-def fit(prompt_tokens: int, max_tokens: int | None, context: int) -> int:
-    """``max_tokens``, or what the context leaves; :class:`ContextLengthError` if there is no room."""
+def fit(prompt_tokens: int, max_tokens: int | None, context: int, choices: int = 1) -> int:
+    """``max_tokens``, or what the context leaves to each of ``choices`` that share it.
+
+    Raises :class:`ContextLengthError` if there is no room.
+    """
     wanted = 1 if max_tokens is None else max_tokens
-    if prompt_tokens + wanted > context:
+    if prompt_tokens + choices * wanted > context:
+        times = f" {choices} times" if choices > 1 else ""
         raise ContextLengthError(
-            f"the context is {context} tokens, but the prompt has {prompt_tokens} and max_tokens asks for {wanted}; "
-            "shorten the prompt or lower max_tokens",
+            f"the context is {context} tokens, but the prompt has {prompt_tokens} and max_tokens asks for {wanted}"
+            f"{times}; shorten the prompt or lower max_tokens",
             "max_tokens" if prompt_tokens < context else "messages",
         )
-    return context - prompt_tokens if max_tokens is None else max_tokens
+    return (context - prompt_tokens) // choices if max_tokens is None else max_tokens

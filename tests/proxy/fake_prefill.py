@@ -1,4 +1,7 @@
-"""vLLM's completion endpoint without an engine, as far as the proxy uses it."""
+"""vLLM's completion endpoint without an engine, as far as the proxy uses it.
+
+Token ids are 42 for a first token and 43, 44, ... after it; log probabilities are -0.5, with token 7 behind each.
+"""
 
 from __future__ import annotations
 
@@ -57,6 +60,7 @@ class FakePrefill:
             "finish_reason": self.script.finish_reason,
             "token_ids": [42],
             "prompt_token_ids": body["prompt"],
+            "logprobs": _logprobs(body, [42]),
         }
         usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": 1, "total_tokens": len(body["prompt"]) + 1}
         return JSONResponse(
@@ -67,20 +71,44 @@ class FakePrefill:
         self.open += 1
         try:
             yield ": keep-alive\n\n"
-            for text in self.script.texts:
-                yield _event({"choices": [{"index": 0, "text": text, "finish_reason": None}]})
+            choices = range(body.get("n", 1))
+            for number, text in enumerate(self.script.texts):
+                echo = body.get("echo") and number == 0
+                for index in choices:
+                    choice = {"index": index, "text": ("[prompt]" if echo else "") + text, "finish_reason": None}
+                    choice["logprobs"] = _logprobs(body, [42 + number], body["prompt"] if echo else [])
+                    if body.get("return_token_ids"):
+                        choice["token_ids"] = [42 + number]
+                    yield _event({"choices": [choice]})
             if self.script.fail_in_stream:
                 yield _event({"error": {"message": "out of memory", "type": "x", "code": 500}})
                 return
             while self.script.endless:
                 yield _event({"choices": [{"index": 0, "text": "x", "finish_reason": None}]})
                 await asyncio.sleep(0.01)
-            yield _event({"choices": [{"index": 0, "text": "", "finish_reason": self.script.finish_reason}]})
-            counts = {"prompt_tokens": len(body["prompt"]), "completion_tokens": len(self.script.texts)}
+            for index in choices:
+                yield _event({"choices": [{"index": index, "text": "", "finish_reason": self.script.finish_reason}]})
+            made = len(self.script.texts) * len(choices)
+            counts = {"prompt_tokens": len(body["prompt"]), "completion_tokens": made}
             yield _event({"choices": [], "usage": counts})
             yield "data: [DONE]\n\n"
         finally:
             self.open -= 1
+
+
+def _logprobs(body: dict[str, Any], tokens: list[int], prompt: list[int] | None = None) -> dict[str, Any] | None:
+    """As vLLM writes them: the token itself, then the likeliest; nothing for a prompt's first token."""
+    if body["logprobs"] is None:
+        return None
+    prompt = prompt or []
+    every = [*prompt, *tokens]
+    top = [{f"token_id:{token}": -0.5, "token_id:7": -1.5} if body["logprobs"] else {} for token in every]
+    return {
+        "tokens": [f"token_id:{token}" for token in every],
+        "token_logprobs": [None if prompt and place == 0 else -0.5 for place, _ in enumerate(every)],
+        "top_logprobs": [None if prompt and place == 0 else row for place, row in enumerate(top)],
+        "text_offset": [0] * len(every),
+    }
 
 
 def _event(chunk: dict[str, Any]) -> str:

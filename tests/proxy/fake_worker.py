@@ -22,6 +22,7 @@ from transfer.messages import (
     Start,
     Status,
     Ticket,
+    TokenLogprob,
     Tokens,
     Welcome,
     decode_to_worker,
@@ -193,9 +194,26 @@ class FakeWorker:
                 self.open.pop(request_id)
                 self._say(client, Failure(code="engine_error", message="llama.cpp fell over", request_id=request_id))
                 return
-            self._say(client, Tokens(request_id=request_id, token_ids=[number], text=text))
+            known = number == 0 and not start.first_text_sent and start.first_token is not None
+            for choice in range(self._prompts[request_id].choices):
+                logprobs = () if known else self._logprobs(request_id, number)
+                tokens = Tokens(request_id=request_id, token_ids=[number], text=text, choice=choice, logprobs=logprobs)
+                self._say(client, tokens)
         self.open.pop(request_id)
-        self._say(client, self._last(self._prompts[request_id], 1 + len(self.script.texts)))
+        reserve = self._prompts[request_id]
+        for choice in range(reserve.choices - 1):
+            ending = Tokens(
+                request_id=request_id, token_ids=[], text="", choice=choice, finish_reason=self.script.finish_reason
+            )
+            self._say(client, ending)
+        self._say(client, self._last(reserve, reserve.choices * (1 + len(self.script.texts))))
+
+    def _logprobs(self, request_id: str, token: int) -> tuple[TokenLogprob, ...]:
+        """What the request asked for: -0.25 for each token, with token 9 behind it."""
+        num_top = self._prompts[request_id].sampling.logprobs
+        if num_top is None:
+            return ()
+        return (TokenLogprob(token, -0.25, ((token, -0.25), (9, -2.0))[:num_top]),)
 
     def _last(self, reserve: Reserve, completion_tokens: int) -> Tokens:
         local = reserve.source == "local"
@@ -212,6 +230,7 @@ class FakeWorker:
             request_id=reserve.request_id,
             token_ids=[],
             text="",
+            choice=reserve.choices - 1,
             finish_reason=self.script.finish_reason,
             report=report,
         )

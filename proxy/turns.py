@@ -1,0 +1,111 @@
+"""The conversation of a chat request: OpenAI's messages, and how chat templates want them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from transfer.errors import RequestError
+
+
+def _join_parts(value: object) -> object:
+    """A list of text parts as one string; strings pass."""
+    if not isinstance(value, list):
+        return value
+    texts = []
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise ValueError('only parts of the form {"type": "text", "text": "..."} are supported')
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+Text = Annotated[str, BeforeValidator(_join_parts)]
+
+
+class _Turn(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class CalledFunction(_Turn):
+    """What the model called; ``arguments`` is JSON."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(_Turn):
+    """One call in an assistant's message."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class InstructionTurn(_Turn):
+    """What the model is told to be; ``developer`` is OpenAI's newer name for ``system``."""
+
+    role: Literal["system", "developer"]
+    content: Text
+
+
+class UserTurn(_Turn):
+    """What the user says."""
+
+    role: Literal["user"]
+    content: Text
+
+
+class AssistantTurn(_Turn):
+    """What the model said or called before."""
+
+    role: Literal["assistant"]
+    content: Text | None = None
+    tool_calls: list[ToolCall] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> AssistantTurn:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("an assistant's message needs content or tool_calls")
+        return self
+
+
+class ToolTurn(_Turn):
+    """What a called function gave."""
+
+    role: Literal["tool"]
+    content: Text
+    tool_call_id: str
+
+
+Turn = Annotated[InstructionTurn | UserTurn | AssistantTurn | ToolTurn, Field(discriminator="role")]
+
+
+def for_template(turns: Sequence[InstructionTurn | UserTurn | AssistantTurn | ToolTurn]) -> list[dict[str, Any]]:
+    """The messages as chat templates know them: arguments as objects, no ``developer``."""
+    return [_for_template(turn) for turn in turns]
+
+
+def _for_template(turn: InstructionTurn | UserTurn | AssistantTurn | ToolTurn) -> dict[str, Any]:
+    match turn:
+        case InstructionTurn():
+            return {"role": "system", "content": turn.content}
+        case AssistantTurn(tool_calls=list(calls)) if calls:
+            return {"role": "assistant", "content": turn.content or "", "tool_calls": [_call(call) for call in calls]}
+        case ToolTurn():
+            return {"role": "tool", "content": turn.content, "tool_call_id": turn.tool_call_id}
+        case _:
+            return {"role": turn.role, "content": turn.content}
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except ValueError as error:
+        raise RequestError(
+            f"messages: the arguments of tool call {call.id!r} are not JSON: {error}", "messages"
+        ) from None
+    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
