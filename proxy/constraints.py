@@ -76,8 +76,9 @@ def parsed(schema: Schema | str | None, param: str) -> Schema | None:
         return schema
     try:
         value = json.loads(schema)
-    except ValueError as error:
-        raise RequestError(f"{param} is not JSON: {error}", param) from None
+    except (ValueError, RecursionError) as error:
+        what = "it nests too deeply" if isinstance(error, RecursionError) else error
+        raise RequestError(f"{param} is not JSON: {what}", param) from None
     if not isinstance(value, dict):
         raise RequestError(f"{param} is not a JSON schema: it must be an object", param)
     return value
@@ -85,10 +86,10 @@ def parsed(schema: Schema | str | None, param: str) -> Schema | None:
 
 def encoded(schema: Schema, param: str) -> str:
     """``schema`` as JSON; :class:`RequestError` about ``param`` if it is no JSON schema or too large."""
-    text = json.dumps(schema)
-    if len(text) > MAX_SCHEMA_BYTES:
-        raise RequestError(f"{param}: the JSON schema is over {MAX_SCHEMA_BYTES} bytes", param)
     try:
+        text = json.dumps(schema)
+        if len(text) > MAX_SCHEMA_BYTES:
+            raise RequestError(f"{param}: the JSON schema is over {MAX_SCHEMA_BYTES} bytes", param)
         Draft202012Validator.check_schema(schema)
     except (SchemaError, RecursionError) as error:
         what = error.message if isinstance(error, SchemaError) else "it nests too deeply"

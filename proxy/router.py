@@ -75,7 +75,7 @@ def choose(
     if "split" in barred:
         if not prefill_up:
             raise LinkError(f"{barred['split']} needs the prefill node, which is down")
-        return Decision("gpu", "only_vllm_can")
+        return Decision("gpu", "forced" if forced else "only_vllm_can")
     if "gpu" in barred and not decode_up:
         raise LinkError(f"{barred['gpu']} needs the decode node, which is down")
     if forced:

@@ -58,6 +58,8 @@ class Script:
     kv_failure: Failure | None = None
     endless: bool = False
     prefill_tokens_per_s: float = 400.0
+    # Its tokens are likelier than the others', and its answer ends in an exclamation mark.
+    likeliest_choice: int | None = None
 
 
 class FakeWorker:
@@ -196,24 +198,26 @@ class FakeWorker:
                 return
             known = number == 0 and not start.first_text_sent and start.first_token is not None
             for choice in range(self._prompts[request_id].choices):
-                logprobs = () if known else self._logprobs(request_id, number)
+                logprobs = () if known else self._logprobs(request_id, number, choice)
                 tokens = Tokens(request_id=request_id, token_ids=[number], text=text, choice=choice, logprobs=logprobs)
                 self._say(client, tokens)
         self.open.pop(request_id)
         reserve = self._prompts[request_id]
         for choice in range(reserve.choices - 1):
+            text = "!" if choice == self.script.likeliest_choice else ""
             ending = Tokens(
-                request_id=request_id, token_ids=[], text="", choice=choice, finish_reason=self.script.finish_reason
+                request_id=request_id, token_ids=[], text=text, choice=choice, finish_reason=self.script.finish_reason
             )
             self._say(client, ending)
         self._say(client, self._last(reserve, reserve.choices * (1 + len(self.script.texts))))
 
-    def _logprobs(self, request_id: str, token: int) -> tuple[TokenLogprob, ...]:
-        """What the request asked for: -0.25 for each token, with token 9 behind it."""
+    def _logprobs(self, request_id: str, token: int, choice: int) -> tuple[TokenLogprob, ...]:
+        """What the request asked for: -0.25 for each token (-0.125 if likeliest), with token 9 behind it."""
         num_top = self._prompts[request_id].sampling.logprobs
         if num_top is None:
             return ()
-        return (TokenLogprob(token, -0.25, ((token, -0.25), (9, -2.0))[:num_top]),)
+        logprob = -0.125 if choice == self.script.likeliest_choice else -0.25
+        return (TokenLogprob(token, logprob, ((token, logprob), (9, -2.0))[:num_top]),)
 
     def _last(self, reserve: Reserve, completion_tokens: int) -> Tokens:
         local = reserve.source == "local"

@@ -110,6 +110,8 @@ def test_sampling_reaches_both_nodes(stack):
         "stop": "END",
         "max_tokens": 9,
         "ignore_eos": True,
+        "stop_token_ids": [3, 4],
+        "min_tokens": 2,
     }
     assert stack.chat(**fields, logit_bias={"5": -100}).status_code == 200
     body, sampling = stack.prefill.bodies[0], stack.worker.heard(Reserve)[0].sampling
@@ -119,7 +121,10 @@ def test_sampling_reaches_both_nodes(stack):
     assert sampling.max_tokens == 9
     assert sampling.stop == ("END",)
     assert sampling.logit_bias == {5: -100.0}
-    for name in fields.keys() - {"stop", "max_tokens"}:
+    assert body["stop_token_ids"] == list(sampling.stop_token_ids) == [3, 4]
+    # One token is all that vLLM makes.
+    assert (body["min_tokens"], sampling.min_tokens) == (1, 2)
+    for name in fields.keys() - {"stop", "max_tokens", "stop_token_ids", "min_tokens"}:
         assert body[name] == getattr(sampling, name) == fields[name]
 
 

@@ -6,9 +6,9 @@ import pytest
 
 from proxy.costs import cpu_prefill
 from proxy.failures import ContextLengthError
-from proxy.router import choose, fit, parse_route
+from proxy.router import bar, choose, fit, parse_route
 from transfer.errors import LinkError, RequestError
-from transfer.messages import Status
+from transfer.messages import Sampling, Status
 
 
 @pytest.mark.parametrize(
@@ -73,3 +73,25 @@ def test_cpu_prefill():
     )
     assert cpu_prefill(500, status) == (2_000_000_000, "measured")
     assert cpu_prefill(500, None) is None
+
+
+def test_a_barred_route_is_not_chosen_and_not_forced():
+    typical = bar(Sampling(max_tokens=1, typical_p=0.5), echo=False)
+    assert typical == {"gpu": "typical_p"}
+    assert choose(None, prefill_up=True, decode_up=True, barred=typical).route == "split"
+    assert choose(None, prefill_up=False, decode_up=True, barred=typical).route == "cpu"
+    with pytest.raises(LinkError, match="typical_p needs the decode node"):
+        choose(None, prefill_up=True, decode_up=False, barred=typical)
+    with pytest.raises(RequestError, match="route gpu cannot serve typical_p") as caught:
+        choose("gpu", prefill_up=True, decode_up=True, barred=typical)
+    assert caught.value.param == "typical_p"
+
+
+def test_only_vllm_scores_prompts():
+    echo = bar(Sampling(max_tokens=1), echo=True)
+    assert choose(None, prefill_up=True, decode_up=True, barred=echo) == ("gpu", "only_vllm_can")
+    assert choose("gpu", prefill_up=True, decode_up=False, barred=echo) == ("gpu", "forced")
+    for route in ("split", "cpu"):
+        with pytest.raises(RequestError, match="use gpu"):
+            choose(route, prefill_up=True, decode_up=True, barred=echo)
+    assert not bar(Sampling(max_tokens=1, json_schema="{}"), echo=False)
