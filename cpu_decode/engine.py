@@ -15,6 +15,7 @@ from collections.abc import Callable
 import numpy as np
 import structlog
 
+from cpu_decode.budget import PrefillBudget
 from cpu_decode.landing import LandingReport
 from cpu_decode.llama import Batch, Context
 from cpu_decode.sequence import Sequence
@@ -24,8 +25,6 @@ from transfer.messages import Failure, Tokens
 
 log = structlog.get_logger()
 
-# A prompt that prefills beside running sequences takes this many tokens a step, so that their ITL stays bearable.
-SHARED_PREFILL_TOKENS = 64
 CALIBRATION_TOKENS = 256
 # Shorter prefills, or ones that shared their batches, say little about the machine's rate.
 MIN_OBSERVED_TOKENS = 64
@@ -59,6 +58,7 @@ class Engine:
     def __init__(self, context: Context, *, batch_tokens: int, emit: Callable[[Event], None]) -> None:
         self._context = context
         self._batch = Batch(batch_tokens)
+        self._budget = PrefillBudget(batch_tokens)
         self._batch_tokens = batch_tokens
         self._emit = emit
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -188,6 +188,8 @@ class Engine:
             self._take(sequence, sequence.first_token)
 
     def _step(self) -> None:
+        began = time.monotonic_ns()
+        decoding = sum(s.missing_tokens == 1 for s in self._running)
         rows = self._fill()
         self._context.decode(self._batch)
         for sequence, row in rows:
@@ -195,6 +197,7 @@ class Engine:
             self._observe(sequence)
             sequence.tokens.append(token)
             self._take(sequence, token)
+        self._budget.observe(decoding, self._batch.size - decoding, time.monotonic_ns() - began)
 
     def _fill(self) -> list[tuple[Sequence, int]]:
         """Fill the batch; returns the sequences whose last token is in it, with its row."""
@@ -202,9 +205,7 @@ class Engine:
         rows = []
         decoding = [s for s in self._running if s.missing_tokens == 1]
         prefilling = [s for s in self._running if s.missing_tokens > 1]
-        budget = self._batch_tokens - len(decoding)
-        if decoding:
-            budget = min(budget, SHARED_PREFILL_TOKENS)
+        budget = min(self._batch_tokens - len(decoding), self._budget.tokens(len(decoding)))
         for sequence in decoding + prefilling:
             count = 1 if sequence.missing_tokens == 1 else min(sequence.missing_tokens, budget)
             if sequence.missing_tokens > 1:
@@ -290,4 +291,5 @@ class Engine:
             self.inject_tokens_per_s = count * 1e9 / (time.monotonic_ns() - began)
             self._context.trim(0, 0)
         self.prefill_tokens_per_s = count / seconds
+        self._budget.calibrate(self.prefill_tokens_per_s)
         self.prefill_basis = f"calibration at start: {count} tokens in {seconds:.2f} s"
