@@ -21,13 +21,11 @@ from proxy.answer import REQUEST_ID_HEADER, Answer
 from proxy.failures import BodySizeError, describe, error_body
 from proxy.gateway import Call, Gateway
 from proxy.openai import B, ChatBody, CompletionBody, parse
+from proxy.router import CODEC_HEADER, parse_codec, parse_route
 from proxy.router import HEADER as ROUTE_HEADER
-from proxy.router import parse_route
-from transfer.codecs import CODECS
 from transfer.config import Cluster
 from transfer.errors import IsthmusError, RequestError
 
-CODEC_HEADER = "X-Isthmus-Codec"
 MAX_BODY_BYTES = 8 << 20
 BODY_S = 30.0
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
@@ -139,9 +137,7 @@ async def _read_call(request: Request, kind: type[B], gateway: Gateway) -> Call:
     request_id = request.headers.get(REQUEST_ID_HEADER) or uuid.uuid4().hex
     if not _REQUEST_ID.fullmatch(request_id):
         raise RequestError("the request id is 1 to 64 letters, digits, or . _ : -", REQUEST_ID_HEADER)
-    codec = request.headers.get(CODEC_HEADER, gateway.cluster.link.codec)
-    if codec not in CODECS:
-        raise RequestError(f"{CODEC_HEADER} is {codec!r}; use one of {', '.join(CODECS)}", CODEC_HEADER)
+    codec = parse_codec(request.headers.get(CODEC_HEADER))
     forced_route = parse_route(request.headers.get(ROUTE_HEADER))
     body = parse(kind, await _read_body(request), gateway.model)
     return Call(request_id, body, forced_route, codec)

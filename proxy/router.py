@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 from proxy.failures import ContextLengthError
-from transfer.config import Cluster
-from transfer.errors import LinkError, RequestError
+from transfer.codecs import CODECS
+from transfer.config import AUTO_CODEC, Cluster
+from transfer.errors import CodecError, LinkError, RequestError
 from transfer.messages import Sampling
 
 Route = Literal["split", "gpu", "cpu"]
@@ -15,6 +16,7 @@ Reason = Literal["forced", "both_up", "prefill_down", "decode_down", "only_vllm_
 
 HEADER = "X-Isthmus-Route"
 REASON_HEADER = "X-Isthmus-Reason"
+CODEC_HEADER = "X-Isthmus-Codec"
 ROUTES: tuple[Route, ...] = get_args(Route)
 _NEEDS = {"split": ("prefill", "decode"), "gpu": ("prefill",), "cpu": ("decode",)}
 
@@ -34,6 +36,32 @@ def parse_route(header: str | None) -> Route | None:
         if header == route:
             return route
     raise RequestError(f"{HEADER} is {header!r}; use one of {', '.join(ROUTES)}, auto", HEADER)
+
+
+def parse_codec(header: str | None) -> str | None:
+    """The codec that a client asks for, or None for the configured one; :class:`RequestError` for anything else."""
+    if header is None or header == AUTO_CODEC or header in CODECS:
+        return header
+    raise RequestError(f"{CODEC_HEADER} is {header!r}; use one of {', '.join(CODECS)}, auto", CODEC_HEADER)
+
+
+def choose_codec(asked: str | None, configured: str, possible: Sequence[str]) -> str:
+    """How KV travels to a worker that takes the codecs ``possible``, the preferred one first.
+
+    Raises :class:`RequestError` if the one ``asked`` for is not possible, :class:`CodecError` if the ``configured`` one
+    is not, or none is.
+    """
+    wanted = asked or configured
+    if wanted in possible:
+        return wanted
+    if not possible:
+        raise CodecError("no codec can land this model's KV in the decode worker's cells; use route gpu or cpu")
+    if wanted == AUTO_CODEC:
+        return possible[0]
+    can = f"cannot land in the decode worker's cells; use one of {', '.join(possible)}, auto"
+    if asked:
+        raise RequestError(f"{CODEC_HEADER}: {asked} {can}", CODEC_HEADER)
+    raise CodecError(f"[link] codec: {configured} {can}")
 
 
 def unknown_to_vllm(sampling: Sampling) -> str | None:

@@ -18,6 +18,7 @@ log = structlog.get_logger()
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 NumaSetting = Literal["auto", "off"] | Annotated[int, msgspec.Meta(ge=0)]
+AUTO_CODEC = "auto"
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 
 
@@ -95,10 +96,11 @@ class Link(Section, frozen=True, kw_only=True):
 
     A request may have ``credit_chunks`` chunks of ``chunk_tokens`` tokens on the way: that bounds its landing memory,
     and the tokens of a prefill step whose layers can leave while later ones are computed. ``seal`` protects the frames:
-    ``aes-gcm`` hides and authenticates them, ``integrity`` only authenticates, ``none`` does neither.
+    ``aes-gcm`` hides and authenticates them, ``integrity`` only authenticates, ``none`` does neither. ``codec`` is how
+    KV travels where a request does not say; ``auto`` takes what the worker's cells hold: ``raw``, or their own rows.
     """
 
-    codec: str = "raw"
+    codec: str = AUTO_CODEC
     seal: SealName = "aes-gcm"
     chunk_tokens: Count = 512
     credit_chunks: Count = 2
@@ -135,7 +137,8 @@ def load(path: Path) -> Cluster:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
     try:
-        codecs.for_cells(cluster.link.codec, cluster.decode.cell_type)
+        if cluster.link.codec != AUTO_CODEC:
+            codecs.for_cells(cluster.link.codec, cluster.decode.cell_type)
     except CodecError as error:
         raise ConfigError(f"{path}: {error} - at `$.link.codec`") from None
     base = path.resolve().parent

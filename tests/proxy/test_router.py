@@ -6,8 +6,9 @@ import pytest
 
 from proxy.costs import cpu_prefill
 from proxy.failures import ContextLengthError
-from proxy.router import bar, choose, fit, parse_route
-from transfer.errors import LinkError, RequestError
+from proxy.router import bar, choose, choose_codec, fit, parse_codec, parse_route
+from transfer.codecs import landing_codecs
+from transfer.errors import CodecError, LinkError, RequestError
 from transfer.messages import Sampling, Status
 
 
@@ -95,3 +96,34 @@ def test_only_vllm_scores_prompts():
         with pytest.raises(RequestError, match="use gpu"):
             choose(route, prefill_up=True, decode_up=True, barred=echo)
     assert not bar(Sampling(max_tokens=1, json_schema="{}"), echo=False)
+
+
+@pytest.mark.parametrize(
+    ("cells", "chosen"), [("f16", "raw"), ("bf16", "raw"), ("q8_0", "rows_q8_0"), ("q4_0", "rows_q4_0")]
+)
+def test_without_a_wish_kv_travels_as_the_cells_hold_it(cells, chosen):
+    possible = landing_codecs(cells)
+    assert choose_codec(None, "auto", possible) == chosen
+    # A client may undo what the file says.
+    assert choose_codec("auto", possible[-1], possible) == chosen
+
+
+def test_the_client_is_asked_before_the_file():
+    assert choose_codec("q8", "lz4", ("raw", "lz4", "q8")) == "q8"
+    assert choose_codec(None, "lz4", ("raw", "lz4", "q8")) == "lz4"
+
+
+def test_a_codec_that_cannot_land_is_refused_with_those_that_can():
+    with pytest.raises(RequestError, match="rows_q8_0, auto") as caught:
+        choose_codec("lz4", "auto", ("rows_q8_0",))
+    assert caught.value.param == "X-Isthmus-Codec"
+    with pytest.raises(CodecError, match=r"\[link\] codec: lz4 .* use one of rows_q8_0"):
+        choose_codec(None, "lz4", ("rows_q8_0",))
+    with pytest.raises(CodecError, match="no codec"):
+        choose_codec(None, "auto", ())
+
+
+def test_parse_codec():
+    assert [parse_codec(header) for header in (None, "auto", "zstd")] == [None, "auto", "zstd"]
+    with pytest.raises(RequestError, match="kvz3"):
+        parse_codec("mp3")

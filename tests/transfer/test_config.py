@@ -35,7 +35,12 @@ def test_a_minimal_file_has_defaults_and_absolute_paths(write, tmp_path):
     assert cluster.pair.hf_dir == str(tmp_path / "hf")
     assert cluster.pair.gguf == str(tmp_path / "tiny.gguf")
     assert cluster.prefill == config.Prefill()
-    assert cluster.link.codec == "raw"
+    assert cluster.link.codec == "auto"
+
+
+@pytest.mark.parametrize("cells", ["f16", "bf16", "q8_0", "k8v4", "q4_0"])
+def test_a_codec_need_not_be_named_for_any_cells(write, cells):
+    assert config.load(write(MINIMAL + f'[decode]\ncell_type = "{cells}"')).link.codec == "auto"
 
 
 def test_relative_paths_do_not_depend_on_the_current_folder(write, tmp_path, monkeypatch):
@@ -98,7 +103,7 @@ def test_a_cluster_is_frozen(write):
         (MINIMAL + '[decode]\ncell_type = "f32"', "$.decode.cell_type"),
         (MINIMAL + "[proxy]\nmax_running = 0", "$.proxy.max_running"),
         (MINIMAL + '[link]\ncodec = "snappy"', "$.link.codec"),
-        (MINIMAL + '[decode]\ncell_type = "q8_0"', "use rows_q8_0 - at `$.link.codec`"),
+        (MINIMAL + '[decode]\ncell_type = "q8_0"\n[link]\ncodec = "raw"', "use rows_q8_0 - at `$.link.codec`"),
         (MINIMAL + '[link]\ncodec = "rows_k8v4"', "codec rows_k8v4 cannot land in f16 cells"),
         (MINIMAL + '[link]\nseal = "rot13"', "$.link.seal"),
         (MINIMAL + "[keys]\nfolder = 1", "folder"),
