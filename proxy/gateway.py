@@ -31,7 +31,7 @@ class Call(NamedTuple):
     request_id: str
     body: Body
     forced_route: Route | None
-    codec: str
+    codec: str | None
 
 
 class Gateway:
@@ -129,17 +129,22 @@ class Gateway:
         sharing = 1 if route == "gpu" else body.choices
         max_tokens = router.fit(len(prompt), body.token_limit, context, sharing)
         account.route, account.reason = route, reason
-        account.codec = call.codec if route == "split" else None
+        codec = self._codec(call) if route == "split" else None
+        account.codec = codec
         account.alternative = costs.cpu_prefill(len(prompt), self.decode.status)
         return Job(
             call.request_id,
             prompt,
             body.sampling(max_tokens),
-            call.codec,
+            codec or "raw",
             self.cluster.link.transfer_deadline_s,
             body.choices,
             body.echoes_logprobs,
         )
+
+    def _codec(self, call: Call) -> str:
+        possible = self.decode.welcome.codecs if self.decode.welcome else ()
+        return router.choose_codec(call.codec, self.cluster.link.codec, possible)
 
     def _fail_over(self, call: Call, lost: handoff.KVLostError, account: Account) -> Job:
         """Choose the route that finishes a request whose KV was lost; raises the loss where nothing may."""
