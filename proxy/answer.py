@@ -14,13 +14,14 @@ import structlog
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from proxy.calls import reader
 from proxy.failures import describe
 from proxy.formats import DONE, ChatFormat, CompletionFormat, sse
 from proxy.gateway import Call, Gateway
 from proxy.handoff import Pieces
 from proxy.ledger import Entry
 from proxy.openai import ChatBody
-from proxy.prompts import parts, together
+from proxy.prompts import Part, parts, together
 from proxy.router import HEADER as ROUTE_HEADER
 from proxy.router import REASON_HEADER
 from transfer.errors import IsthmusError
@@ -42,7 +43,7 @@ class Answer(Response):
         self._accounts = [part.account for part in self._parts]
         self._entries: list[Entry] = []
         self._started = False
-        self._format = _format(call, gateway, len(self._parts))
+        self._format = _format(call, gateway, self._parts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
         """Serve until the answer is out or the client is gone, whichever comes first."""
@@ -153,8 +154,14 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def _format(call: Call, gateway: Gateway, num_prompts: int) -> ChatFormat | CompletionFormat:
+def _format(call: Call, gateway: Gateway, served: list[Part]) -> ChatFormat | CompletionFormat:
     vocabulary = gateway.renderer.vocabulary
-    if isinstance(call.body, ChatBody):
-        return ChatFormat(call.request_id, call.body, vocabulary)
-    return CompletionFormat(call.request_id, call.body, vocabulary, num_prompts)
+    if not isinstance(call.body, ChatBody):
+        return CompletionFormat(call.request_id, call.body, vocabulary, len(served))
+    use, account = call.body.tool_use, served[0].account
+    if use is None:
+        return ChatFormat(call.request_id, call.body, vocabulary, None)
+    template = gateway.renderer.response_template
+    return ChatFormat(
+        call.request_id, call.body, vocabulary, lambda: reader(use, template, vocabulary.text(account.prompt))
+    )

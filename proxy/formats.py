@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Generic
 
 import msgspec
 
 from proxy import logprobs
+from proxy.calls import Call, Part, Reader
 from proxy.handoff import Piece
 from proxy.ledger import Account
 from proxy.openai import B, ChatBody, CompletionBody
@@ -86,11 +87,8 @@ class Format(ABC, Generic[B]):
         """Remember ``piece``, and say it in a stream."""
         choice = self._choices[piece.choice]
         choice.reason = piece.finish_reason or choice.reason
-        choice.texts.append(piece.text)
         choice.logprobs += piece.logprobs
-        if not piece.text and not piece.logprobs:
-            return []
-        return [self._chunk([self._delta(choice, piece.text, piece.logprobs)])]
+        return [self._chunk([delta]) for delta in self._deltas(choice, piece)]
 
     def closing(self, accounts: Sequence[Account]) -> list[Chunk]:
         """Chunks after the last text: every ``finish_reason``, then token counts if the client asked for them."""
@@ -102,7 +100,7 @@ class Format(ABC, Generic[B]):
     def whole(self, accounts: Sequence[Account]) -> Chunk:
         """The answer to a request that does not stream."""
         choices = [
-            {"index": index, **self._message(choice), "finish_reason": choice.finish_reason}
+            {"index": index, **self._message(choice), "finish_reason": self._end_of(choice)}
             for index, choice in enumerate(self._kept())
         ]
         return self._base | {"object": self.whole_object, "choices": choices, "usage": usage(accounts)}
@@ -122,8 +120,12 @@ class Format(ABC, Generic[B]):
         return chunk | {"usage": None} if self._body.include_usage else chunk
 
     @abstractmethod
-    def _delta(self, choice: Choice, text: str, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """A chunk's choice that says ``text`` and the log probabilities of ``entries``."""
+    def _deltas(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
+        """Chunks' choices that say what ``piece`` adds to ``choice``, which remembers it."""
+
+    def _end_of(self, choice: Choice) -> str:
+        """The ``finish_reason`` to tell."""
+        return choice.finish_reason
 
     @abstractmethod
     def _ending(self, choice: Choice) -> dict[str, Any]:
@@ -141,20 +143,62 @@ class ChatFormat(Format[ChatBody]):
     chunk_object = "chat.completion.chunk"
     whole_object = "chat.completion"
 
+    def __init__(
+        self, request_id: str, body: ChatBody, vocabulary: Vocabulary, new_reader: Callable[[], Reader] | None
+    ) -> None:
+        super().__init__(request_id, body, vocabulary)
+        self._new_reader = new_reader
+        self._readers: dict[int, Reader] = {}
+        self._calls: list[list[Call]] = [[] for _ in self._choices]
+
     def opening(self) -> list[Chunk]:
         """The role comes in a chunk of its own."""
         return [
             self._chunk([_chat_choice(choice.index, {"role": "assistant", "content": ""})]) for choice in self._choices
         ]
 
-    def _delta(self, choice: Choice, text: str, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-        return _chat_choice(choice.index, {"content": text}) | {"logprobs": self._logprobs(entries)}
+    def _deltas(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
+        deltas = []
+        for part in self._read(choice, piece):
+            if isinstance(part, Call):
+                self._take_call(choice, part)
+                deltas.append(_chat_choice(choice.index, {"tool_calls": [_call_delta(part)]}))
+            else:
+                choice.texts.append(part)
+                deltas.append(_chat_choice(choice.index, {"content": part}))
+        if piece.logprobs:
+            deltas = deltas or [_chat_choice(choice.index, {})]
+            deltas[0]["logprobs"] = self._logprobs(piece.logprobs)
+        return deltas
+
+    def _read(self, choice: Choice, piece: Piece) -> list[Part]:
+        if self._new_reader is None:
+            return [piece.text] if piece.text else []
+        if choice.index not in self._readers:
+            self._readers[choice.index] = self._new_reader()
+        reader = self._readers[choice.index]
+        return reader.feed(piece.text) + (reader.close() if piece.finish_reason else [])
+
+    def _take_call(self, choice: Choice, call: Call) -> None:
+        calls = self._calls[choice.index]
+        if call.name is None:
+            calls[-1] = calls[-1]._replace(arguments=calls[-1].arguments + call.arguments)
+        else:
+            calls.append(call)
 
     def _ending(self, choice: Choice) -> dict[str, Any]:
-        return _chat_choice(choice.index, {}, choice.finish_reason)
+        return _chat_choice(choice.index, {}, self._end_of(choice))
+
+    def _end_of(self, choice: Choice) -> str:
+        # OpenAI ends a call that the client has named itself with "stop".
+        called = self._calls[choice.index] and self._body.tool_use and self._body.tool_use.choice != "named"
+        return "tool_calls" if called and choice.finish_reason == "stop" else choice.finish_reason
 
     def _message(self, choice: Choice) -> dict[str, Any]:
-        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+        if calls := self._calls[choice.index]:
+            message["content"] = choice.text or None
+            message["tool_calls"] = [_whole_call(call) for call in calls]
         return {"message": message, "logprobs": self._logprobs(choice.logprobs)}
 
     def _logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
@@ -168,10 +212,13 @@ class CompletionFormat(Format[CompletionBody]):
     chunk_object = "text_completion"
     whole_object = "text_completion"
 
-    def _delta(self, choice: Choice, text: str, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-        said = self._logprobs(entries, choice.offset)
-        choice.offset += logprobs.width(entries, self._vocabulary)
-        return {"index": choice.index, "text": text, "logprobs": said, "finish_reason": None}
+    def _deltas(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
+        if not piece.text and not piece.logprobs:
+            return []
+        choice.texts.append(piece.text)
+        said = self._logprobs(piece.logprobs, choice.offset)
+        choice.offset += logprobs.width(piece.logprobs, self._vocabulary)
+        return [{"index": choice.index, "text": piece.text, "logprobs": said, "finish_reason": None}]
 
     def _ending(self, choice: Choice) -> dict[str, Any]:
         return {"index": choice.index, "text": "", "logprobs": None, "finish_reason": choice.finish_reason}
@@ -184,5 +231,15 @@ class CompletionFormat(Format[CompletionBody]):
         return None if self._body.logprobs is None else logprobs.completion(entries, self._vocabulary, offset)
 
 
-def _chat_choice(index: int, delta: dict[str, Any], reason: FinishReason | None = None) -> dict[str, Any]:
+def _chat_choice(index: int, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+
+
+def _call_delta(call: Call) -> dict[str, Any]:
+    if call.name is None:
+        return {"index": call.number, "function": {"arguments": call.arguments}}
+    return {"index": call.number, **_whole_call(call)}
+
+
+def _whole_call(call: Call) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

@@ -114,7 +114,7 @@ class Gateway:
         self.renderer.require_known(body.logit_bias or (), "logit_bias")
         self.renderer.require_known(body.stop_token_ids or (), "stop_token_ids")
         if isinstance(body, ChatBody):
-            return await self.renderer.chat(body.turns())
+            return await self.renderer.chat(body.turns(), body.tool_use.for_template() if body.tool_use else [])
         return await self.renderer.completion(body.prompt[0])
 
     def _plan(self, call: Call, prompt: list[int], account: Account) -> Job:

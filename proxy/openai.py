@@ -16,6 +16,7 @@ from proxy import constraints
 from proxy.constraints import ResponseFormat, Schema, StructuredOutputs
 from proxy.failures import UnknownModelError
 from proxy.logprobs import MAX_TOP
+from proxy.tools import MAX_TOOLS, Tool, ToolChoice, ToolUse, use
 from proxy.turns import Turn, for_template
 from transfer.errors import RequestError
 from transfer.messages import Sampling
@@ -203,8 +204,12 @@ class ChatBody(_Body):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
-    tools: list[Any] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+
     functions: list[Any] | None = None
+    function_call: Any = None
 
     @property
     def token_limit(self) -> int | None:
@@ -216,18 +221,30 @@ class ChatBody(_Body):
         """``logprobs`` turns them on, ``top_logprobs`` says how many."""
         return _or(self.top_logprobs, 0) if self.logprobs else None
 
+    @cached_property
+    def tool_use(self) -> ToolUse | None:
+        """Which tools the model may call, if any."""
+        return use(self.tools, self.tool_choice, parallel=_or(self.parallel_tool_calls, True))
+
     def turns(self) -> list[dict[str, Any]]:
         """The messages as chat templates know them."""
         return for_template(self.messages)
+
+    def _schemas(self) -> dict[str, Schema | None]:
+        """An answer that must be a call is nothing else."""
+        calls = self.tool_use.schema() if self.tool_use else None
+        return {"tools": calls} if calls else super()._schemas()
 
     def check(self) -> None:
         """As for all bodies, and what only chat has."""
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs = true", "top_logprobs")
-        for field in ("tools", "functions"):
+        for field in ("functions", "function_call"):
             if getattr(self, field):
-                raise RequestError(f"{field} is not supported yet; leave it out", field)
+                raise RequestError(f"{field} is not supported; use tools and tool_choice", field)
+        for tool in self.tools or ():
+            constraints.encoded(tool.function.parameters or {}, "tools")
         self.turns()
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 
+from proxy.tools import spell_out
 from proxy.vocabulary import Vocabulary
 from transfer.errors import ConfigError, RequestError
 
@@ -28,9 +29,14 @@ class Renderer:
         """Read tokenizer and vocabulary from the pair's folder; :class:`ConfigError` if they cannot be read."""
         self._tokenizer, self.vocabulary = await self._run(self._load)
 
-    async def chat(self, messages: list[dict[str, str]]) -> list[int]:
+    async def chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """Token ids of a conversation, with the template's opening of the assistant's turn."""
-        return await self._run(lambda: self._chat(messages))
+        return await self._run(lambda: self._chat(messages, tools or []))
+
+    @property
+    def response_template(self) -> dict[str, Any] | None:
+        """How the model's answers are to be read, if its tokenizer says so."""
+        return getattr(self._tokenizer, "response_template", None)
 
     async def completion(self, prompt: str | list[int]) -> list[int]:
         """Token ids of a bare prompt, with the tokenizer's special tokens; ids are checked and passed on."""
@@ -59,15 +65,23 @@ class Renderer:
             raise ConfigError(f"cannot read a tokenizer from pair.hf_dir = {self._hf_dir}: {error}") from None
         return tokenizer, Vocabulary(tokenizer)
 
-    def _chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def _chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[int]:
         if not self._tokenizer.chat_template:
             raise RequestError("this model has no chat template; use /v1/completions", "messages")
+        if not self._template_knows_tools():
+            messages, tools = spell_out(messages, tools), []
         try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = self._tokenizer.apply_chat_template(
+                messages, tools=tools or None, tokenize=False, add_generation_prompt=True
+            )
         except TemplateError as error:
             raise RequestError(f"the model's chat template refuses these messages: {error}", "messages") from None
         # The template has written the special tokens already.
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _template_knows_tools(self) -> bool:
+        """Whether calls come out of the template in a form that can be read back."""
+        return self.response_template is not None or "<tool_call>" in str(self._tokenizer.chat_template)
 
     def _completion(self, prompt: str | list[int]) -> list[int]:
         token_ids = list(self._tokenizer(prompt).input_ids) if isinstance(prompt, str) else prompt

@@ -50,6 +50,7 @@ class Script:
     """How the worker answers: the texts it streams, and what goes wrong."""
 
     texts: list[str] = field(default_factory=lambda: [" two", " three"])
+    first_text: str = "one"
     finish_reason: FinishReason = "stop"
     protocol: int = PROTOCOL
     refuse_reserve: Failure | None = None
@@ -190,7 +191,7 @@ class FakeWorker:
         # Like the real one: the first token's text is the worker's to stream unless the client has it.
         texts = list(self.script.texts)
         if not start.first_text_sent:
-            texts.insert(0, "one")
+            texts.insert(0, self.script.first_text)
         for number, text in enumerate(texts):
             if number == self.script.fail_after_texts:
                 self.open.pop(request_id)
