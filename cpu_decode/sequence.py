@@ -7,9 +7,9 @@ import time
 from cpu_decode.landing import LandingReport
 from cpu_decode.llama import Model
 from cpu_decode.sampling import Sampler
-from cpu_decode.text import TextStream
 from transfer.messages import FinishReason, Reserve
 from transfer.stages import DecodeReport
+from transfer.text import TextStream
 
 
 class Sequence:
