@@ -190,6 +190,22 @@ def measure_link(json: Path | None, plot: Path | None, rounds: int, tokens: int)
 
 
 @cli.command()
+@click.option("--config", type=click.Path(path_type=Path), help="The cluster file; isthmus.toml if it is here.")
+@click.option("--peer", metavar="HOST", help="Also find the path MTU to this node, with packets not to be fragmented.")
+@click.option("--json", "as_json", is_flag=True, help="Print findings as JSON.")
+def doctor(config: Path | None, peer: str | None, as_json: bool) -> None:
+    """Look for what ruins results on this host, with the fix for each; exits 1 if anything fails.
+
+    With a cluster file also: memory for its worker, ports, and whether the nodes agree, as far as its proxy answers.
+    """
+    default = Path("isthmus.toml")
+    cluster = load(config) if config else load(default) if default.exists() else None
+    from isthmus.doctor import run
+
+    sys.exit(0 if run(cluster, peer, as_json) else 1)
+
+
+@cli.command()
 def version() -> None:
     """Print the version, and those of the engines that are installed."""
     click.echo(f"isthmus {metadata.version('isthmus')}")

@@ -55,6 +55,7 @@ def test_subcommands_are_those_that_are_documented() -> None:
         "keys make",
         "keys list",
         "demo",
+        "doctor",
         "measure",
         "measure codec",
         "measure link",
