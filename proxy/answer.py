@@ -99,11 +99,12 @@ class Answer(Response):
         await self._json(send, 200, whole | self._extras(entries), {"Server-Timing": entries[0].server_timing()})
 
     def _extras(self, entries: list[Entry]) -> dict[str, Any]:
-        """What the client asked for beyond OpenAI: one ledger entry, or a list of them if there are several prompts."""
-        if not self._call.body.isthmus:
-            return {}
-        seen = msgspec.to_builtins(entries)
-        return {"isthmus": seen if len(seen) > 1 else seen[0]}
+        """What the client asked for beyond OpenAI: one of each, or a list of them if there are several prompts."""
+        body = self._call.body
+        extras: dict[str, list[Any]] = {"isthmus": list(entries)} if body.isthmus else {}
+        if body.timings_per_token:
+            extras["timings"] = [entry.timings() for entry in entries]
+        return {name: msgspec.to_builtins(seen if len(seen) > 1 else seen[0]) for name, seen in extras.items()}
 
     async def _fail(self, error: Exception, send: Send) -> None:
         """Tell the client, as a JSON answer or, once the stream has begun, as its last event."""

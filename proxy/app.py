@@ -17,8 +17,9 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
+from proxy import tokenization
 from proxy.answer import REQUEST_ID_HEADER, Answer
-from proxy.failures import BodySizeError, describe, error_body
+from proxy.failures import BodySizeError, NotServedError, describe, error_body
 from proxy.gateway import Call, Gateway
 from proxy.openai import B, ChatBody, CompletionBody, parse
 from proxy.router import CODEC_HEADER, parse_codec, parse_route
@@ -45,6 +46,7 @@ def create_app(cluster: Cluster) -> FastAPI:
     app = FastAPI(title="Isthmus", lifespan=lifespan)
     app.state.gateway = gateway
     _add_inference(app, gateway)
+    tokenization.add(app, gateway)
     _add_views(app, gateway)
     _add_errors(app, gateway)
     return app
@@ -58,6 +60,12 @@ def _add_inference(app: FastAPI, gateway: Gateway) -> None:
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         return Answer(gateway, await _read_call(request, CompletionBody, gateway))
+
+    @app.post("/v1/embeddings")
+    async def embeddings() -> Response:
+        raise NotServedError(
+            "no embeddings here: both engines run the model as a generator; send them to a server with --runner pooling"
+        )
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -78,6 +86,15 @@ def _add_views(app: FastAPI, gateway: Gateway) -> None:
         some = any(up.values())
         body = {"status": "ok" if some else "down"} | {node: "up" if is_up else "down" for node, is_up in up.items()}
         return JSONResponse(body, 200 if some else 503)
+
+    @app.get("/health/live")
+    async def live() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/health/ready")
+    async def ready() -> JSONResponse:
+        some = gateway.prefill.up or gateway.decode.up
+        return JSONResponse({"status": "ok" if some else "down"}, 200 if some else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:

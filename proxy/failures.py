@@ -37,6 +37,12 @@ class BodySizeError(RequestError):
     code = "request_too_large"
 
 
+class NotServedError(RequestError):
+    """An endpoint of OpenAI's that this cluster has no engine for."""
+
+    code = "not_implemented"
+
+
 class Row(NamedTuple):
     """What the client is told about one class of error."""
 
@@ -46,6 +52,7 @@ class Row(NamedTuple):
 
 TABLE: dict[type[Exception], Row] = {
     UnknownModelError: Row(HTTPStatus.NOT_FOUND, "invalid_request_error"),
+    NotServedError: Row(HTTPStatus.NOT_IMPLEMENTED, "invalid_request_error"),
     BodySizeError: Row(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "invalid_request_error"),
     RequestError: Row(HTTPStatus.BAD_REQUEST, "invalid_request_error"),
     CapacityError: Row(HTTPStatus.SERVICE_UNAVAILABLE, "server_error"),

@@ -58,6 +58,22 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
         stages = ("queue", "tokenize", "route", "reserve", "prefill", "transfer_exposed", "decode", "total")
         return ", ".join(f"{stage};dur={getattr(self, f'{stage}_ns') / 1e6:.3f}" for stage in stages)
 
+    def timings(self) -> dict[str, float]:
+        """The two phases as llama-server says them, in milliseconds (``timings`` in its README)."""
+        prompt_n = max(1, self.prompt_tokens - self.kv_reused_tokens)
+        prompt_ms, predicted_ms = self.prefill_ns / 1e6, self.decode_ns / 1e6
+        return {
+            "cache_n": self.kv_reused_tokens,
+            "prompt_n": prompt_n,
+            "prompt_ms": prompt_ms,
+            "prompt_per_token_ms": prompt_ms / prompt_n,
+            "prompt_per_second": 1e3 * prompt_n / prompt_ms if prompt_ms else 0.0,
+            "predicted_n": self.completion_tokens,
+            "predicted_ms": predicted_ms,
+            "predicted_per_token_ms": predicted_ms / max(1, self.completion_tokens),
+            "predicted_per_second": 1e3 * self.completion_tokens / predicted_ms if predicted_ms else 0.0,
+        }
+
 
 class Account:
     """An open entry: filled on the request's way, closed once."""

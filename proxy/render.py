@@ -29,9 +29,19 @@ class Renderer:
         """Read tokenizer and vocabulary from the pair's folder; :class:`ConfigError` if they cannot be read."""
         self._tokenizer, self.vocabulary = await self._run(self._load)
 
-    async def chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
-        """Token ids of a conversation, with the template's opening of the assistant's turn."""
-        return await self._run(lambda: self._chat(messages, tools or []))
+    async def chat(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Token ids of a conversation, with the template's opening of the assistant's turn unless that is unwanted."""
+        return await self._run(lambda: self._chat(messages, tools or [], add_generation_prompt))
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of any text, even an empty one."""
+        return await self._run(lambda: list(self._tokenizer(text, add_special_tokens=add_special_tokens).input_ids))
 
     @property
     def response_template(self) -> dict[str, Any] | None:
@@ -65,14 +75,14 @@ class Renderer:
             raise ConfigError(f"cannot read a tokenizer from pair.hf_dir = {self._hf_dir}: {error}") from None
         return tokenizer, Vocabulary(tokenizer)
 
-    def _chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[int]:
+    def _chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], opening: bool) -> list[int]:
         if not self._tokenizer.chat_template:
             raise RequestError("this model has no chat template; use /v1/completions", "messages")
         if not self._template_knows_tools():
             messages, tools = spell_out(messages, tools), []
         try:
             text = self._tokenizer.apply_chat_template(
-                messages, tools=tools or None, tokenize=False, add_generation_prompt=True
+                messages, tools=tools or None, tokenize=False, add_generation_prompt=opening
             )
         except TemplateError as error:
             raise RequestError(f"the model's chat template refuses these messages: {error}", "messages") from None

@@ -102,3 +102,19 @@ def test_nodes(stack):
     assert view["prefill"]["up"]
     assert view["decode"]["welcome"]["num_cells"] == 1000
     assert view["decode"]["status"]["worker"] == "fake"
+
+
+def test_timings_as_llama_server_says_them(stack):
+    timings = stack.chat(timings_per_token=True).json()["timings"]
+    assert timings["predicted_n"] == 3
+    assert timings["predicted_ms"] == 3.0
+    assert timings["predicted_per_second"] == 1000.0
+    assert timings["prompt_n"] == stack.entries()[0]["prompt_tokens"]
+    assert timings["prompt_ms"] > 0
+    assert "timings" not in stack.chat().json()
+    last = [event for event in stack.chat(timings_per_token=True, stream=True).text.split("\n\n") if event][-2]
+    assert '"timings"' in last
+
+
+def test_live_and_ready(stack):
+    assert stack.http.get("/health/live").json() == stack.http.get("/health/ready").json() == {"status": "ok"}

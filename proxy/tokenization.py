@@ -1,0 +1,63 @@
+"""``POST /tokenize`` and ``/detokenize``, in vLLM's forms, with the tokenizer that requests go through."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field
+
+from proxy.gateway import Gateway
+from proxy.tools import Tool
+from proxy.turns import Turn, for_template
+from transfer.errors import RequestError
+
+MAX_TOKENS = 1 << 20
+
+
+class TokenizeBody(BaseModel):
+    """A text (``prompt``) or a conversation (``messages``), as the two inference endpoints would take it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Turn], Field(min_length=1)] | None = None
+    tools: list[Tool] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(BaseModel):
+    """Token ids to be read as text."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: str | None = None
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_TOKENS)]
+
+
+def add(app: FastAPI, gateway: Gateway) -> None:
+    """Both endpoints."""
+    renderer = gateway.renderer
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+        if (body.prompt is None) == (body.messages is None):
+            raise RequestError("give either prompt or messages", "prompt")
+        if body.messages is not None:
+            tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+            opening = body.add_generation_prompt
+            tokens = await renderer.chat(for_template(body.messages), tools, add_generation_prompt=opening)
+        else:
+            tokens = await renderer.tokenize(body.prompt or "", add_special_tokens=body.add_special_tokens)
+        found = {"count": len(tokens), "max_model_len": gateway.cluster.prefill.max_model_len, "tokens": tokens}
+        if body.return_token_strs:
+            found["token_strs"] = [renderer.vocabulary.text([token]) for token in tokens]
+        return found
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeBody) -> dict[str, str]:
+        renderer.require_known(body.tokens, "tokens")
+        return {"prompt": renderer.vocabulary.text(body.tokens)}
