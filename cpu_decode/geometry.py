@@ -11,7 +11,6 @@ import numpy as np
 from transfer.errors import ConfigError
 from transfer.geometry import KVGeometry, fingerprint_norm
 
-
 # Width of the window (0: none unless the file names one) and how often a layer without one comes, where the file is
 # silent; other architectures' windows llama.cpp either ignores or we have not compared.
 _WINDOW_PERIOD = {"gemma2": (4096, 2), "gemma3": (0, 6)}

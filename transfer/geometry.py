@@ -35,11 +35,6 @@ class KVGeometry(msgspec.Struct, frozen=True, kw_only=True):
         """K and V elements that one token takes in all layers."""
         return self.num_layers * self.num_kv_heads * (self.head_dim_k + self.head_dim_v)
 
-    def fingerprint(self) -> str:
-        """16 hex digits that change whenever any field does."""
-        canonical = msgspec.json.encode(msgspec.to_builtins(self), order="sorted")
-        return hashlib.blake2b(canonical, digest_size=8).hexdigest()
-
 
 def fingerprint_norm(norm_weight_bf16: bytes) -> str:
     """Identify a set of weights by its final norm vector.

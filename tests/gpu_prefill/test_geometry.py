@@ -51,15 +51,51 @@ def test_understands_how_configs_differ(tmp_path: Path, change: dict[str, Any], 
     assert getattr(read_geometry(write_model(tmp_path, LLAMA | change)), field) == value
 
 
+GEMMA = LLAMA | {"architectures": ["Gemma3ForCausalLM"], "num_hidden_layers": 7, "sliding_window": 512}
+
+
+@pytest.mark.parametrize(
+    ("change", "window_layers", "thetas"),
+    [
+        ({}, (0, 1, 2, 3, 4, 6), (100000.0, 100000.0)),
+        ({"sliding_window_pattern": 2}, (0, 2, 4, 6), (100000.0, 100000.0)),
+        ({"layer_types": ["full_attention"] + ["sliding_attention"] * 6}, (1, 2, 3, 4, 5, 6), (100000.0, 100000.0)),
+        ({"sliding_window": None}, (), (100000.0, 0.0)),
+        (
+            {"rope_parameters": None, "rope_theta": 1e6, "rope_local_base_freq": 10000.0},
+            (0, 1, 2, 3, 4, 6),
+            (1e6, 10000.0),
+        ),
+        (
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_theta": 1e6, "rope_type": "default"},
+                    "sliding_attention": {"rope_theta": 20000.0, "rope_type": "default"},
+                }
+            },
+            (0, 1, 2, 3, 4, 6),
+            (1e6, 20000.0),
+        ),
+    ],
+)
+def test_reads_windows_as_every_transformers_has_written_them(
+    tmp_path: Path, change: dict[str, Any], window_layers: tuple[int, ...], thetas: tuple[float, float]
+) -> None:
+    geometry = read_geometry(write_model(tmp_path, GEMMA | change))
+    assert geometry.window_layers == window_layers
+    assert geometry.sliding_window == (512 if window_layers else 0)
+    assert (geometry.rope_theta, geometry.window_rope_theta) == thetas
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"architectures": ["Gemma3ForCausalLM"]}, "norms plus one"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "Gemma3ForConditionalGeneration cannot be split yet"),
         ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM cannot be split yet; these can: .*Llama"),
         ({"architectures": None}, "unnamed cannot be split"),
         ({"kv_lora_rank": 512}, "caches a latent"),
         ({"sliding_window": 2048}, "sliding_window 2048 is in use"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window caches"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "LlamaForCausalLM with one cannot be split yet"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
         ({"num_hidden_layers": None}, r"config.json: num_hidden_layers must be a positive number, not None"),
         ({"vocab_size": "many"}, "vocab_size must be a positive number, not 'many'"),
