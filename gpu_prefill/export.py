@@ -17,7 +17,7 @@ from gpu_prefill.extract import gather
 from gpu_prefill.pages import Packing
 from gpu_prefill.schedule import Job, StepPlan
 from transfer.frames import Element
-from transfer.layout import Elements
+from transfer.layout import Elements, layers_together
 from transfer.messages import Ticket
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ class Exporter:
 
     ``layers`` are the caches in layer order, each ``[B, H, N, 2 * D]``. Where vLLM's scheduler counts in blocks of
     several kernel blocks, ``kernel_blocks`` is how many. ``interleave_dims`` is the rotary width of K if the model
-    keeps it in "half" order, else 0. A group of layers is what fits ``frame_bytes``. Steps in which exporting holds the
+    keeps it in "half" order, else 0. A group of layers is what fits ``frame_bytes``, less
+    towards the last (:func:`~transfer.layout.layers_together`). Steps in which exporting holds the
     forward up for longer than ``budget_ms`` are counted in ``steps_over_budget``.
     """
 
@@ -111,7 +112,7 @@ class Exporter:
 
     def layer_saved(self, layer: int) -> None:
         """The step's tokens of all layers up to ``layer`` are in the caches, or queued to be: export whole groups."""
-        if self._jobs and layer + 1 >= self._exported_layers + self._group_layers:
+        if self._jobs and layer + 1 >= self._exported_layers + self._due_layers:
             self._export_layers(layer + 1)
 
     def export(self, plan: StepPlan) -> None:
@@ -155,12 +156,16 @@ class Exporter:
     def _export_layers(self, end_layer: int) -> None:
         """Export the layers from the first that has not been exported up to ``end_layer``, group by group."""
         began = time.monotonic_ns()
-        for first in range(self._exported_layers, end_layer, self._group_layers):
-            layers = range(first, min(first + self._group_layers, end_layer))
+        while self._exported_layers < end_layer:
+            layers = range(self._exported_layers, min(self._exported_layers + self._due_layers, end_layer))
             for job in self._jobs:
                 self._run_job(job, layers)
-        self._exported_layers = end_layer
+            self._exported_layers = layers.stop
         self._blocked_ns += time.monotonic_ns() - began
+
+    @property
+    def _due_layers(self) -> int:
+        return layers_together(len(self._layers) - self._exported_layers, self._group_layers)
 
     def _run_job(self, job: Job, layers: range) -> None:
         if job.ticket not in self._request_of:

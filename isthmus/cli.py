@@ -178,15 +178,41 @@ def measure_codec(json: Path | None, plot: Path | None, rounds: int) -> None:
 @click.option("--json", type=click.Path(path_type=Path), help="Write samples, summary and environment to this file.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the summary into this file: .png, .svg or .pdf.")
 @click.option("--rounds", type=click.IntRange(1, 1000), default=9, show_default=True, help="Rounds, interleaved.")
-@click.option("--tokens", type=click.IntRange(1, 8192), default=2048, show_default=True, help="Tokens a transfer.")
-def measure_link(json: Path | None, plot: Path | None, rounds: int, tokens: int) -> None:
-    """KV from one process's blocks to another's landing buffers over loopback, by codec, against bare ZeroMQ.
+@click.option(
+    "--tokens", type=click.IntRange(1, 8192), default=2048, show_default=True, help="Loopback: tokens a transfer."
+)
+@click.option(
+    "--shaped", is_flag=True, help="Also over a veth shaped to 10 Gbit/s between two network namespaces; as root."
+)
+@click.option(
+    "--peer", metavar="tcp://HOST:PORT", help="Measure the path to the process that serves there, nothing else."
+)
+@click.option("--serve", metavar="tcp://HOST:PORT", help="Be that process, at this address of this host, for one run.")
+def measure_link(
+    json: Path | None,
+    plot: Path | None,
+    rounds: int,
+    tokens: int,
+    shaped: bool,
+    peer: str | None,
+    serve: str | None,
+) -> None:
+    """KV from one process's blocks to another's landing buffers, against bare ZeroMQ and iperf3.
 
-    Takes about 1 MiB of memory for every 2 tokens.
+    Alone: over loopback, by every codec; then injection into llama.cpp's cells against memcpy. With --shaped also over
+    a link of 10 Gbit/s, and what a simulated prefill leaves exposed there. Between two hosts: --serve on the one that
+    would decode, then --peer with the same address on the other. Serve on a trusted network only: orders need no key.
     """
-    from measurements.link import run
+    if sum(map(bool, (shaped, peer, serve))) > 1:
+        raise ConfigError("--shaped, --peer and --serve are different runs; give one of them")
+    from measurements import link
 
-    run(json, plot, rounds, tokens)
+    if serve is not None:
+        link.run_serve(serve)
+    elif peer is not None:
+        link.run_peer(json, plot, rounds, peer)
+    else:
+        link.run(json, plot, rounds, tokens, shaped=shaped)
 
 
 @cli.command()

@@ -1,278 +1,245 @@
-"""How fast KV moves from one process's blocks into another's landing buffers, against bare ZeroMQ and memcpy."""
+"""How fast KV moves from one process's blocks into another's landing buffers, and what a request notices of it.
+
+Every path is measured in the same way: one process serves (``link_receiver.py``), the other orders, sends and times
+(``link_sender.py``). On loopback the serving one is a child of this one; over a shaped link both are children, each in
+a network namespace; between two hosts a person starts both.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
-import secrets
-import statistics
+import json as jsonlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
-import zmq
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
-from cpu_decode.landing import LandingPlace, LandingPool, LandingReport
-from cpu_decode.state import ChunkState
-from measurements import result
+from measurements import link_exposed, link_inject, link_namespaces, link_receiver, link_sender, result
+from measurements.link_exposed import Prompt
+from measurements.link_sender import Peer, Sample
+from measurements.link_summary import IPERF3, MEMCPY, ZMQ, ZMQ_COPIED, summarize, tables
+from measurements.link_synthetic import GEOMETRY, TOKEN_BYTES, Chunk, chunks
 from transfer.codecs import landing_codecs
 from transfer.config import Link
-from transfer.errors import IsthmusError, LinkError
-from transfer.frames import HEADER_BYTES, Element
-from transfer.geometry import KVGeometry
-from transfer.layout import Elements, frame_elements, layers_per_frame
-from transfer.messages import Landing, Ticket
-from transfer.receiver import KVReceiver
-from transfer.sender import KVSender
+from transfer.errors import ConfigError, EngineError
+from transfer.seal import SealName
 
-Sample = dict[str, Any]
+CODECS = landing_codecs("bf16", GEOMETRY)
+SEALED: tuple[SealName, ...] = ("integrity", "aes-gcm")
+# A path's figures are of transfers that take about a second on it.
+PATH_TOKENS = 8192
+SHAPED_PORT = 7311
+END_S = 10.0
+EXPOSED_EVERY_ROUNDS = 2
 
-# Llama-3.1-8B: 128 KiB of 16-bit KV a token. The values are synthetic, so entropy-coded sizes and speeds are not real.
-GEOMETRY = KVGeometry(
-    model_fingerprint="synthetic",
-    num_layers=32,
-    num_kv_heads=8,
-    head_dim_k=128,
-    head_dim_v=128,
-    rope_dims=128,
-    rope_theta=500000.0,
-    rope_scaling="factors",
-    sliding_window=0,
-    vocab_size=128256,
-)
-DEADLINE_S = 60.0
-ZMQ = "bare ZeroMQ"
-MEMCPY = "memcpy"
-CODECS = landing_codecs("bf16")
+Way = Callable[[], Sample]
 
 
-def run(json: Path | None, plot: Path | None, rounds: int, num_tokens: int) -> None:
-    """Measure over loopback; print a table, write ``json`` and draw ``plot`` if given.
+def run(json: Path | None, plot: Path | None, rounds: int, num_tokens: int, *, shaped: bool) -> None:
+    """Measure loopback, injection and, if ``shaped``, a link of 10 Gbit/s; print, write ``json`` and draw ``plot``.
 
-    Raises :class:`LinkError` if a transfer fails and :class:`ConfigError` for files that cannot be written.
+    Raises :class:`LinkError` if a transfer fails and :class:`ConfigError` for what this host lacks.
     """
+    if shaped:
+        link_namespaces.require()
+    _measure(json, plot, lambda progress: _on_this_host(progress, rounds, num_tokens, shaped=shaped), "shaped_10g")
+
+
+def run_peer(json: Path | None, plot: Path | None, rounds: int, endpoint: str) -> None:
+    """Measure the path to the process that serves at ``endpoint``; print, write and draw as :func:`run` does."""
+    parse_endpoint(endpoint, "--peer")
+
+    def measured(progress: Progress) -> Iterator[Sample]:
+        with _peer(endpoint) as peer:
+            yield from over_path(progress, peer, rounds, PATH_TOKENS, Prompt())
+
+    _measure(json, plot, measured, "path")
+
+
+def run_serve(endpoint: str) -> None:
+    """Serve one run at ``endpoint``; :class:`ConfigError` if that is no address of this host."""
+    link_receiver.serve(*parse_endpoint(endpoint, "--serve"))
+
+
+def parse_endpoint(endpoint: str, option: str) -> tuple[str, int]:
+    """Host and port of ``tcp://HOST:PORT``; :class:`ConfigError` naming ``option`` if it is not that."""
+    parts = urlsplit(endpoint)
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if parts.scheme != "tcp" or not host or not port or parts.path:
+        raise ConfigError(f"{option} {endpoint!r} must be tcp://HOST:PORT, such as tcp://192.168.1.7:7311")
+    return host, port
+
+
+def _measure(json: Path | None, plot: Path | None, measured: Callable[[Progress], Iterator[Sample]], path: str) -> None:
     if plot is not None:
         # Fail before measuring, not after.
         import matplotlib as _  # noqa: F401
     environment = result.environment()
-    samples = []
     with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("link", total=rounds * (len(CODECS) + 2))
-        for sample in measure(rounds, num_tokens):
-            samples.append(sample)
-            progress.advance(task)
-    summary = summarize(samples)
+        samples = list(measured(progress))
+    summary = summarize(samples, path)
     if json is not None:
         result.write(json, "link", environment, samples, summary)
     if plot is not None:
+        from measurements.link_plot import draw
+
         draw(summary, plot)
-    Console().print(table(summary))
+    for table in tables(summary):
+        Console().print(table)
 
 
-def measure(rounds: int, num_tokens: int) -> Iterator[Sample]:
-    """GB/s of 16-bit elements for each way in turn; the order shifts by one each round, the first is not counted."""
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+def _on_this_host(progress: Progress, rounds: int, num_tokens: int, *, shaped: bool) -> Iterator[Sample]:
+    port = _free_port()
+    with _child(serve_command("127.0.0.1", port)), _peer(f"tcp://127.0.0.1:{port}") as peer:
+        yield from over_loopback(progress, peer, rounds, num_tokens)
+    if shaped:
+        # The measuring process shows its own.
+        progress.stop()
+        yield from _over_shaped_link(rounds)
+        progress.start()
+    task = progress.add_task("injection", total=None)
+    for sample in link_inject.measure(rounds):
+        yield {"part": "inject", **sample}
+        progress.advance(task)
+
+
+def over_loopback(progress: Progress, peer: Peer, rounds: int, num_tokens: int) -> Iterator[Sample]:
+    """Every codec, every seal, memcpy and bare ZeroMQ in turn, a prompt of ``num_tokens`` each."""
     link = Link()
-    receiver = KVReceiver(context, "127.0.0.1", GEOMETRY, frame_bytes=link.frame_mib << 20)
-    bare = context.socket(zmq.PULL)
-    bare.rcvhwm = 8
-    port = bare.bind_to_random_port("tcp://127.0.0.1")
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
-    child = spawn.Process(target=_send, args=(theirs, num_tokens, f"tcp://127.0.0.1:{port}"), daemon=True)
-    child.start()
-    blocks = synthetic(min(num_tokens, link.chunk_tokens))
-    copy = np.empty_like(blocks)
+    prompt = chunks(num_tokens, link.chunk_tokens)
+    copies = [np.empty_like(elements) for _, elements in prompt]
 
-    def memcpy() -> None:
-        for _ in range(0, num_tokens, link.chunk_tokens):
-            np.copyto(copy, blocks)
+    def memcpy() -> Sample:
+        began = time.monotonic_ns()
+        for (_, elements), copy in zip(prompt, copies, strict=True):
+            np.copyto(copy, elements)
+        return {"kv_bytes": num_tokens * TOKEN_BYTES, "seconds": (time.monotonic_ns() - began) / 1e9}
 
-    pool = LandingPool(GEOMETRY, "bf16", link.chunk_tokens, (link.credit_chunks + 1) * chunk_bytes(link))
-    ways: dict[str, Callable[[], None]] = {MEMCPY: memcpy, ZMQ: lambda: _receive_bare(bare, ours, num_tokens)}
-    ways |= {codec: _receiving(receiver, pool, ours, codec, num_tokens) for codec in CODECS}
+    ways = {MEMCPY: memcpy} | _bare_ways(peer, prompt, link) | _plane_ways(peer, prompt, link, CODECS)
+    yield from _in_turn(progress, "loopback", ways, rounds)
+
+
+def over_path(progress: Progress, peer: Peer, rounds: int, num_tokens: int, prompt: Prompt) -> Iterator[Sample]:
+    """Goodput by every way, then what a prefill of ``prompt`` exposes, then the receiver's memory."""
+    link = Link()
+    parts = chunks(num_tokens, link.chunk_tokens)
+    ways: dict[str, Way] = {}
+    if peer.has_iperf3:
+        ways[IPERF3] = lambda: link_sender.iperf3(peer, num_tokens * TOKEN_BYTES)
+    ways |= _bare_ways(peer, parts, link) | _plane_ways(peer, parts, link, ("raw", "q8"))
+    yield from _in_turn(progress, "path", ways, rounds)
+    prefill = link_exposed.Prefilling(peer, prompt)
+    exposures: dict[str, Way] = {
+        "raw": lambda: prefill.exposed("raw", "none"),
+        "q8": lambda: prefill.exposed("q8", "none"),
+        "raw aes-gcm": lambda: prefill.exposed("raw", "aes-gcm"),
+        "raw serial": lambda: prefill.exposed("raw", "none", overlap=False),
+    }
+    lone: dict[str, Way] = {
+        "raw": lambda: link_exposed.lone_frame(peer, "raw", "none"),
+        "q8": lambda: link_exposed.lone_frame(peer, "q8", "none"),
+    }
+    fewer = max(1, rounds // EXPOSED_EVERY_ROUNDS)
+    yield from _in_turn(progress, "frame", lone, fewer)
+    yield from _in_turn(progress, "exposed", exposures, fewer)
+    fresh: dict[str, Way] = {"raw": lambda: prefill.exposed("raw", "none", fresh=True)}
+    yield from _in_turn(progress, "memory", fresh, 1)
+
+
+def _bare_ways(peer: Peer, prompt: list[Chunk], link: Link) -> dict[str, Way]:
+    return {
+        ZMQ: lambda: link_sender.bare(peer, prompt, link, copied=False),
+        ZMQ_COPIED: lambda: link_sender.bare(peer, prompt, link, copied=True),
+    }
+
+
+def _plane_ways(peer: Peer, prompt: list[Chunk], link: Link, codecs: tuple[str, ...]) -> dict[str, Way]:
+    def way(codec: str, seal: SealName) -> Way:
+        return lambda: link_sender.plane(peer, codec, seal, prompt, link)
+
+    sealed = {f"raw {seal}": way("raw", seal) for seal in SEALED}
+    return {codec: way(codec, "none") for codec in codecs} | sealed
+
+
+def _in_turn(progress: Progress, part: str, ways: dict[str, Way], rounds: int) -> Iterator[Sample]:
+    """Each way once a round; the order shifts by one each round, the first round is not counted."""
     names = list(ways)
-    num_bytes = 2 * GEOMETRY.elements_per_token * num_tokens
+    task = progress.add_task(part, total=(rounds + 1) * len(names))
+    for turn in range(rounds + 1):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            sample = ways[name]()
+            progress.advance(task)
+            if turn:
+                yield {**sample, "part": part, "way": name, "round": turn}
+
+
+def _over_shaped_link(rounds: int) -> Iterator[Sample]:
+    """Both processes as children, each in a namespace of its own."""
+    with link_namespaces.shaped_link() as ends, tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "path.json"
+        host = ends.receiving_host
+        serving = link_namespaces.inside(ends.receiving, *serve_command(host, SHAPED_PORT))
+        measuring = _isthmus("--peer", f"tcp://{host}:{SHAPED_PORT}", "--rounds", str(rounds), "--json", str(written))
+        with _child(serving), _child(link_namespaces.inside(ends.sending, *measuring)) as process:
+            if process.wait():
+                raise EngineError(f"the measuring process in namespace {ends.sending} ended with {process.returncode}")
+        yield from jsonlib.loads(written.read_text())["samples"]
+
+
+def serve_command(host: str, port: int) -> list[str]:
+    """The command of a process that serves one run."""
+    return _isthmus("--serve", f"tcp://{host}:{port}")
+
+
+def _isthmus(*options: str) -> list[str]:
+    return [sys.executable, "-P", "-m", "isthmus", "measure", "link", *options]
+
+
+@contextmanager
+def _peer(endpoint: str) -> Iterator[Peer]:
+    peer = Peer(endpoint)
     try:
-        for turn in range(rounds + 1):
-            shift = turn % len(names)
-            for name in names[shift:] + names[:shift]:
-                began = time.monotonic_ns()
-                ways[name]()
-                if turn:
-                    yield {"way": name, "round": turn, "gb_per_s": num_bytes / (time.monotonic_ns() - began)}
+        yield peer
+        peer.leave()
     finally:
-        ours.send(None)
-        child.join(DEADLINE_S)
-        receiver.close()
-        bare.close()
-        context.term()
+        peer.close()
 
 
-def chunk_bytes(link: Link) -> int:
-    """About what one landing buffer takes."""
-    return 2 * GEOMETRY.elements_per_token * (link.chunk_tokens + 1)
+@contextmanager
+def _child(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A child process that is gone afterwards; what it prints is dropped, what it logs as warnings is shown."""
+    child = subprocess.Popen(  # noqa: S603 - our own command
+        command,
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"ISTHMUS_LOG": "warning"},
+        start_new_session=True,
+    )
+    try:
+        yield child
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(END_S)
+    finally:
+        if child.poll() is None:
+            # With what it has started itself.
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
 
 
-def synthetic(num_tokens: int) -> Elements:
-    """Normally distributed bf16 KV, uint16 ``[num_layers, elements of one layer]``."""
-    values = np.random.default_rng(0).standard_normal(frame_elements(GEOMETRY, num_tokens, 1)).astype(np.float32)
-    layer = (values.view(np.uint32) >> 16).astype(np.uint16)
-    return np.ascontiguousarray(np.broadcast_to(layer, (GEOMETRY.num_layers, layer.size)))
-
-
-def _receiving(
-    receiver: KVReceiver, pool: LandingPool, child: Connection, codec: str, num_tokens: int
-) -> Callable[[], None]:
-    """A transfer through the whole plane into bf16 landing buffers; a landed chunk's buffer is free at once."""
-    link = Link()
-    poller = zmq.Poller()
-    for socket in (receiver.control, receiver.frames):
-        poller.register(socket, zmq.POLLIN)
-
-    def receive() -> None:
-        done: list[LandingReport | IsthmusError] = []
-        granted = link.credit_chunks
-
-        def landed(chunk: ChunkState) -> None:
-            nonlocal granted
-            granted += 1
-            pool.give_back(chunk.buffer)
-            place.credit_chunks = granted
-            receiver.grant(ticket.ticket, granted)
-
-        place = LandingPlace(
-            GEOMETRY,
-            "bf16",
-            codec,
-            pool,
-            num_tokens=num_tokens,
-            chunk_tokens=link.chunk_tokens,
-            credit_chunks=granted,
-            on_chunk=landed,
-            on_end=done.append,
-            on_fail=done.append,
-        )
-        ticket = Ticket(
-            request_id=codec,
-            ticket=secrets.token_hex(16),
-            kv_endpoint=f"tcp://127.0.0.1:{receiver.port}",
-            codec=codec,
-            landing=Landing(cell_type="bf16", rope_order="half"),
-            chunk_tokens=link.chunk_tokens,
-            credit_chunks=granted,
-            deadline_ms=int(DEADLINE_S * 1000),
-        )
-        receiver.expect(ticket.ticket, place, granted)
-        child.send(ticket)
-        deadline_ns = time.monotonic_ns() + int(DEADLINE_S * 1e9)
-        while not done:
-            if not poller.poll(1000) and time.monotonic_ns() > deadline_ns:
-                raise LinkError(f"a transfer with codec {codec} did not finish within {DEADLINE_S:.0f} s")
-            receiver.turn()
-        if isinstance(done[0], IsthmusError):
-            raise done[0]
-
-    return receive
-
-
-def _receive_bare(socket: zmq.Socket[bytes], child: Connection, num_tokens: int) -> None:
-    child.send(ZMQ)
-    for _ in range(_frames_of(num_tokens)):
-        if not socket.poll(int(DEADLINE_S * 1000)):
-            raise LinkError("bare ZeroMQ fell silent")
-        socket.recv_multipart(copy=False)
-
-
-def _frames_of(num_tokens: int) -> int:
-    """Frames that the plane cuts ``num_tokens`` into."""
-    link = Link()
-    whole, rest = divmod(num_tokens, link.chunk_tokens)
-    counts = [link.chunk_tokens] * whole + [rest] * bool(rest)
-    return sum(-(-GEOMETRY.num_layers // layers_per_frame(GEOMETRY, n, link.frame_mib << 20)) for n in counts)
-
-
-def _send(orders: Connection, num_tokens: int, bare_endpoint: str) -> None:
-    """The other process: sends what it is told to, until told None."""
-    link = Link()
-    chunks = [
-        (tokens, synthetic(len(tokens)))
-        for start in range(0, num_tokens, link.chunk_tokens)
-        for tokens in (range(start, min(start + link.chunk_tokens, num_tokens)),)
-    ]
-    sender = KVSender(GEOMETRY, max_backlog_bytes=1 << 40, frame_bytes=link.frame_mib << 20)
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    bare = context.socket(zmq.PUSH)
-    bare.sndhwm = 4
-    bare.connect(bare_endpoint)
-    while (order := orders.recv()) is not None:
-        if isinstance(order, Ticket):
-            sender.open(order)
-            for tokens, elements in chunks:
-                sender.submit(order.ticket, tokens, 0, elements, Element.BF16, 0)
-            sender.finish(order.ticket, num_tokens)
-            continue
-        for _, elements in chunks:
-            group = layers_per_frame(GEOMETRY, elements.size // GEOMETRY.elements_per_token, link.frame_mib << 20)
-            for first in range(0, GEOMETRY.num_layers, group):
-                part = elements[first : first + group]
-                bare.send_multipart([bytes(HEADER_BYTES), part.view(np.uint8).data], copy=False)
-    sender.close()
-    bare.close(linger=0)
-    context.term()
-
-
-def summarize(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Plain numbers by way, with ratios taken within a round."""
-    rates = {(s["way"], s["round"]): s["gb_per_s"] for s in samples}
-    rounds = sorted({s["round"] for s in samples})
-    summary: dict[str, Any] = {}
-    for way in (MEMCPY, ZMQ, *CODECS):
-        values = [rates[way, turn] for turn in rounds]
-        summary[way] = {
-            "gb_per_s": statistics.median(values),
-            "smallest": min(values),
-            "largest": max(values),
-            "vs_zmq": statistics.median(rates[way, turn] / rates[ZMQ, turn] for turn in rounds),
-            "vs_raw": statistics.median(rates[way, turn] / rates["raw", turn] for turn in rounds),
-        }
-    summary["loopback_raw_gb_per_s"] = summary["raw"]["gb_per_s"]
-    summary["loopback_raw_vs_zmq"] = summary["raw"]["vs_zmq"]
-    return summary
-
-
-def table(summary: dict[str, Any]) -> Table:
-    """The summary for a terminal."""
-    shown = Table(title="GB/s of 16-bit KV over loopback, medians", title_justify="left")
-    shown.add_column("way", no_wrap=True)
-    for column in ("GB/s", "smallest", "largest", "of bare ZeroMQ", "of raw"):
-        shown.add_column(column, justify="right")
-    for way in (MEMCPY, ZMQ, *CODECS):
-        row = summary[way]
-        shown.add_row(way, *(f"{row[key]:.2f}" for key in ("gb_per_s", "smallest", "largest", "vs_zmq", "vs_raw")))
-    return shown
-
-
-def draw(summary: dict[str, Any], path: Path) -> None:
-    """Medians with smallest and largest, as a picture in the format of ``path``'s name."""
-    from matplotlib.figure import Figure
-
-    ways = [ZMQ, *CODECS]
-    middle = np.array([summary[way]["gb_per_s"] for way in ways])
-    spread = [
-        middle - [summary[way]["smallest"] for way in ways],
-        [summary[way]["largest"] for way in ways] - middle,
-    ]
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.bar(ways, middle, yerr=spread, capsize=3)
-    axes.axhline(1.25, color="grey", linestyle="--", label="10 Gbit/s")
-    axes.set(ylabel="GB/s of 16-bit KV", title="blocks to landing buffers over loopback: median, smallest, largest")
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -102,7 +102,7 @@ class Link(Section, frozen=True, kw_only=True):
 
     codec: str = AUTO_CODEC
     seal: SealName = "aes-gcm"
-    chunk_tokens: Count = 512
+    chunk_tokens: Count = 1024
     credit_chunks: Count = 2
     frame_mib: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
     transfer_deadline_s: Seconds = 60.0

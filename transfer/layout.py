@@ -77,6 +77,14 @@ def layers_per_frame(geometry: KVGeometry, num_tokens: int, frame_bytes: int) ->
     return max(1, min(geometry.num_layers, frame_bytes // (2 * frame_elements(geometry, num_tokens, 1))))
 
 
+def layers_together(left_layers: int, most_layers: int) -> int:
+    """How many of a step's ``left_layers`` leave together: ``most_layers``, but no more than half of them.
+
+    The last layer leaves alone then: whatever leaves with it waits for it, and the request for all of that.
+    """
+    return max(1, min(most_layers, left_layers // 2))
+
+
 def interleaved_index(head_dim: int, rope_dims: int) -> npt.NDArray[np.int64]:
     """Index ``p`` with ``interleaved == half[..., p]`` for one head of ``head_dim``; only ``rope_dims`` are moved."""
     index = np.arange(head_dim)
