@@ -27,7 +27,7 @@ from rich.progress import Progress
 from measurements import link_exposed, link_inject, link_namespaces, link_receiver, link_sender, result
 from measurements.link_exposed import Prompt
 from measurements.link_sender import Peer, Sample
-from measurements.link_summary import IPERF3, MEMCPY, ZMQ, ZMQ_COPIED, summarize, tables
+from measurements.link_summary import IPERF3, MEMCPY, ZMQ, ZMQ_COPIED, ZMQ_KEPT, summarize, tables
 from measurements.link_synthetic import GEOMETRY, TOKEN_BYTES, Chunk, chunks
 from transfer.codecs import landing_codecs
 from transfer.config import Link
@@ -102,9 +102,8 @@ def _measure(json: Path | None, plot: Path | None, measured: Callable[[Progress]
 
 
 def _on_this_host(progress: Progress, rounds: int, num_tokens: int, *, shaped: bool) -> Iterator[Sample]:
-    port = _free_port()
-    with _child(serve_command("127.0.0.1", port)), _peer(f"tcp://127.0.0.1:{port}") as peer:
-        yield from over_loopback(progress, peer, rounds, num_tokens)
+    with _local_peer() as peer, _local_peer() as bare_peer:
+        yield from over_loopback(progress, peer, bare_peer, rounds, num_tokens)
     if shaped:
         # The measuring process shows its own.
         progress.stop()
@@ -116,8 +115,11 @@ def _on_this_host(progress: Progress, rounds: int, num_tokens: int, *, shaped: b
         progress.advance(task)
 
 
-def over_loopback(progress: Progress, peer: Peer, rounds: int, num_tokens: int) -> Iterator[Sample]:
-    """Every codec, every seal, memcpy and bare ZeroMQ in turn, a prompt of ``num_tokens`` each."""
+def over_loopback(progress: Progress, peer: Peer, bare_peer: Peer, rounds: int, num_tokens: int) -> Iterator[Sample]:
+    """Every codec, every seal, memcpy and bare ZeroMQ in turn, a prompt of ``num_tokens`` each.
+
+    ``bare_peer`` serves bare messages only; ``peer`` everything else.
+    """
     link = Link()
     prompt = chunks(num_tokens, link.chunk_tokens)
     copies = [np.empty_like(elements) for _, elements in prompt]
@@ -128,7 +130,8 @@ def over_loopback(progress: Progress, peer: Peer, rounds: int, num_tokens: int) 
             np.copyto(copy, elements)
         return {"kv_bytes": num_tokens * TOKEN_BYTES, "seconds": (time.monotonic_ns() - began) / 1e9}
 
-    ways = {MEMCPY: memcpy} | _bare_ways(peer, prompt, link) | _plane_ways(peer, prompt, link, CODECS)
+    ways: dict[str, Way] = {MEMCPY: memcpy, ZMQ_KEPT: lambda: link_sender.bare(peer, prompt, link, copied=False)}
+    ways |= _bare_ways(bare_peer, prompt, link) | _plane_ways(peer, prompt, link, CODECS)
     yield from _in_turn(progress, "loopback", ways, rounds)
 
 
@@ -237,6 +240,14 @@ def _child(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
             # With what it has started itself.
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
+
+
+@contextmanager
+def _local_peer() -> Iterator[Peer]:
+    """A serving process on loopback."""
+    port = _free_port()
+    with _child(serve_command("127.0.0.1", port)), _peer(f"tcp://127.0.0.1:{port}") as peer:
+        yield peer
 
 
 def _free_port() -> int:

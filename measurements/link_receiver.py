@@ -6,24 +6,18 @@ It lands KV as the decode worker does, but injects nothing: the buffer of a comp
 from __future__ import annotations
 
 import secrets
-import select
-import shutil
-import socket
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import IO, cast
 
 import numpy as np
-import psutil
 import structlog
 import zmq
 
 from cpu_decode.landing import LandingPlace, LandingPool, LandingReport
 from cpu_decode.state import ChunkState
+from measurements import iperf, memory_peak
 from measurements.link_orders import (
     MAX_LANDING_TOKENS,
     MAX_ORDER_BYTES,
@@ -49,18 +43,18 @@ from measurements.link_synthetic import GEOMETRY, TOKEN_BYTES
 from transfer import codecs, keys
 from transfer.config import Link
 from transfer.doorkeeper import Doorkeeper
-from transfer.errors import CapacityError, ConfigError, EngineError, IsthmusError, LinkError, ProtocolError
+from transfer.errors import CapacityError, IsthmusError, LinkError, ProtocolError
 from transfer.listen import bind
 from transfer.messages import Landing, Ticket
 from transfer.receiver import KVReceiver
-from transfer.seal import NAMES
+from transfer.seal import SealName
 
 log = structlog.get_logger()
 
 # Nobody has given an order for so long that nobody will.
 IDLE_S = 600.0
 POLL_MS = 1000
-IPERF_START_S = 5.0
+FRAME_BYTES = Link().frame_mib << 20
 
 
 class Task:
@@ -93,7 +87,7 @@ class ReceivingAgent:
 
     def __init__(self, host: str, port: int, folder: Path) -> None:
         keys.make(folder)
-        own = keys.server(folder)
+        self._keys = keys.server(folder)
         self._host = host
         self._client = keys.client(folder, "prefill")
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -101,21 +95,17 @@ class ReceivingAgent:
         self._orders.maxmsgsize = MAX_ORDER_BYTES
         self._orders.linger = 1000
         bind(self._orders, host, port, "--serve")
-        self._doorkeeper = Doorkeeper(self._context, own)
-        frame_bytes = Link().frame_mib << 20
-        self._receivers = {
-            seal: KVReceiver(self._context, host, GEOMETRY, frame_bytes=frame_bytes, seal=seal, keys=own)
-            for seal in NAMES
-        }
+        self._doorkeeper = Doorkeeper(self._context, self._keys)
+        self._receivers: dict[SealName, KVReceiver] = {}
+        self._by_socket: dict[zmq.Socket[bytes], KVReceiver] = {}
         self._bare = self._context.socket(zmq.PULL)
         self._bare.rcvhwm = 8
-        self._bare.maxmsgsize = frame_bytes
+        self._bare.maxmsgsize = FRAME_BYTES
         self._bare_port = self._bare.bind_to_random_port(f"tcp://{host}")
         self._bare_left = 0
         self._bare_copy = np.empty(0, np.uint8)
         self._poller = zmq.Poller()
-        self._by_socket = {s: r for r in self._receivers.values() for s in (r.control, r.frames)}
-        for source in (self._orders, self._bare, *self._by_socket):
+        for source in (self._orders, self._bare):
             self._poller.register(source, zmq.POLLIN)
         self._pool: tuple[int, LandingPool] | None = None
         self._task: Task | None = None
@@ -167,7 +157,7 @@ class ReceivingAgent:
             case Greet():
                 if order.version != VERSION:
                     raise ProtocolError(f"version of the orders is {VERSION} here, {order.version} there")
-                return Greeted(**self._client._asdict(), has_iperf3=shutil.which("iperf3") is not None)
+                return Greeted(**self._client._asdict(), has_iperf3=iperf.is_installed())
             case Receive():
                 return self._expect(order)
             case ReceiveBare():
@@ -208,7 +198,7 @@ class ReceivingAgent:
                 f"{order.credit_chunks} chunks of {order.chunk_tokens} tokens are over the limit of "
                 f"{MAX_LANDING_TOKENS} tokens in flight"
             )
-        receiver, pool = self._receivers[order.seal], self._pool_for(order)
+        receiver, pool = self._receiver_for(order.seal), self._pool_for(order)
         ticket = Ticket(
             request_id=f"{order.codec} {order.seal}",
             ticket=secrets.token_hex(16),
@@ -220,7 +210,7 @@ class ReceivingAgent:
             deadline_ms=int(PATIENCE_S * 1000),
         )
         most_in_use = 0
-        before_bytes = _restart_memory_peak()
+        before_bytes = memory_peak.restart()
 
         def landed(chunk: ChunkState) -> None:
             nonlocal most_in_use
@@ -237,7 +227,7 @@ class ReceivingAgent:
                 decode_frame_ns=report.decode_frame_ns,
                 kv_wire_bytes=report.sender.kv_wire_bytes,
                 landing_bytes=most_in_use * pool.buffer_bytes,
-                grown_bytes=max(0, _memory_peak_bytes() - before_bytes),
+                grown_bytes=max(0, memory_peak.peak_bytes() - before_bytes),
             )
 
         def failed(error: IsthmusError) -> None:
@@ -263,6 +253,17 @@ class ReceivingAgent:
         task = self._task = Task(stop)
         return Expecting(ticket=ticket)
 
+    def _receiver_for(self, seal: SealName) -> KVReceiver:
+        """Made when first asked for: one that is only asked for bare messages stays a bare ZeroMQ program."""
+        if seal not in self._receivers:
+            receiver = self._receivers[seal] = KVReceiver(
+                self._context, self._host, GEOMETRY, frame_bytes=FRAME_BYTES, seal=seal, keys=self._keys
+            )
+            for source in (receiver.control, receiver.frames):
+                self._by_socket[source] = receiver
+                self._poller.register(source, zmq.POLLIN)
+        return self._receivers[seal]
+
     def _pool_for(self, order: Receive) -> LandingPool:
         """The buffers of the last transfer, if they fit: their pages are there already, as in a worker that has run."""
         if self._pool is None or self._pool[0] != order.chunk_tokens or order.fresh:
@@ -281,7 +282,7 @@ class ReceivingAgent:
             self._bare_left = 0
 
         self._bare_left = order.messages
-        self._bare_copy = np.empty((Link().frame_mib << 20) if order.copied else 0, np.uint8)
+        self._bare_copy = np.empty(FRAME_BYTES if order.copied else 0, np.uint8)
         self._task = Task(stop)
         return Listening(port=self._bare_port)
 
@@ -300,42 +301,6 @@ class ReceivingAgent:
 
     def _serve_iperf(self) -> Listening:
         self._abandon()
-        program = shutil.which("iperf3")
-        if program is None:
-            raise ConfigError("iperf3 is not installed on the serving host")
-        port = _free_port(self._host)
-        server = subprocess.Popen(  # noqa: S603 - constant command
-            [program, "-s", "-1", "-B", self._host, "-p", str(port), "--idle-timeout", "60", "--forceflush"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-
-        def stop() -> None:
-            server.kill()
-            server.communicate()
-
-        # Its first words come when it listens.
-        said, _, _ = select.select([cast(IO[bytes], server.stdout)], [], [], IPERF_START_S)
-        if not said or server.poll() is not None:
-            stop()
-            raise EngineError(f"iperf3 does not listen on {self._host}:{port}")
-        self._task = Task(stop)
-        return Listening(port=port)
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
-
-
-def _restart_memory_peak() -> int:
-    """Resident bytes now, from which the peak is counted again (proc(5): clear_refs, VmHWM)."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return int(psutil.Process().memory_info().rss)
-
-
-def _memory_peak_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM:"))
+        server = iperf.Server(self._host)
+        self._task = Task(server.stop)
+        return Listening(port=server.port)

@@ -6,9 +6,6 @@ answered that all has landed. One way back over the link is in every figure.
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -17,6 +14,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import zmq
 
+from measurements import iperf
 from measurements.link_orders import (
     BARE_HEADER,
     PATIENCE_S,
@@ -71,7 +69,7 @@ class Peer:
         except BaseException:
             self._close_sockets()
             raise
-        self.has_iperf3 = greeted.has_iperf3 and shutil.which("iperf3") is not None
+        self.has_iperf3 = greeted.has_iperf3 and iperf.is_installed()
         self.sender = KVSender(
             GEOMETRY,
             max_backlog_bytes=1 << 40,
@@ -197,23 +195,12 @@ def bare(peer: Peer, prompt: list[Chunk], link: Link, *, copied: bool) -> Sample
 
 
 def iperf3(peer: Peer, num_bytes: int) -> Sample:
-    """One TCP stream of ``num_bytes``, as iperf3's receiver timed it; CPU as iperf3 reports it for both ends."""
-    port = peer.ask(ServeIperf(), Listening).port
-    command = [shutil.which("iperf3") or "iperf3", "-c", peer.host, "-p", str(port), "-n", str(num_bytes), "-J"]
-    try:
-        done = subprocess.run(  # noqa: S603 - constant command
-            command, capture_output=True, text=True, check=False, timeout=PATIENCE_S
-        )
-        report = json.loads(done.stdout)
-    except (subprocess.TimeoutExpired, json.JSONDecodeError) as error:
-        raise EngineError(f"iperf3 has no result: {error}") from None
-    if "error" in report:
-        raise EngineError(f"iperf3: {report['error']}")
-    received, cpu = report["end"]["sum_received"], report["end"]["cpu_utilization_percent"]
-    seconds = float(received["seconds"])
+    """One TCP stream of ``num_bytes``, timed by iperf3 itself."""
+    listening = peer.ask(ServeIperf(), Listening)
+    stream = iperf.send(peer.host, listening.port, num_bytes)
     return {
-        "kv_bytes": int(received["bytes"]),
-        "seconds": seconds,
-        "sender_cpu_s": cpu["host_total"] / 100 * seconds,
-        "receiver_cpu_s": cpu["remote_total"] / 100 * seconds,
+        "kv_bytes": stream.num_bytes,
+        "seconds": stream.seconds,
+        "sender_cpu_s": stream.sender_cpu_s,
+        "receiver_cpu_s": stream.receiver_cpu_s,
     }

@@ -19,7 +19,9 @@ from transfer.config import Link
 Sample = dict[str, Any]
 Summary = dict[str, Any]
 
-MEMCPY, ZMQ, ZMQ_COPIED, IPERF3 = "memcpy", "bare ZeroMQ", "bare ZeroMQ, copied", "iperf3"
+MEMCPY, IPERF3 = "memcpy", "iperf3"
+# Into a process that is a bare ZeroMQ program; one that also copies each message; one that keeps its heap as the plane.
+ZMQ, ZMQ_COPIED, ZMQ_KEPT = "bare ZeroMQ", "bare ZeroMQ, copied", "bare ZeroMQ, heap kept"
 STAGES = ("encode", "wire", "decode_frame")
 CPU_SIDES = ("sender", "receiver")
 
@@ -32,6 +34,7 @@ def summarize(samples: Sequence[Sample], path: str) -> Summary:
         summary["loopback_raw_gb_per_s"] = summary["loopback"]["raw"]["gb_per_s"]["median"]
         summary["loopback_raw_vs_zmq"] = _ratio(loopback, "raw", ZMQ)
         summary["loopback_raw_vs_zmq_copied"] = _ratio(loopback, "raw", ZMQ_COPIED)
+        summary["loopback_raw_vs_zmq_heap_kept"] = _ratio(loopback, "raw", ZMQ_KEPT)
     if ways := _of(samples, "path"):
         summary[path] = _by_way(ways)
         if any(s["way"] == IPERF3 for s in ways):

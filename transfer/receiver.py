@@ -17,7 +17,7 @@ import msgspec
 import structlog
 import zmq
 
-from transfer import frames
+from transfer import frames, heap
 from transfer.codecs import CODECS
 from transfer.doorkeeper import FRAMES_DOMAIN
 from transfer.errors import CodecError, ConfigError, IsthmusError, LinkError, ProtocolError
@@ -122,6 +122,7 @@ class KVReceiver:
             raise ConfigError(f"seal {seal!r} needs keys: the session key must not travel in the clear")
         # Scales, lengths and incompressible planes may make a payload a little larger than its elements.
         self._max_payload_bytes = frame_bytes + frame_bytes // 16 + 1024
+        heap.keep_freed(RECEIVE_HIGH_WATER_MARK_FRAMES * self._max_payload_bytes)
         self._geometry = geometry
         self._frame_bytes = frame_bytes
         self._seal: SealName = seal

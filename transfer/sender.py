@@ -32,6 +32,7 @@ MAX_LINKS = 64
 IDLE_LINK_S = 60.0
 POLL_MS = 100
 CLOSE_LINGER_MS = 1000
+FRAMES_PER_TURN = 4
 
 
 class KVSender:
@@ -151,12 +152,18 @@ class KVSender:
         for link in list(self._links.values()):
             self._listen(link)
         self._tend(time.monotonic_ns())
-        # The transfer whose time runs out first goes first; one frame a turn keeps the inbox answered.
-        for transfer in sorted(self._transfers.values(), key=lambda transfer: transfer.deadline_ns):
-            if self._advance(transfer):
+        # Few frames a turn keep the inbox answered.
+        for _ in range(FRAMES_PER_TURN):
+            if not self._advance_first():
                 break
         self._watch()
         return True
+
+    def _advance_first(self) -> bool:
+        """Send one frame of the transfer whose time runs out first, of those that can; whether one was sent."""
+        return any(
+            self._advance(transfer) for transfer in sorted(self._transfers.values(), key=lambda t: t.deadline_ns)
+        )
 
     def _watch(self) -> None:
         """Wake up for writable sockets only where something waits to be written."""
