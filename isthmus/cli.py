@@ -207,6 +207,24 @@ def api_key_make(file: Path, name: str) -> None:
     click.echo(make(file, name))
 
 
+@cli.group("api-key")
+def api_key_group() -> None:
+    """Make the API keys by which clients are let in to the proxy."""
+
+
+@api_key_group.command("make")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("name")
+def api_key_make(file: Path, name: str) -> None:
+    """Add a key called NAME to FILE, which `api_keys_file` in [proxy] names, and print it.
+
+    FILE holds a hash only: note the key now. A running proxy lets it in after a restart.
+    """
+    from proxy.api_keys import make
+
+    click.echo(make(file, name))
+
+
 @cli.command()
 @click.option("--compare", is_flag=True, help="Ask by the routes split, gpu and cpu in turn and compare the medians.")
 @click.option("--keep", is_flag=True, help="Leave the stack up afterwards and say how to talk to it.")

@@ -23,7 +23,8 @@ def configure() -> None:
         raise ConfigError(f"ISTHMUS_LOG is {level!r}; it must be one of {', '.join(LEVELS)}")
     terminal = sys.stderr.isatty()
     renderers = (
-        [structlog.dev.ConsoleRenderer()]
+        # Its own tracebacks would show local variables, prompts among them.
+        [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
         if terminal
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+import ssl
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -132,7 +133,18 @@ def _nodes(config: Path, probes: _Probes) -> list[Child]:
 
 
 def _proxy_url(cluster: Cluster) -> str:
-    return f"http://{_reachable(cluster.proxy.host)}:{cluster.proxy.port}"
+    scheme = "https" if cluster.proxy.tls_cert else "http"
+    return f"{scheme}://{_reachable(cluster.proxy.host)}:{cluster.proxy.port}"
+
+
+def _own_certificate(cluster: Cluster) -> ssl.SSLContext | bool:
+    """Trust in the proxy's certificate and no other, whatever name it was made out to; True where there is none."""
+    if not cluster.proxy.tls_cert:
+        return True
+    context = ssl.create_default_context(cafile=cluster.proxy.tls_cert)
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    context.check_hostname = False
+    return context
 
 
 def _reachable(host: str) -> str:
@@ -145,7 +157,7 @@ class _Probes:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self._keys = keys.client(Path(cluster.keys.dir), "proxy") if cluster.keys.dir else None
-        self._http = httpx.Client(timeout=PROBE_S, trust_env=False)
+        self._http = httpx.Client(timeout=PROBE_S, trust_env=False, verify=_own_certificate(cluster))
         self._zmq = zmq.Context()
 
     def __enter__(self) -> Self:

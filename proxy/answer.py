@@ -6,6 +6,7 @@ All of a request's life after parsing runs inside the response, so that there is
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -33,12 +34,16 @@ log = structlog.get_logger()
 
 
 class Answer(Response):
-    """Serves ``call`` and closes its ledger entries, one for each prompt, however it ends."""
+    """Serves ``call`` and closes its ledger entries, one for each prompt, however it ends.
 
-    def __init__(self, gateway: Gateway, call: Call) -> None:
+    ``spend`` is told how many tokens it took, prompts included.
+    """
+
+    def __init__(self, gateway: Gateway, call: Call, spend: Callable[[int], None]) -> None:
         super().__init__()
         self._gateway = gateway
         self._call = call
+        self._spend = spend
         self._parts = parts(call, gateway.model)
         self._accounts = [part.account for part in self._parts]
         self._entries: list[Entry] = []
@@ -118,6 +123,7 @@ class Answer(Response):
     def _close(self, status: str) -> list[Entry]:
         if not self._entries:
             self._entries = [self._gateway.close(account, status) for account in self._accounts]
+            self._spend(sum(entry.prompt_tokens + entry.completion_tokens for entry in self._entries))
         return self._entries
 
     def _saw_text(self, choice: int) -> None:

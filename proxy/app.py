@@ -17,11 +17,13 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-from proxy import tokenization
+from proxy import api_keys, tokenization
 from proxy.answer import REQUEST_ID_HEADER, Answer
 from proxy.failures import BodySizeError, NotServedError, describe, error_body
 from proxy.gateway import Call, Gateway
+from proxy.guard import Guard
 from proxy.openai import B, ChatBody, CompletionBody, parse
+from proxy.rates import Rates
 from proxy.router import CODEC_HEADER, parse_codec, parse_route
 from proxy.router import HEADER as ROUTE_HEADER
 from transfer.config import Cluster
@@ -44,22 +46,30 @@ def create_app(cluster: Cluster) -> FastAPI:
             yield
 
     app = FastAPI(title="Isthmus", lifespan=lifespan)
+    app.add_middleware(Guard, keys=api_keys.load(cluster.proxy.api_keys_file))
     app.state.gateway = gateway
-    _add_inference(app, gateway)
+    rates = Rates(cluster.proxy.requests_per_minute, cluster.proxy.tokens_per_minute)
+    _add_inference(app, gateway, rates)
     tokenization.add(app, gateway)
     _add_views(app, gateway)
     _add_errors(app, gateway)
     return app
 
 
-def _add_inference(app: FastAPI, gateway: Gateway) -> None:
+def _add_inference(app: FastAPI, gateway: Gateway, rates: Rates) -> None:
+    async def answer(request: Request, kind: type[B]) -> Response:
+        api_key: str = request.state.api_key
+        rates.admit(api_key)
+        call = await _read_call(request, kind, gateway)
+        return Answer(gateway, call, lambda tokens: rates.spend(api_key, tokens))
+
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return Answer(gateway, await _read_call(request, ChatBody, gateway))
+        return await answer(request, ChatBody)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return Answer(gateway, await _read_call(request, CompletionBody, gateway))
+        return await answer(request, CompletionBody)
 
     @app.post("/v1/embeddings")
     async def embeddings() -> Response:

@@ -11,6 +11,7 @@ from transfer.errors import (
     ConfigError,
     EngineError,
     GeometryError,
+    IsthmusError,
     LinkError,
     ProtocolError,
     RequestError,
@@ -43,6 +44,22 @@ class NotServedError(RequestError):
     code = "not_implemented"
 
 
+class AuthenticationError(IsthmusError):
+    """The client presents no API key, or one that is not ours."""
+
+    code = "invalid_api_key"
+
+
+class RateLimitError(IsthmusError):
+    """An API key's minute is used up; the next one begins in ``retry_after_s``."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class Row(NamedTuple):
     """What the client is told about one class of error."""
 
@@ -52,6 +69,8 @@ class Row(NamedTuple):
 
 TABLE: dict[type[Exception], Row] = {
     UnknownModelError: Row(HTTPStatus.NOT_FOUND, "invalid_request_error"),
+    AuthenticationError: Row(HTTPStatus.UNAUTHORIZED, "authentication_error"),
+    RateLimitError: Row(HTTPStatus.TOO_MANY_REQUESTS, "rate_limit_error"),
     NotServedError: Row(HTTPStatus.NOT_IMPLEMENTED, "invalid_request_error"),
     BodySizeError: Row(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "invalid_request_error"),
     RequestError: Row(HTTPStatus.BAD_REQUEST, "invalid_request_error"),
@@ -81,8 +100,18 @@ def describe(error: Exception) -> Failed:
     planned = row is not TABLE[Exception]
     code = getattr(error, "code", "internal_error") if planned else "internal_error"
     message = str(error) if planned else "internal error; the proxy's log has the details"
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if row.status == HTTPStatus.SERVICE_UNAVAILABLE else {}
-    return Failed(row.status, error_body(message, row.type, getattr(error, "param", None), code), headers, code)
+    body = error_body(message, row.type, getattr(error, "param", None), code)
+    return Failed(row.status, body, _headers(error, row.status), code)
+
+
+def _headers(error: Exception, status: HTTPStatus) -> dict[str, str]:
+    match status:
+        case HTTPStatus.UNAUTHORIZED:
+            return {"WWW-Authenticate": "Bearer"}
+        case HTTPStatus.TOO_MANY_REQUESTS | HTTPStatus.SERVICE_UNAVAILABLE:
+            return {"Retry-After": str(getattr(error, "retry_after_s", RETRY_AFTER_S))}
+        case _:
+            return {}
 
 
 def error_body(message: str, kind: str, param: str | None, code: str) -> dict[str, Any]:

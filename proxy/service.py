@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import structlog
 import uvicorn
 
@@ -9,17 +11,16 @@ from proxy.app import create_app
 from transfer.config import Cluster
 from transfer.errors import EngineError
 
-DRAIN_S = 5
-
 log = structlog.get_logger()
 
 
 def run(cluster: Cluster) -> None:
-    """Serve until SIGINT or SIGTERM; open requests get ``DRAIN_S`` seconds to finish and are aborted then.
+    """Serve until SIGINT or SIGTERM; open requests get ``[proxy] drain_s`` to finish and are aborted then.
 
     Raises :class:`EngineError` if the application could not start.
     """
-    log.info("proxy starts", url=f"http://{cluster.proxy.host}:{cluster.proxy.port}", model=cluster.pair.name)
+    scheme = "https" if cluster.proxy.tls_cert else "http"
+    log.info("proxy starts", url=f"{scheme}://{cluster.proxy.host}:{cluster.proxy.port}", model=cluster.pair.name)
     config = uvicorn.Config(
         create_app(cluster),
         host=cluster.proxy.host,
@@ -28,7 +29,9 @@ def run(cluster: Cluster) -> None:
         access_log=False,
         lifespan="on",
         ws="none",
-        timeout_graceful_shutdown=DRAIN_S,
+        timeout_graceful_shutdown=math.ceil(cluster.proxy.drain_s),
+        ssl_certfile=cluster.proxy.tls_cert or None,
+        ssl_keyfile=cluster.proxy.tls_key or None,
     )
     server = uvicorn.Server(config)
     server.run()

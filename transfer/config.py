@@ -82,12 +82,23 @@ class Decode(Section, frozen=True, kw_only=True):
 
 
 class Proxy(Section, frozen=True, kw_only=True):
-    """The HTTP endpoint. At most ``max_running`` requests run and ``max_queued`` wait; more get 503."""
+    """The HTTP endpoint. At most ``max_running`` requests run and ``max_queued`` wait; more get 503.
+
+    ``api_keys_file`` holds the hashes of the keys that are let in, each for ``requests_per_minute`` and
+    ``tokens_per_minute`` (0: any number). ``tls_cert`` and ``tls_key`` are PEM files; without them HTTP is in the clear.
+    A proxy that is asked to end (SIGTERM) gives open requests ``drain_s``.
+    """
 
     host: str = "127.0.0.1"
     port: Port = 8100
     max_running: Count = 16
     max_queued: Count = 256
+    drain_s: Seconds = 30.0
+    api_keys_file: str = ""
+    requests_per_minute: Annotated[int, msgspec.Meta(ge=0)] = 0
+    tokens_per_minute: Annotated[int, msgspec.Meta(ge=0)] = 0
+    tls_cert: str = ""
+    tls_key: str = ""
     ledger_entries: Count = 1000
 
 
@@ -126,7 +137,7 @@ class Cluster(Section, frozen=True, kw_only=True):
 
 
 def load(path: Path) -> Cluster:
-    """Read a cluster file. Relative paths in ``[pair]`` and ``[keys]`` are taken from the file's folder.
+    """Read a cluster file. Relative paths are taken from the file's folder.
 
     Raises :class:`ConfigError` naming the file, the key and what is wrong with it.
     """
@@ -149,7 +160,18 @@ def load(path: Path) -> Cluster:
         if not found:
             raise ConfigError(f"{path}: {getattr(pair, key)} does not exist - at `$.pair.{key}`")
     keys = Keys(dir=str(base / cluster.keys.dir)) if cluster.keys.dir else cluster.keys
-    return msgspec.structs.replace(cluster, pair=pair, keys=keys)
+    return msgspec.structs.replace(cluster, pair=pair, keys=keys, proxy=_with_files(cluster.proxy, path))
+
+
+def _with_files(proxy: Proxy, path: Path) -> Proxy:
+    if bool(proxy.tls_cert) != bool(proxy.tls_key):
+        raise ConfigError(f"{path}: TLS needs both tls_cert and tls_key - at `$.proxy`")
+    named = {key: getattr(proxy, key) for key in ("api_keys_file", "tls_cert", "tls_key") if getattr(proxy, key)}
+    found = {key: path.resolve().parent / name for key, name in named.items()}
+    for key, file in found.items():
+        if not file.is_file():
+            raise ConfigError(f"{path}: {file} does not exist - at `$.proxy.{key}`")
+    return msgspec.structs.replace(proxy, **{key: str(file) for key, file in found.items()})
 
 
 def keys_folder(cluster: Cluster) -> Path | None:

@@ -65,7 +65,8 @@ def serving(app: Any, port: int) -> Iterator[None]:
     thread = threading.Thread(target=server.run, name=f"server {port}")
     thread.start()
     try:
-        wait_until(lambda: server.started or not thread.is_alive())
+        # The first one imports transformers, which takes long on a busy machine.
+        wait_until(lambda: server.started or not thread.is_alive(), 60)
         assert server.started
         yield
     finally:

@@ -1,0 +1,38 @@
+"""The door in front of the application: who presents no API key gets no further than ``/health``."""
+
+from __future__ import annotations
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from proxy.api_keys import ApiKeys
+from proxy.failures import AuthenticationError, describe
+
+NOBODY = ""
+_OPEN_PATHS = ("/health", "/health/live", "/health/ready")
+
+
+class Guard:
+    """ASGI middleware; whoever passes is named in ``scope["state"]["api_key"]``."""
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request pass, or answer 401."""
+        if scope["type"] == "http":
+            holder = self._holder(scope)
+            if holder is None:
+                failed = describe(AuthenticationError("a valid API key is needed: Authorization: Bearer KEY"))
+                await JSONResponse(failed.body, failed.status, failed.headers)(scope, receive, send)
+                return
+            scope.setdefault("state", {})["api_key"] = holder
+        await self._app(scope, receive, send)
+
+    def _holder(self, scope: Scope) -> str | None:
+        if not self._keys or scope["path"] in _OPEN_PATHS:
+            return NOBODY
+        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        return self._keys.holder(key.strip()) if scheme.lower() == "bearer" else None

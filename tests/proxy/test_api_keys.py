@@ -1,0 +1,150 @@
+"""Who is let in, how often, and what is kept about it."""
+
+from __future__ import annotations
+
+import hashlib
+import stat
+
+import pytest
+
+from proxy import api_keys
+from proxy.failures import RateLimitError
+from proxy.rates import Rates
+from tests.proxy.conftest import Stack, make_cluster, running
+from tests.proxy.test_failures import error_of
+from transfer.errors import ConfigError
+
+OPEN_PATHS = ("/health", "/health/live", "/health/ready")
+GUARDED_PATHS = ("/v1/models", "/metrics", "/ledger", "/nodes", "/docs", "/openapi.json", "/nothing")
+
+
+@pytest.fixture(scope="module")
+def keys_file(tmp_path_factory):
+    return tmp_path_factory.mktemp("keys") / "api_keys"
+
+
+@pytest.fixture(scope="module")
+def alice(keys_file) -> str:
+    return api_keys.make(keys_file, "alice")
+
+
+@pytest.fixture(scope="module")
+def shared_stack(hf_dir, keys_file, alice):
+    with running(make_cluster(hf_dir, api_keys_file=str(keys_file))) as stack:
+        stack.http.headers["Authorization"] = f"Bearer {alice}"
+        yield stack
+
+
+def test_only_a_hash_is_kept(keys_file, alice):
+    text = keys_file.read_text()
+    assert alice not in text
+    assert text == f"alice {hashlib.sha256(alice.encode()).hexdigest()}\n"
+    assert stat.S_IMODE(keys_file.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    "header", ["", "Bearer", "Bearer wrong", "Basic {}", "{}", "Bearer {}x", "Bearer x{}", "bearer {} {}"]
+)
+def test_nobody_else_comes_in(stack: Stack, alice, header):
+    headers = {"Authorization": header.replace("{}", alice)}
+    for path in GUARDED_PATHS:
+        response = stack.http.get(path, headers=headers)
+        assert error_of(response, 401)["code"] == "invalid_api_key"
+        assert response.headers["www-authenticate"] == "Bearer"
+    assert error_of(stack.chat(headers), 401)
+    assert not stack.prefill.bodies
+    for path in OPEN_PATHS:
+        assert stack.http.get(path, headers=headers).status_code == 200
+
+
+def test_a_key_comes_in(stack: Stack, alice):
+    assert stack.chat().status_code == 200
+    assert stack.chat({"Authorization": f"bearer  {alice}"}).status_code == 200
+    assert stack.http.get("/v1/models").status_code == 200
+
+
+def test_the_environments_key(monkeypatch):
+    monkeypatch.setenv(api_keys.ENVIRONMENT, "open sesame")
+    keys = api_keys.load("")
+    assert keys.holder("open sesame") == "environment"
+    assert keys.holder("open") is None
+    monkeypatch.delenv(api_keys.ENVIRONMENT)
+    assert not api_keys.load("")
+
+
+def test_names_and_comments_in_the_file(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("# people\n\n")
+    keys = {name: api_keys.make(path, name) for name in ("a", "b")}
+    loaded = api_keys.load(str(path))
+    assert {name: loaded.holder(key) for name, key in keys.items()} == {"a": "a", "b": "b"}
+    with pytest.raises(ConfigError, match="has a key called 'a'"):
+        api_keys.make(path, "a")
+    with pytest.raises(ConfigError, match="letters"):
+        api_keys.make(path, "a b")
+
+
+@pytest.mark.parametrize("line", ["alice", "alice abc", "alice " + "G" * 64, "a b " + "0" * 64])
+def test_a_line_that_is_no_key_is_named(tmp_path, line):
+    path = tmp_path / "keys"
+    path.write_text(f"ok {'0' * 64}\n{line}\n")
+    with pytest.raises(ConfigError, match="line 2"):
+        api_keys.load(str(path))
+
+
+def test_a_name_twice_and_a_file_that_is_not_there(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text(f"ok {'0' * 64}\nok {'1' * 64}\n")
+    with pytest.raises(ConfigError, match="twice"):
+        api_keys.load(str(path))
+    with pytest.raises(ConfigError, match=r"proxy\.api_keys_file"):
+        api_keys.load(str(tmp_path / "none"))
+
+
+def test_requests_in_a_minute_by_key():
+    rates = Rates(2, 0)
+    rates.admit("a")
+    rates.admit("a")
+    with pytest.raises(RateLimitError, match="2 requests") as caught:
+        rates.admit("a")
+    assert 1 <= caught.value.retry_after_s <= 60
+    rates.admit("b")
+
+
+def test_tokens_in_a_minute_by_key():
+    rates = Rates(0, 100)
+    rates.admit("a")
+    rates.spend("a", 99)
+    rates.admit("a")
+    rates.spend("a", 500)
+    with pytest.raises(RateLimitError, match="100 tokens"):
+        rates.admit("a")
+    rates.admit("b")
+
+
+def test_a_client_that_asks_too_much_is_told_when_to_come_back(hf_dir, tmp_path):
+    path = tmp_path / "keys"
+    keys = [api_keys.make(path, name) for name in ("a", "b")]
+    cluster = make_cluster(hf_dir, api_keys_file=str(path), tokens_per_minute=20)
+    with running(cluster) as stack:
+        first, second = ({"Authorization": f"Bearer {key}"} for key in keys)
+        assert stack.chat(first).json()["usage"]["total_tokens"] > 20
+        refused = stack.chat(first)
+        assert error_of(refused, 429)["code"] == "rate_limit_exceeded"
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        assert stack.chat(second).status_code == 200
+        stack.assert_idle()
+
+
+def test_no_prompt_and_no_answer_is_logged(stack: Stack, capfd):
+    secret = "xyzzy"
+    stack.prefill.script.first_text = "plugh"
+    stack.chat(messages=[{"role": "user", "content": secret}])
+    stack.complete(prompt=secret, max_tokens=1000)
+    stack.chat(messages=[{"role": "user", "content": secret}], temperature=3)
+    stack.worker.script.fail_after_texts = 1
+    stack.chat(messages=[{"role": "user", "content": secret}])
+    written = "".join(capfd.readouterr())
+    assert "request closed" in written
+    assert secret not in written
+    assert "plugh" not in written
