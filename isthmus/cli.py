@@ -207,24 +207,6 @@ def api_key_make(file: Path, name: str) -> None:
     click.echo(make(file, name))
 
 
-@cli.group("api-key")
-def api_key_group() -> None:
-    """Make the API keys by which clients are let in to the proxy."""
-
-
-@api_key_group.command("make")
-@click.argument("file", type=click.Path(path_type=Path))
-@click.argument("name")
-def api_key_make(file: Path, name: str) -> None:
-    """Add a key called NAME to FILE, which `api_keys_file` in [proxy] names, and print it.
-
-    FILE holds a hash only: note the key now. A running proxy lets it in after a restart.
-    """
-    from proxy.api_keys import make
-
-    click.echo(make(file, name))
-
-
 @cli.command()
 @click.option("--compare", is_flag=True, help="Ask by the routes split, gpu and cpu in turn and compare the medians.")
 @click.option("--keep", is_flag=True, help="Leave the stack up afterwards and say how to talk to it.")
@@ -249,6 +231,20 @@ def measure() -> None:
 def measure_codec(json: Path | None, plot: Path | None, rounds: int) -> None:
     """Size, speed and fidelity of every codec, on KV of real prompts through the default model."""
     from measurements.codec import run
+
+    run(json, plot, rounds)
+
+
+@measure.command("prefill")
+@click.option("--json", type=click.Path(path_type=Path), help="Write samples, summary and environment to this file.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the summary into this file: .png, .svg or .pdf.")
+@click.option("--rounds", type=click.IntRange(1, 1000), default=7, show_default=True, help="Rounds, interleaved.")
+def measure_prefill(json: Path | None, plot: Path | None, rounds: int) -> None:
+    """Prefill in vLLM by prompt length and cached prefix; with and without exporting the KV.
+
+    Starts two servers with the default model.
+    """
+    from measurements.prefill import run
 
     run(json, plot, rounds)
 
@@ -292,6 +288,52 @@ def measure_link(
         link.run_peer(json, plot, rounds, peer)
     else:
         link.run(json, plot, rounds, tokens, shaped=shaped)
+
+
+@measure.command("advise")
+@click.option("--json", type=click.Path(path_type=Path), help="Write samples, summary and environment to this file.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the curves into this file: .png, .svg or .pdf.")
+@click.option("--gpu", default="rtx4070s", show_default=True, help="The prefill node: a shipped profile, or a file.")
+@click.option("--cpu", default="dual-e5-2680v4", show_default=True, help="The decode node: the same.")
+@click.option("--link", default="10gbe", show_default=True, help="What joins them: the same.")
+@click.option("--model", default="llama-3.1-8b-q4", show_default=True, help="The model pair's shape: the same.")
+@click.option("--codec", "names", multiple=True, default=("raw", "q8"), show_default=True, help="Codec. Repeatable.")
+@click.option("--workload", "workloads", multiple=True, help="Only this workload. Repeatable.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="A number, as gpu.memory_gb_per_s=600.")
+@click.option("--results", type=click.Path(path_type=Path), help="Folder whose codec.json and link.json to go by.")
+@click.option("--validate", is_flag=True, help="Only compare the simulation with published measurements.")
+def measure_advise(
+    json: Path | None,
+    plot: Path | None,
+    gpu: str,
+    cpu: str,
+    link: str,
+    model: str,
+    names: tuple[str, ...],
+    workloads: tuple[str, ...],
+    assignments: tuple[str, ...],
+    results: Path | None,
+    validate: bool,
+) -> None:
+    """Simulate the architectures gpu, cpu, replicated and split on hardware given by numbers, and say which pays.
+
+    Profiles of hardware and models are TOML or JSON; those that ship name the sources of their numbers.
+    """
+    from measurements import advise, profiles
+
+    if validate:
+        advise.validate(json)
+        return
+    setup = profiles.Setup(
+        gpu=profiles.read(gpu, profiles.Device),
+        cpu=profiles.read(cpu, profiles.Device),
+        link=profiles.read(link, profiles.LinkSpeed),
+        model=profiles.read(model, profiles.ModelShape),
+        codecs=profiles.codecs(names),
+    )
+    if results is not None:
+        setup = profiles.with_results(setup, results)
+    advise.run(profiles.changed(setup, assignments), workloads, json, plot)
 
 
 @cli.command()

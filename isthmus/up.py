@@ -93,12 +93,12 @@ def run(cluster: Cluster) -> None:
 
 def cluster_on_free_ports(pair: Pair) -> Cluster:
     """The default cluster for ``pair`` on loopback, on ports that nothing listens on now."""
-    prefill, control, kv, kv_control, proxy = _free_ports(5)
+    prefill, control, kv, kv_control, proxy, registry = free_ports(6)
     return Cluster(
         pair=pair,
         prefill=Prefill(port=prefill),
         decode=Decode(control_port=control, kv_port=kv, kv_control_port=kv_control),
-        proxy=Proxy(port=proxy),
+        proxy=Proxy(port=proxy, registry_port=registry),
     )
 
 
@@ -110,7 +110,8 @@ def with_keys(cluster: Cluster, folder: Path) -> Cluster:
     return msgspec.structs.replace(cluster, keys=Keys(dir=str(folder)))
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """``count`` different ports on which nothing listens now."""
     # All are held at once, or the system could hand out the same one again.
     with ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
@@ -194,7 +195,7 @@ class _Probes:
         """Whether the proxy answers and has both nodes."""
         health = self._get(f"{_proxy_url(self._cluster)}/health")
         try:
-            state = msgspec.json.decode(health or b"{}", type=dict[str, str])
+            state = msgspec.json.decode(health or b"{}", type=dict[str, object])
         except msgspec.DecodeError:
             return False
         return state.get("prefill") == "up" and state.get("decode") == "up"
