@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ from gpu_prefill.geometry import read_geometry, read_rope_order
 from transfer import keys
 from transfer.config import Cluster, keys_folder
 from transfer.errors import ConfigError
+from transfer.notify import Supervisor
 
 # vLLM refuses a step that is smaller than the number of sequences it may run at once.
 _MAX_RUNNING = 128
@@ -39,6 +41,8 @@ CPU_ENVIRONMENT = {
 def run(cluster: Cluster) -> None:
     """Become the prefill node: replaces this process. Raises :class:`ConfigError` as :func:`command` does."""
     argv, environment = command(cluster)
+    if Supervisor().listens:
+        _start_watch(cluster)
     os.execvpe(argv[0], argv, environment)  # noqa: S606 - no shell is wanted
 
 
@@ -109,6 +113,13 @@ def kv_transfer_config(cluster: Cluster) -> str:
         "kv_connector_extra_config": extra,
     }
     return msgspec.json.encode(config).decode()
+
+
+def _start_watch(cluster: Cluster) -> None:
+    host = cluster.prefill.host
+    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '*') else host}:{cluster.prefill.port}/health"  # noqa: S104
+    # -P: a folder named `gpu_prefill` where the service happens to run must not shadow ours.
+    subprocess.Popen([sys.executable, "-P", "-m", "gpu_prefill.watch", url])  # noqa: S603 ours
 
 
 def _runs_on_cpu() -> bool:

@@ -10,6 +10,7 @@ import uvicorn
 from proxy.app import create_app
 from transfer.config import Cluster
 from transfer.errors import EngineError
+from transfer.notify import Supervisor
 
 log = structlog.get_logger()
 
@@ -33,7 +34,19 @@ def run(cluster: Cluster) -> None:
         ssl_certfile=cluster.proxy.tls_cert or None,
         ssl_keyfile=cluster.proxy.tls_key or None,
     )
-    server = uvicorn.Server(config)
+    server = _Server(config)
     server.run()
     if not server.started:
         raise EngineError("the proxy did not start; the log above says why")
+
+
+class _Server(uvicorn.Server):
+    """Also tells systemd that the event loop turns."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._supervisor = Supervisor()
+
+    async def on_tick(self, counter: int) -> bool:
+        self._supervisor.alive()
+        return await super().on_tick(counter)
