@@ -20,7 +20,7 @@ log = structlog.get_logger()
 
 
 def run(cluster: Cluster, node: numa.Node | None = None) -> None:
-    """Serve until SIGTERM or SIGINT; bound to ``node`` if there is one.
+    """Serve until SIGINT, or until SIGTERM and the end of the requests that run then; bound to ``node`` if there is one.
 
     Raises :class:`ConfigError` if the keys are not in order, the model cannot be served or the node cannot host it,
     :class:`EngineError` if llama.cpp fails later.
@@ -78,8 +78,10 @@ def run(cluster: Cluster, node: numa.Node | None = None) -> None:
     if watch:
         worker.memory = watch
         watch.start()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: worker.stop())
+    if cluster.proxy.registry_port:
+        worker.announce_to(f"tcp://{cluster.proxy.advertise_host}:{cluster.proxy.registry_port}")
+    signal.signal(signal.SIGTERM, lambda *_: worker.drain())
+    signal.signal(signal.SIGINT, lambda *_: worker.stop())
     worker.run()
     if watch:
         watch.stop()

@@ -17,6 +17,7 @@ import structlog
 import zmq
 
 from cpu_decode.admission import Admission
+from cpu_decode.announce import Announcer
 from cpu_decode.binding import MemoryWatch
 from cpu_decode.engine import Engine, Event, Injected, Released
 from cpu_decode.landing import LandingPlace, LandingPool
@@ -26,13 +27,14 @@ from cpu_decode.sequence import Sequence
 from transfer import codecs
 from transfer.config import Decode, Link
 from transfer.doorkeeper import Doorkeeper
-from transfer.errors import IsthmusError, ProtocolError, RequestError
+from transfer.errors import CapacityError, IsthmusError, ProtocolError, RequestError
 from transfer.geometry import KVGeometry, require_same
 from transfer.keys import ServerKeys, secure_server
 from transfer.listen import bind
 from transfer.messages import (
     MAX_MESSAGE_BYTES,
     Abort,
+    Announce,
     Failure,
     FromWorker,
     Hello,
@@ -85,7 +87,6 @@ class Worker:
         link: Link,
         keys: ServerKeys | None = None,
     ) -> None:
-        self.name = f"{decode.advertise_host}:{decode.control_port}"
         # Set by the service that binds this worker to a NUMA node.
         self.memory: MemoryWatch | None = None
         self._geometry = geometry
@@ -102,8 +103,12 @@ class Worker:
         self._outbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopping = threading.Event()
+        self._draining = threading.Event()
+        self._drained_by_ns = 0
+        self._announcer: Announcer | None = None
         self.engine = Engine(context, batch_tokens=decode.prefill_batch_tokens, emit=self._post)
         self._zmq: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._keys = keys
         self._doorkeeper = Doorkeeper(self._zmq, keys) if keys else None
         self._control = self._zmq.socket(zmq.ROUTER)
         self._control.maxmsgsize = MAX_MESSAGE_BYTES
@@ -113,6 +118,7 @@ class Worker:
         if keys:
             secure_server(self._control, keys, "proxy")
         bind(self._control, decode.host, decode.control_port, "[decode] control_port")
+        self.name = f"{decode.advertise_host}:{self.control_port}"
         self._receiver = KVReceiver(
             self._zmq,
             decode.host,
@@ -150,10 +156,16 @@ class Worker:
                 self._deliver()
                 self._listen()
                 self._receiver.turn()
+                if self._announcer:
+                    self._announcer.turn(self._announcement)
+                if self._drained:
+                    break
                 self._drop_silent_clients()
             self._deliver()
         finally:
             self.engine.stop()
+            if self._announcer:
+                self._announcer.close()
             self._control.close()
             self._receiver.close()
             if self._doorkeeper:
@@ -166,6 +178,22 @@ class Worker:
     def stop(self) -> None:
         """Make :meth:`run` return; safe from any thread and from a signal handler."""
         self._stopping.set()
+
+    def drain(self) -> None:
+        """Take no new requests, and make :meth:`run` return when the last one has ended or ``drain_s`` have passed.
+
+        Asked for again, it returns at once. Safe from any thread and from a signal handler.
+        """
+        if self._draining.is_set():
+            self.stop()
+        self._drained_by_ns = time.monotonic_ns() + int(self._decode.drain_s * 1e9)
+        self._draining.set()
+
+    def announce_to(self, endpoint: str) -> None:
+        """Tell the proxy's registry at ``endpoint`` about this worker while it serves."""
+        self._announcer = Announcer(self._zmq, endpoint, self._keys)
+        if self._doorkeeper:
+            self._doorkeeper.watch(self._announcer.socket)
 
     @property
     def control_port(self) -> int:
@@ -186,7 +214,21 @@ class Worker:
             prefill_tokens_per_s=self.engine.prefill_tokens_per_s,
             prefill_basis=self.engine.prefill_basis,
             remote_memory_fraction=self.memory.remote_fraction if self.memory else 0.0,
+            draining=self._draining.is_set(),
         )
+
+    @property
+    def _announcement(self) -> Announce:
+        return Announce(
+            worker=self.name,
+            control_endpoint=_endpoint(self._decode.advertise_host, self.control_port),
+            draining=self._draining.is_set(),
+        )
+
+    @property
+    def _drained(self) -> bool:
+        late = time.monotonic_ns() > self._drained_by_ns
+        return self._draining.is_set() and (not self._requests or late)
 
     def _new_pool(self) -> LandingPool:
         decode = self._decode
@@ -276,6 +318,8 @@ class Worker:
 
     def _reserve(self, client: bytes, reserve: Reserve) -> Ticket:
         """Promise everything that the request will need, or nothing."""
+        if self._draining.is_set():
+            raise CapacityError("this decode worker is about to end and takes no new requests")
         self._check_request(reserve)
         seq_id = self._admission.admit(len(reserve.prompt) + reserve.sampling.max_tokens)
         request = Admitted(client, seq_id)

@@ -58,11 +58,16 @@ class Decode(Section, frozen=True, kw_only=True):
     """The llama.cpp node. ``advertise_host`` is the name under which the prefill node reaches it.
 
     The prefill node introduces itself at ``kv_control_port`` and sends KV to ``kv_port``. ``threads`` 0 takes every
-    physical core the process may use. ``landing_mib`` bounds chunks that wait for injection.
+    physical core the process may use. ``landing_mib`` bounds chunks that wait for injection, ``pool_mib`` the KV of
+    finished requests that is kept for prompts that begin the same; with 0 no prompt reuses anything.
 
     ``numa`` is the number of the NUMA node to bind the worker to, ``off``, or ``auto``: one bound worker for each node,
-    where there are several. Worker k of them adds 10 k to each port, 0 stays 0. Weights are locked in memory with
-    ``mlock`` and what is allocated lies in huge pages with ``huge_pages``, where the host allows it.
+    where there are several. Worker k of them adds 10 k to each port, 0 stays 0. A worker that is asked to end (SIGTERM)
+    gives the requests that run ``drain_s`` to finish. Weights are locked in memory with
+    ``mlock`` and what is allocated lies in huge pages with ``huge_pages``, where the host allows it. Without ``mmap``
+    they are read into memory of the worker's own, as a bound worker always does. ``batch_threads`` compute batches of
+    more than one token, 0: as many as ``threads``. Threads at barriers look ``spin_count`` times before they sleep.
+    ``profile`` names a file of ``isthmus measure decode --tune``, whose settings take the place of those here.
     """
 
     host: str = "127.0.0.1"
@@ -76,13 +81,22 @@ class Decode(Section, frozen=True, kw_only=True):
     threads: Annotated[int, msgspec.Meta(ge=0)] = 0
     prefill_batch_tokens: Count = 512
     landing_mib: Count = 1024
+    pool_mib: Annotated[int, msgspec.Meta(ge=0)] = 1024
     numa: NumaSetting = "auto"
+    drain_s: Seconds = 10.0
     mlock: bool = True
     huge_pages: bool = True
+    mmap: bool = True
+    batch_threads: Annotated[int, msgspec.Meta(ge=0)] = 0
+    spin_count: Annotated[int, msgspec.Meta(ge=0)] = 1000
+    profile: str = ""
 
 
 class Proxy(Section, frozen=True, kw_only=True):
     """The HTTP endpoint. At most ``max_running`` requests run and ``max_queued`` wait; more get 503.
+
+    Decode workers announce themselves at ``registry_port``; ``advertise_host`` is the name under which they reach it.
+    With port 0 nobody does, and the one in ``[decode]`` is the only one.
 
     ``api_keys_file`` holds the hashes of the keys that are let in, each for ``requests_per_minute`` and
     ``tokens_per_minute`` (0: any number). ``tls_cert`` and ``tls_key`` are PEM files; without them HTTP is in the clear.
@@ -90,7 +104,9 @@ class Proxy(Section, frozen=True, kw_only=True):
     """
 
     host: str = "127.0.0.1"
+    advertise_host: str = "127.0.0.1"
     port: Port = 8100
+    registry_port: Port = 8105
     max_running: Count = 16
     max_queued: Count = 256
     drain_s: Seconds = 30.0
@@ -160,7 +176,10 @@ def load(path: Path) -> Cluster:
         if not found:
             raise ConfigError(f"{path}: {getattr(pair, key)} does not exist - at `$.pair.{key}`")
     keys = Keys(dir=str(base / cluster.keys.dir)) if cluster.keys.dir else cluster.keys
-    return msgspec.structs.replace(cluster, pair=pair, keys=keys, proxy=_with_files(cluster.proxy, path))
+    decode = cluster.decode
+    if decode.profile:
+        decode = msgspec.structs.replace(decode, profile=str(base / decode.profile))
+    return msgspec.structs.replace(cluster, pair=pair, decode=decode, keys=keys, proxy=_with_files(cluster.proxy, path))
 
 
 def _with_files(proxy: Proxy, path: Path) -> Proxy:

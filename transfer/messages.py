@@ -1,6 +1,7 @@
 """Control messages: what proxy, prefill node and decode worker say to each other, as tagged msgpack structs.
 
-Two conversations use them, both over ZeroMQ DEALER (client) to ROUTER (decode worker), one message a ZeroMQ frame:
+Three conversations use them, all over ZeroMQ DEALER to ROUTER, one message a ZeroMQ frame. In two the decode worker is
+the ROUTER and the others are its clients:
 
 ============  ======================================  ====================================================
 conversation  client to worker                        worker to client
@@ -8,6 +9,10 @@ conversation  client to worker                        worker to client
 control       Hello, Reserve, Start, Abort, Ping      Welcome, Ticket, Tokens, Failure, Status
 KV control    SenderHello                             SenderWelcome, Credit, Resend, Landed, Cancel, Failure
 ============  ======================================  ====================================================
+
+In the third the worker is the DEALER: it tells the proxy's registry every second that it is there (Announce) and hears
+nothing back. With keys the worker is the CURVE server there too, although it connects: it proves the workers' key and
+lets in proxies only.
 
 KV itself goes one way, in frames (``frames.py``) over a PUSH to the worker's PULL socket, which SenderWelcome names.
 
@@ -112,7 +117,8 @@ class Welcome(Message, frozen=True, kw_only=True):
 class Reserve(Message, frozen=True, kw_only=True):
     """Pin cells for a request. ``source`` says where the prompt's KV will come from: the wire, or a local prefill.
 
-    ``choices`` answers share the prompt's cells, each with ``max_tokens`` of its own.
+    ``choices`` answers share the prompt's cells, each with ``max_tokens`` of its own. The last ``prior_output`` tokens
+    of the prompt are the beginning of the answer, made elsewhere: what looks at output counts them in.
     """
 
     request_id: str
@@ -122,6 +128,7 @@ class Reserve(Message, frozen=True, kw_only=True):
     codec: str = "raw"
     deadline_ms: int = 60_000
     choices: int = 1
+    prior_output: int = 0
 
 
 class Ticket(Message, frozen=True, kw_only=True):
@@ -194,7 +201,9 @@ class Ping(Message, frozen=True, kw_only=True):
 class Status(Message, frozen=True, kw_only=True):
     """The worker's load, and how fast it prefills on its own (tokens per second, with the sample behind it).
 
-    ``remote_memory_fraction`` is the share of a bound worker's memory that lies outside its NUMA node.
+    A ``draining`` worker takes no new requests. ``remote_memory_fraction`` is the share of a bound worker's memory that
+    lies outside its NUMA node. ``retained_bytes`` of KV of ``retained_sequences`` prefixes are kept for prompts that
+    begin the same: so far ``prefix_hits`` requests have reused ``reused_tokens`` tokens of it, or of running sequences.
     """
 
     worker: str
@@ -207,6 +216,20 @@ class Status(Message, frozen=True, kw_only=True):
     prefill_tokens_per_s: float
     prefill_basis: str
     remote_memory_fraction: float = 0.0
+    draining: bool = False
+    retained_bytes: int = 0
+    retained_sequences: int = 0
+    prefix_hits: int = 0
+    reused_tokens: int = 0
+
+
+class Announce(Message, frozen=True, kw_only=True):
+    """A worker is there: proxies find it at ``control_endpoint``. A ``draining`` one takes no new requests."""
+
+    worker: str
+    control_endpoint: str
+    draining: bool = False
+    protocol: int = PROTOCOL
 
 
 class SenderHello(Message, frozen=True, kw_only=True):
@@ -266,12 +289,14 @@ class Cancel(Message, frozen=True, kw_only=True):
 
 ToWorker = Hello | Reserve | Start | Abort | Ping
 FromWorker = Welcome | Ticket | Tokens | Failure | Status
+ToRegistry = Announce
 ToReceiver = SenderHello
 FromReceiver = SenderWelcome | Credit | Resend | Landed | Cancel | Failure
 
 _encoder = msgspec.msgpack.Encoder()
 _to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
 _from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+_to_registry: msgspec.msgpack.Decoder[ToRegistry] = msgspec.msgpack.Decoder(ToRegistry)
 _to_receiver: msgspec.msgpack.Decoder[ToReceiver] = msgspec.msgpack.Decoder(ToReceiver)
 _from_receiver: msgspec.msgpack.Decoder[FromReceiver] = msgspec.msgpack.Decoder(FromReceiver)
 
@@ -289,6 +314,11 @@ def decode_to_worker(data: bytes | memoryview) -> ToWorker:
 def decode_from_worker(data: bytes | memoryview) -> FromWorker:
     """Parse what a worker sent on its control socket; :class:`ProtocolError` if it is not one of ``FromWorker``."""
     return _decode(_from_worker, data)
+
+
+def decode_to_registry(data: bytes | memoryview) -> ToRegistry:
+    """Parse what a worker told a proxy's registry; :class:`ProtocolError` if it is not one of ``ToRegistry``."""
+    return _decode(_to_registry, data)
 
 
 def decode_to_receiver(data: bytes | memoryview) -> ToReceiver:

@@ -112,6 +112,7 @@ MESSAGES: tuple[messages.Message, ...] = (
         prefill_tokens_per_s=410.5,
         prefill_basis="3 prefills",
     ),
+    messages.Announce(worker="decode-0", control_endpoint="tcp://127.0.0.1:8102", draining=True),
     messages.SenderHello(geometry=GEOMETRY, codecs=("raw", "lz4", "q8")),
     messages.SenderWelcome(
         session=515, frames_port=8103, max_frame_bytes=4 << 20, seal="aes-gcm", key=bytes(range(16, 32))

@@ -146,5 +146,6 @@ def test_the_example_file_shows_every_key_with_its_default():
 
 def test_ports_of_one_host_do_not_collide_by_default():
     decode, proxy, prefill = config.Decode(), config.Proxy(), config.Prefill()
-    assert len({decode.control_port, decode.kv_port, decode.kv_control_port, proxy.port, prefill.port}) == 5
+    ports = {decode.control_port, decode.kv_port, decode.kv_control_port, proxy.port, proxy.registry_port, prefill.port}
+    assert len(ports) == 6
     assert msgspec.convert(msgspec.to_builtins(decode), config.Decode) == decode

@@ -13,6 +13,7 @@ GOLDEN = freeze.read(freeze.MESSAGES)
 DECODERS = {
     messages.decode_to_worker: messages.ToWorker,
     messages.decode_from_worker: messages.FromWorker,
+    messages.decode_to_registry: messages.ToRegistry,
     messages.decode_to_receiver: messages.ToReceiver,
     messages.decode_from_receiver: messages.FromReceiver,
 }
