@@ -253,9 +253,7 @@ def measure_prefill(json: Path | None, plot: Path | None, rounds: int) -> None:
 @click.option("--json", type=click.Path(path_type=Path), help="Write samples, summary and environment to this file.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the summary into this file: .png, .svg or .pdf.")
 @click.option("--rounds", type=click.IntRange(1, 1000), default=9, show_default=True, help="Rounds, interleaved.")
-@click.option(
-    "--tokens", type=click.IntRange(1, 8192), default=2048, show_default=True, help="Loopback: tokens a transfer."
-)
+@click.option("--tokens", type=click.IntRange(1, 8192), help="Tokens a transfer: 2048 on loopback, else 8192.")
 @click.option(
     "--shaped", is_flag=True, help="Also over a veth shaped to 10 Gbit/s between two network namespaces; as root."
 )
@@ -267,7 +265,7 @@ def measure_link(
     json: Path | None,
     plot: Path | None,
     rounds: int,
-    tokens: int,
+    tokens: int | None,
     shaped: bool,
     peer: str | None,
     serve: str | None,
@@ -285,7 +283,7 @@ def measure_link(
     if serve is not None:
         link.run_serve(serve)
     elif peer is not None:
-        link.run_peer(json, plot, rounds, peer)
+        link.run_peer(json, plot, rounds, tokens, peer)
     else:
         link.run(json, plot, rounds, tokens, shaped=shaped)
 

@@ -36,7 +36,8 @@ from transfer.seal import SealName
 
 CODECS = landing_codecs("bf16", GEOMETRY)
 SEALED: tuple[SealName, ...] = ("integrity", "aes-gcm")
-# A path's figures are of transfers that take about a second on it.
+LOOPBACK_TOKENS = 2048
+# At 10 Gbit/s a transfer takes about a second.
 PATH_TOKENS = 8192
 SHAPED_PORT = 7311
 END_S = 10.0
@@ -45,9 +46,10 @@ EXPOSED_EVERY_ROUNDS = 2
 Way = Callable[[], Sample]
 
 
-def run(json: Path | None, plot: Path | None, rounds: int, num_tokens: int, *, shaped: bool) -> None:
+def run(json: Path | None, plot: Path | None, rounds: int, num_tokens: int | None, *, shaped: bool) -> None:
     """Measure loopback, injection and, if ``shaped``, a link of 10 Gbit/s; print, write ``json`` and draw ``plot``.
 
+    A transfer is of ``num_tokens``, or of as many as suit the path.
     Raises :class:`LinkError` if a transfer fails and :class:`ConfigError` for what this host lacks.
     """
     if shaped:
@@ -55,13 +57,13 @@ def run(json: Path | None, plot: Path | None, rounds: int, num_tokens: int, *, s
     _measure(json, plot, lambda progress: _on_this_host(progress, rounds, num_tokens, shaped=shaped), "shaped_10g")
 
 
-def run_peer(json: Path | None, plot: Path | None, rounds: int, endpoint: str) -> None:
+def run_peer(json: Path | None, plot: Path | None, rounds: int, num_tokens: int | None, endpoint: str) -> None:
     """Measure the path to the process that serves at ``endpoint``; print, write and draw as :func:`run` does."""
     parse_endpoint(endpoint, "--peer")
 
     def measured(progress: Progress) -> Iterator[Sample]:
         with _peer(endpoint) as peer:
-            yield from over_path(progress, peer, rounds, PATH_TOKENS, Prompt())
+            yield from over_path(progress, peer, rounds, num_tokens or PATH_TOKENS)
 
     _measure(json, plot, measured, "path")
 
@@ -101,13 +103,13 @@ def _measure(json: Path | None, plot: Path | None, measured: Callable[[Progress]
         Console().print(table)
 
 
-def _on_this_host(progress: Progress, rounds: int, num_tokens: int, *, shaped: bool) -> Iterator[Sample]:
+def _on_this_host(progress: Progress, rounds: int, num_tokens: int | None, *, shaped: bool) -> Iterator[Sample]:
     with _local_peer() as peer, _local_peer() as bare_peer:
-        yield from over_loopback(progress, peer, bare_peer, rounds, num_tokens)
+        yield from over_loopback(progress, peer, bare_peer, rounds, num_tokens or LOOPBACK_TOKENS)
     if shaped:
         # The measuring process shows its own.
         progress.stop()
-        yield from _over_shaped_link(rounds)
+        yield from over_shaped_link(rounds, num_tokens or PATH_TOKENS)
         progress.start()
     task = progress.add_task("injection", total=None)
     for sample in link_inject.measure(rounds):
@@ -135,8 +137,8 @@ def over_loopback(progress: Progress, peer: Peer, bare_peer: Peer, rounds: int, 
     yield from _in_turn(progress, "loopback", ways, rounds)
 
 
-def over_path(progress: Progress, peer: Peer, rounds: int, num_tokens: int, prompt: Prompt) -> Iterator[Sample]:
-    """Goodput by every way, then what a prefill of ``prompt`` exposes, then the receiver's memory."""
+def over_path(progress: Progress, peer: Peer, rounds: int, num_tokens: int) -> Iterator[Sample]:
+    """Goodput by every way, then what a prefill of as many tokens exposes, then the receiver's memory."""
     link = Link()
     parts = chunks(num_tokens, link.chunk_tokens)
     ways: dict[str, Way] = {}
@@ -144,7 +146,7 @@ def over_path(progress: Progress, peer: Peer, rounds: int, num_tokens: int, prom
         ways[IPERF3] = lambda: link_sender.iperf3(peer, num_tokens * TOKEN_BYTES)
     ways |= _bare_ways(peer, parts, link) | _plane_ways(peer, parts, link, ("raw", "q8"))
     yield from _in_turn(progress, "path", ways, rounds)
-    prefill = link_exposed.Prefilling(peer, prompt)
+    prefill = link_exposed.Prefilling(peer, Prompt(num_tokens))
     exposures: dict[str, Way] = {
         "raw": lambda: prefill.exposed("raw", "none"),
         "q8": lambda: prefill.exposed("q8", "none"),
@@ -190,13 +192,14 @@ def _in_turn(progress: Progress, part: str, ways: dict[str, Way], rounds: int) -
                 yield {**sample, "part": part, "way": name, "round": turn}
 
 
-def _over_shaped_link(rounds: int) -> Iterator[Sample]:
+def over_shaped_link(rounds: int, num_tokens: int) -> Iterator[Sample]:
     """Both processes as children, each in a namespace of its own."""
     with link_namespaces.shaped_link() as ends, tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "path.json"
         host = ends.receiving_host
         serving = link_namespaces.inside(ends.receiving, *serve_command(host, SHAPED_PORT))
-        measuring = _isthmus("--peer", f"tcp://{host}:{SHAPED_PORT}", "--rounds", str(rounds), "--json", str(written))
+        counts = ("--rounds", str(rounds), "--tokens", str(num_tokens))
+        measuring = _isthmus("--peer", f"tcp://{host}:{SHAPED_PORT}", *counts, "--json", str(written))
         with _child(serving), _child(link_namespaces.inside(ends.sending, *measuring)) as process:
             if process.wait():
                 raise EngineError(f"the measuring process in namespace {ends.sending} ended with {process.returncode}")

@@ -50,7 +50,7 @@ def measure(rounds: int, *, num_cells: int = NUM_CELLS, chunk_tokens: int = CHUN
             for inject_s, copy_s in pairs if turn else ():
                 yield {"way": "inject", "round": turn, "seconds": inject_s, "kv_bytes": source.chunk.num_bytes}
                 yield {"way": "memcpy", "round": turn, "seconds": copy_s, "kv_bytes": source.chunk.num_bytes}
-        even = ChunkBytes(even_chunk_tokens(Link().chunk_tokens, float(np.median(rates))))
+        even = ChunkBytes(even_chunk_tokens(min(Link().chunk_tokens, num_cells), float(np.median(rates))))
         for turn in range(1, rounds + 1):
             for seconds in _fill(context, even, num_cells):
                 sample = {"way": "stall", "round": turn, "seconds": seconds, "kv_bytes": even.chunk.num_bytes}

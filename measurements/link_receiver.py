@@ -43,7 +43,7 @@ from measurements.link_synthetic import GEOMETRY, TOKEN_BYTES
 from transfer import codecs, keys
 from transfer.config import Link
 from transfer.doorkeeper import Doorkeeper
-from transfer.errors import CapacityError, IsthmusError, LinkError, ProtocolError
+from transfer.errors import CapacityError, ConfigError, IsthmusError, LinkError, ProtocolError
 from transfer.listen import bind
 from transfer.messages import Landing, Ticket
 from transfer.receiver import KVReceiver
@@ -94,7 +94,11 @@ class ReceivingAgent:
         self._orders = self._context.socket(zmq.REP)
         self._orders.maxmsgsize = MAX_ORDER_BYTES
         self._orders.linger = 1000
-        bind(self._orders, host, port, "--serve")
+        try:
+            bind(self._orders, host, port, "--serve")
+        except ConfigError:
+            self._context.term()
+            raise
         self._doorkeeper = Doorkeeper(self._context, self._keys)
         self._receivers: dict[SealName, KVReceiver] = {}
         self._by_socket: dict[zmq.Socket[bytes], KVReceiver] = {}
