@@ -5,27 +5,35 @@ from __future__ import annotations
 from transfer.errors import CapacityError, RequestError
 
 
+class Span:
+    """Consecutive cells of the same ``holders`` sequences."""
+
+    def __init__(self, num_cells: int, holders: int) -> None:
+        self.num_cells = num_cells
+        self.holders = holders
+
+
 class Admission:
-    """Counts cells and hands out sequence ids; owned by the I/O thread."""
+    """Counts cells and hands out sequence ids; owned by the I/O thread.
+
+    Sequences may share the cells of a common prefix; those are free when the last of them has gone.
+    """
 
     def __init__(self, num_cells: int, max_sequences: int) -> None:
         self.num_cells = num_cells
         self.max_sequences = max_sequences
+        self.used_cells = 0
         self._free_ids = list(reversed(range(max_sequences)))
-        self._cells_by_id: dict[int, int] = {}
-
-    @property
-    def used_cells(self) -> int:
-        """Cells promised to admitted requests."""
-        return sum(self._cells_by_id.values())
+        # What each sequence was promised, in the order of its positions.
+        self._spans_by_id: dict[int, list[Span]] = {}
 
     @property
     def admitted(self) -> int:
         """Admitted requests."""
-        return len(self._cells_by_id)
+        return len(self._spans_by_id)
 
-    def admit(self, num_tokens: int) -> int:
-        """Promise ``num_tokens`` cells and return a sequence id.
+    def admit(self, num_tokens: int, donor: int | None = None, shared_tokens: int = 0) -> int:
+        """Promise ``num_tokens`` cells, of which the first ``shared_tokens`` are ``donor``'s; returns a sequence id.
 
         Raises :class:`RequestError` if the cells could never suffice, :class:`CapacityError` if they do not now.
         """
@@ -35,14 +43,40 @@ class Admission:
             )
         if not self._free_ids:
             raise CapacityError(f"all {self.max_sequences} sequences of the decode worker are taken")
+        needed = num_tokens - shared_tokens
         free = self.num_cells - self.used_cells
-        if num_tokens > free:
-            raise CapacityError(f"prompt and max_tokens need {num_tokens} cells, {free} are free")
+        if needed > free:
+            raise CapacityError(f"prompt and max_tokens need {needed} cells, {free} are free")
         seq_id = self._free_ids.pop()
-        self._cells_by_id[seq_id] = num_tokens
+        shared = self._first_spans(donor, shared_tokens) if donor is not None else []
+        for span in shared:
+            span.holders += 1
+        self._spans_by_id[seq_id] = [*shared, Span(needed, holders=1)]
+        self.used_cells += needed
         return seq_id
 
     def release(self, seq_id: int) -> None:
         """Take a promise back."""
-        del self._cells_by_id[seq_id]
+        for span in self._spans_by_id.pop(seq_id):
+            span.holders -= 1
+            self.used_cells -= 0 if span.holders else span.num_cells
         self._free_ids.append(seq_id)
+
+    def _first_spans(self, seq_id: int, num_cells: int) -> list[Span]:
+        """The spans of the first ``num_cells`` cells of ``seq_id``; one is cut in two where they end inside it."""
+        first = []
+        for span in self._spans_by_id[seq_id]:
+            if num_cells == 0:
+                break
+            if num_cells < span.num_cells:
+                self._cut(span, num_cells)
+            first.append(span)
+            num_cells -= span.num_cells
+        return first
+
+    def _cut(self, span: Span, num_cells: int) -> None:
+        rest = Span(span.num_cells - num_cells, span.holders)
+        span.num_cells = num_cells
+        for spans in self._spans_by_id.values():
+            if span in spans:
+                spans.insert(spans.index(span) + 1, rest)

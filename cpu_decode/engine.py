@@ -1,7 +1,8 @@
 """The step loop: one thread owns the llama.cpp context; between two batches it admits, injects, starts and aborts.
 
 Every sequence is its tokens so far and how many of them have KV in cells. A sequence that misses one decodes; one that
-misses more prefills (a local prompt). Both share one batch.
+misses more prefills (a local prompt). Both share one batch. KV is copied in and out between steps, in the order of asking, a
+few milliseconds of it at a time.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import structlog
@@ -18,8 +20,10 @@ import structlog
 from cpu_decode.budget import PrefillBudget
 from cpu_decode.landing import LandingReport
 from cpu_decode.llama import Batch, Context
+from cpu_decode.prefix import Block
+from cpu_decode.reuse import Plan
 from cpu_decode.sequence import Sequence
-from cpu_decode.state import ChunkState, StateBlob
+from cpu_decode.state import ChunkState, StateBlob, cut
 from transfer.errors import EngineError, IsthmusError, LinkError
 from transfer.messages import Failure, Tokens
 
@@ -29,6 +33,23 @@ CALIBRATION_TOKENS = 256
 # Shorter prefills, or ones that shared their batches, say little about the machine's rate.
 MIN_OBSERVED_TOKENS = 64
 IDLE_POLL_S = 0.25
+# Between two steps, KV is copied for about as long as this: other sequences wait for it.
+COPY_NS = 2_500_000
+
+
+class Prompted:
+    """The cells of a request hold its whole prompt."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+
+
+class Ended:
+    """A request that was :class:`Prompted` has ended; its cells hold ``tokens`` until :meth:`Engine.leave`."""
+
+    def __init__(self, request_id: str, tokens: list[int]) -> None:
+        self.request_id = request_id
+        self.tokens = tokens
 
 
 class Released:
@@ -36,6 +57,14 @@ class Released:
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
+
+
+class Restored:
+    """What ``plan`` says is in the cells of a request, or the request has ended."""
+
+    def __init__(self, request_id: str, plan: Plan) -> None:
+        self.request_id = request_id
+        self.plan = plan
 
 
 class Injected:
@@ -46,7 +75,7 @@ class Injected:
         self.chunk = chunk
 
 
-Event = Tokens | Failure | Released | Injected
+Event = Tokens | Failure | Prompted | Ended | Released | Restored | Injected
 
 
 class Engine:
@@ -62,9 +91,10 @@ class Engine:
         self._batch_tokens = batch_tokens
         self._emit = emit
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        # Chunks, and the words that their transfers are complete, in the order in which they came.
-        self._landed: deque[Callable[[], None]] = deque()
+        # Copies of KV, and the words that they are complete, in the order in which they came.
+        self._copies: deque[Callable[[], None]] = deque()
         self._sequences: dict[str, Sequence] = {}
+        self._ended: dict[str, Sequence] = {}
         self._running: list[Sequence] = []
         self.running_sequences = 0
         self.failed: EngineError | None = None
@@ -79,22 +109,29 @@ class Engine:
         self._thread.start()
         self._calibrated.wait()
 
-    def admit(self, sequence: Sequence) -> None:
-        """Take a request whose cells are promised."""
-        self._inbox.put(lambda: self._sequences.__setitem__(sequence.request_id, sequence))
+    def admit(self, sequence: Sequence, plan: Plan) -> None:
+        """Take a request whose cells are promised, with what it reuses; :class:`Restored` gives ``plan`` back."""
+        self._inbox.put(lambda: self._admit(sequence, plan))
 
     def land(self, request_id: str, chunk: ChunkState) -> None:
         """Inject ``chunk`` between two steps; :class:`Injected` gives the buffer back, whatever happens."""
-        self._inbox.put(lambda: self._landed.append(lambda: self._inject(request_id, chunk)))
+        self._inbox.put(lambda: self._copies.append(lambda: self._land(request_id, chunk)))
 
     def complete(self, request_id: str, report: LandingReport) -> None:
         """All chunks of a request have been handed over."""
-        self._inbox.put(lambda: self._landed.append(lambda: self._complete(request_id, report)))
+        self._inbox.put(lambda: self._copies.append(lambda: self._complete(request_id, report)))
 
-    def begin(self, request_id: str, first_token: int | None, *, first_text_sent: bool) -> None:
+    def begin(self, request_id: str, first_token: int | None, *, first_text_sent: bool, local: bool = False) -> None:
         """Start decoding when the KV is there; see :class:`~transfer.messages.Start`."""
         now = time.monotonic_ns()
         self._inbox.put(lambda: self._begin(request_id, first_token, first_text_sent, now))
+        if local:
+            # Behind the chunks that were handed over before.
+            self._inbox.put(lambda: self._copies.append(lambda: self._compute_the_rest(request_id)))
+
+    def leave(self, request_id: str, blocks: list[Block]) -> None:
+        """Copy the KV of an :class:`Ended` request into those ``blocks`` that are not saved, then let go of it."""
+        self._inbox.put(lambda: self._leave(request_id, blocks))
 
     def fail(self, request_id: str, error: IsthmusError) -> None:
         """End a request with a Failure."""
@@ -117,7 +154,7 @@ class Engine:
             self._calibrate()
             self._calibrated.set()
             while self._drain():
-                self._land()
+                self._copy()
                 self._expire()
                 if self._running:
                     self._step()
@@ -131,7 +168,7 @@ class Engine:
     def _drain(self) -> bool:
         """Handle what waits in the inbox; sleep only when no sequence runs. False: stop."""
         try:
-            action = self._inbox.get(block=not self._running and not self._landed, timeout=IDLE_POLL_S)
+            action = self._inbox.get(block=not self._running and not self._copies, timeout=IDLE_POLL_S)
             while True:
                 if action is None:
                     return False
@@ -140,29 +177,63 @@ class Engine:
         except queue.Empty:
             return True
 
-    def _land(self) -> None:
-        """Inject what has landed: everything while no sequence runs, else one chunk a step, so that ITL stays even."""
-        while self._landed:
-            paused = bool(self._running)
-            self._landed.popleft()()
-            if paused:
+    def _copy(self) -> None:
+        """Copy what is due, at least one piece, and stop before a piece as long as the last would make it too long."""
+        began = piece_began = time.monotonic_ns()
+        while self._copies:
+            self._copies.popleft()()
+            now = time.monotonic_ns()
+            if 2 * now - piece_began - began > COPY_NS:
                 return
+            piece_began = now
 
-    def _inject(self, request_id: str, chunk: ChunkState) -> None:
-        sequence = self._sequences.get(request_id)
-        if sequence is not None:
-            began = time.monotonic_ns()
-            try:
-                self._context.inject(chunk, sequence.seq_id)
-                sequence.inject_ns += time.monotonic_ns() - began
-                sequence.num_cached += chunk.num_tokens
-            except EngineError as error:
-                self._fail(request_id, error)
+    def _admit(self, sequence: Sequence, plan: Plan) -> None:
+        self._sequences[sequence.request_id] = sequence
+        if plan.donor is not None:
+            self._context.share(plan.donor, sequence.seq_id, plan.shared_tokens)
+            sequence.num_cached = plan.shared_tokens
+        for block, tokens in plan.pieces:
+            self._copies.append(partial(self._restore, sequence, block, tokens))
+        if plan.num_tokens:
+            self._copies.append(lambda: self._restored(sequence, plan))
+
+    def _restore(self, sequence: Sequence, block: Block, tokens: range) -> None:
+        if self._sequences.get(sequence.request_id) is not sequence:
+            return
+        if not block.saved:
+            self._fail(sequence.request_id, EngineError("the KV that this prompt was to reuse could not be kept"))
+            return
+        blob = StateBlob(block.buffer, block.num_bytes, block.start_token, len(block.tokens))
+        self._inject(sequence, blob if len(tokens) == len(block.tokens) else cut(blob, tokens))
+
+    def _restored(self, sequence: Sequence, plan: Plan) -> None:
+        if self._sequences.get(sequence.request_id) is sequence:
+            self._join(sequence)
+        self._emit(Restored(sequence.request_id, plan))
+
+    def _land(self, request_id: str, chunk: ChunkState) -> None:
+        if sequence := self._sequences.get(request_id):
+            self._inject(sequence, chunk)
         self._emit(Injected(request_id, chunk))
+
+    def _inject(self, sequence: Sequence, chunk: ChunkState | StateBlob) -> None:
+        began = time.monotonic_ns()
+        try:
+            self._context.inject(chunk, sequence.seq_id)
+            sequence.inject_ns += time.monotonic_ns() - began
+            sequence.num_cached += chunk.num_tokens
+        except EngineError as error:
+            self._fail(sequence.request_id, error)
 
     def _complete(self, request_id: str, report: LandingReport) -> None:
         if sequence := self._sequences.get(request_id):
             sequence.landing = report
+            self._join(sequence)
+
+    def _compute_the_rest(self, request_id: str) -> None:
+        sequence = self._sequences.get(request_id)
+        if sequence is not None and sequence.landing is None:
+            sequence.local = True
             self._join(sequence)
 
     def _begin(self, request_id: str, first_token: int | None, first_text_sent: bool, now_ns: int) -> None:
@@ -182,10 +253,18 @@ class Engine:
             # The last position's logits were left behind on the prefill node; compute them again.
             sequence.num_cached -= 1
             self._context.trim(sequence.seq_id, sequence.num_cached)
+        sequence.joined_tokens = sequence.num_cached
         self._running.append(sequence)
         self.running_sequences = len(self._running)
+        self._note_prompt(sequence)
         if sequence.first_token is not None:
             self._take(sequence, sequence.first_token)
+
+    def _note_prompt(self, sequence: Sequence) -> None:
+        """Say so once the cells hold the prompt: from then on others may share them."""
+        if not sequence.prompted and sequence.num_cached >= sequence.prompt_tokens:
+            sequence.prompted = True
+            self._emit(Prompted(sequence.request_id))
 
     def _step(self) -> None:
         began = time.monotonic_ns()
@@ -193,6 +272,7 @@ class Engine:
         rows = self._fill()
         self._context.decode(self._batch)
         for sequence, row in rows:
+            self._note_prompt(sequence)
             token = sequence.sampler.sample(self._context, row)
             self._observe(sequence)
             sequence.tokens.append(token)
@@ -252,12 +332,35 @@ class Engine:
             self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
-        self._context.trim(sequence.seq_id, 0)
+        """End a sequence; cells that others may be about to share or keep are left until :meth:`leave`."""
         sequence.sampler.close()
         del self._sequences[sequence.request_id]
         if sequence in self._running:
             self._running.remove(sequence)
             self.running_sequences = len(self._running)
+        if sequence.prompted:
+            self._ended[sequence.request_id] = sequence
+            self._emit(Ended(sequence.request_id, sequence.tokens[: sequence.num_cached]))
+        else:
+            self._free(sequence)
+
+    def _leave(self, request_id: str, blocks: list[Block]) -> None:
+        sequence = self._ended.pop(request_id)
+        for block in blocks:
+            self._copies.append(partial(self._save, sequence, block))
+        self._copies.append(lambda: self._free(sequence))
+
+    def _save(self, sequence: Sequence, block: Block) -> None:
+        if block.saved:
+            return
+        try:
+            self._context.save(sequence.seq_id, range(block.start_token, block.end_token), block.buffer)
+            block.saved = True
+        except EngineError as error:
+            log.info("KV is not kept", request_id=sequence.request_id, reason=str(error))
+
+    def _free(self, sequence: Sequence) -> None:
+        self._context.trim(sequence.seq_id, 0)
         self._emit(Released(sequence.request_id))
 
     def _expire(self) -> None:
@@ -267,12 +370,13 @@ class Engine:
             self._fail(sequence.request_id, LinkError(f"reservation expired waiting for {what}"))
 
     def _observe(self, sequence: Sequence) -> None:
-        """Learn the local prefill rate from a whole prompt that had the machine to itself."""
+        """Learn the local prefill rate from a prompt that had the machine to itself."""
         first = sequence.completion_tokens == 0
-        if first and sequence.local and sequence.alone and len(sequence.tokens) >= MIN_OBSERVED_TOKENS:
+        computed = len(sequence.tokens) - sequence.joined_tokens
+        if first and sequence.local and sequence.alone and computed >= MIN_OBSERVED_TOKENS:
             seconds = (time.monotonic_ns() - sequence.joined_ns) / 1e9
-            self.prefill_tokens_per_s = len(sequence.tokens) / seconds
-            self.prefill_basis = f"last local prefill: {len(sequence.tokens)} tokens in {seconds:.2f} s"
+            self.prefill_tokens_per_s = computed / seconds
+            self.prefill_basis = f"last local prefill: {computed} tokens in {seconds:.2f} s"
 
     def _calibrate(self) -> None:
         """Time one prefill and one injection, after one that warms the machine up; cells are left as they were."""

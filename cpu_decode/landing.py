@@ -71,7 +71,7 @@ class OpenChunk:
 
 
 class LandingPlace:
-    """One ticket's sink: token ranges in order, every layer of each, nothing twice, nothing missing.
+    """One ticket's sink: token ranges in order from ``start_token`` on, every layer of each, nothing twice or missing.
 
     Several chunks may be open at once, for the prefill node computes a layer for all tokens of a step before it comes
     to the next layer; an earlier chunk is never behind a later one.
@@ -85,6 +85,7 @@ class LandingPlace:
         pool: LandingPool,
         *,
         num_tokens: int,
+        start_token: int = 0,
         chunk_tokens: int,
         credit_chunks: int,
         on_chunk: Callable[[ChunkState], None],
@@ -99,7 +100,7 @@ class LandingPlace:
         self._chunk_tokens = chunk_tokens
         self.credit_chunks = credit_chunks
         self._on_chunk, self._on_end, self._on_fail = on_chunk, on_end, on_fail
-        self._next_token = 0
+        self._next_token = start_token
         self._chunks = 0
         self._open: list[OpenChunk] = []
         self._first_frame_ns = 0

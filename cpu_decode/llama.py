@@ -12,6 +12,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+import numpy.typing as npt
 import structlog
 
 from cpu_decode.state import ChunkState, StateBlob, is_quantized
@@ -205,6 +206,24 @@ class Context:
         if read != chunk.num_bytes:
             raise EngineError(f"llama.cpp took {read} of {chunk.num_bytes} bytes of state at token {chunk.start_token}")
 
+    def save(self, seq_id: int, tokens: range, buffer: npt.NDArray[np.uint8]) -> None:
+        """Write the state of the positions ``tokens`` of ``seq_id`` into ``buffer``, uint8, which it must fill.
+
+        Raises :class:`EngineError` if it does not: a sliding window has left some of the cells to other tokens.
+        """
+        llama_cpp.llama_memory_seq_cp(self._memory, seq_id, self._scratch, tokens.start, tokens.stop)
+        size = llama_cpp.llama_state_seq_get_size(self.handle, self._scratch)
+        if size == buffer.size:
+            pointer = buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+            llama_cpp.llama_state_seq_get_data(self.handle, pointer, size, self._scratch)
+        llama_cpp.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
+        if size != buffer.size:
+            raise EngineError(f"llama.cpp holds {size} of {buffer.size} bytes of state at tokens {tokens}")
+
+    def share(self, donor: int, seq_id: int, num_tokens: int) -> None:
+        """Let ``seq_id`` hold the cells of the first ``num_tokens`` positions of ``donor`` too."""
+        llama_cpp.llama_memory_seq_cp(self._memory, donor, seq_id, 0, num_tokens)
+
     def trim(self, seq_id: int, num_tokens: int) -> None:
         """Keep only the first ``num_tokens`` positions of ``seq_id``; 0 frees its cells."""
         llama_cpp.llama_memory_seq_rm(self._memory, seq_id, num_tokens, -1)
@@ -213,7 +232,7 @@ class Context:
         """Positions that ``seq_id`` holds, counted from 0."""
         return int(llama_cpp.llama_memory_seq_pos_max(self._memory, seq_id)) + 1
 
-    def logits(self, row: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    def logits(self, row: int) -> npt.NDArray[np.float32]:
         """A copy of the logits of batch row ``row``, fp32 ``[vocab_size]``."""
         pointer = llama_cpp.llama_get_logits_ith(self.handle, row)
         return np.ctypeslib.as_array(pointer, (self.model.vocab_size,)).copy()

@@ -15,7 +15,7 @@ from transfer.text import TextStream
 class Sequence:
     """Tokens so far, how many of them have KV in cells, and what the request has cost. Engine thread only."""
 
-    def __init__(self, reserve: Reserve, seq_id: int, sampler: Sampler) -> None:
+    def __init__(self, reserve: Reserve, seq_id: int, sampler: Sampler, reused_tokens: int = 0) -> None:
         self.request_id = reserve.request_id
         self.seq_id = seq_id
         self.local = reserve.source == "local"
@@ -25,6 +25,9 @@ class Sequence:
         self.prompt_tokens = len(reserve.prompt)
         self.tokens = list(reserve.prompt)
         self.num_cached = 0
+        # The first tokens, whose KV the worker has already; it may have to come back into cells.
+        self.reused_tokens = reused_tokens
+        self.prompted = False
         self.deadline_ns = time.monotonic_ns() + reserve.deadline_ms * 1_000_000
         self.started = False
         self.first_token: int | None = None
@@ -32,13 +35,15 @@ class Sequence:
         self.unsent_ids: list[int] = []
         self.landing: LandingReport | None = None
         self.alone = True
+        self.joined_tokens = 0
         self.inject_ns = 0
         self.started_ns = self.joined_ns = self.first_sampled_ns = 0
 
     @property
     def ready(self) -> bool:
-        """Whether it may join the batch: Start has come and, unless the prompt is local, all of its KV."""
-        return self.started and (self.local or self.landing is not None)
+        """Whether it may join the batch: Start has come and all KV that is to come."""
+        restored = self.num_cached >= self.reused_tokens
+        return self.started and (restored if self.local else self.landing is not None)
 
     @property
     def missing_tokens(self) -> int:
@@ -96,6 +101,7 @@ class Sequence:
         return DecodeReport(
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.completion_tokens,
+            kv_reused_tokens=self.reused_tokens,
             inject_ns=self.inject_ns,
             local_prefill_ns=first - self.joined_ns if self.local else 0,
             first_decode_ns=0 if self.local else first - self.joined_ns,

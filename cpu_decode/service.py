@@ -97,11 +97,11 @@ def usable_cores() -> int:
 
 
 def needed_bytes(gguf: Path, geometry: KVGeometry, decode: Decode) -> int:
-    """Memory that a worker takes: weights, cells and landing buffers; what else there is, is small."""
+    """Memory that a worker takes: weights, cells, landing buffers and kept KV; what else there is, is small."""
     from cpu_decode.state import row_bytes
 
     cells = decode.num_cells * geometry.num_layers * sum(row_bytes(geometry, decode.cell_type))
-    return gguf.stat().st_size + cells + (decode.landing_mib << 20)
+    return gguf.stat().st_size + cells + (decode.landing_mib + decode.pool_mib << 20)
 
 
 def _raise_lock_limit() -> None:

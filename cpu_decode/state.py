@@ -75,6 +75,30 @@ class StateBlob(NamedTuple):
     num_tokens: int
 
 
+def cut(blob: StateBlob, tokens: range) -> StateBlob:
+    """The state of the positions ``tokens`` alone, some of those in ``blob``, whose rows may be in any order."""
+    buffer, at = blob.buffer, _HEAD.size
+    parts = [buffer[:at]]
+    while at < blob.num_bytes:
+        _, num_cells = _CELLS.unpack_from(buffer.data, at)
+        at += _CELLS.size
+        cells = buffer[at : at + num_cells * _CELL.itemsize].view(_CELL)
+        rows = np.flatnonzero((cells["position"] >= tokens.start) & (cells["position"] < tokens.stop))
+        parts += [np.frombuffer(_CELLS.pack(1, rows.size), np.uint8), cells[rows].view(np.uint8)]
+        at += cells.nbytes
+        _, num_layers = _SHAPE.unpack_from(buffer.data, at)
+        parts.append(buffer[at : at + _SHAPE.size])
+        at += _SHAPE.size
+        for _ in range(2 * num_layers):
+            _, size_bytes = _PLANE.unpack_from(buffer.data, at)
+            first = at + _PLANE.size
+            end = first + num_cells * size_bytes
+            parts += [buffer[at:first], buffer[first:end].reshape(num_cells, size_bytes)[rows].reshape(-1)]
+            at = end
+    part = np.concatenate(parts)
+    return StateBlob(part, part.size, tokens.start, len(tokens))
+
+
 class ChunkState:
     """State of the tokens ``[start_token, start_token + num_tokens)`` in ``buffer``, uint8, at least ``state_bytes``.
 

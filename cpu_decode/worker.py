@@ -19,9 +19,11 @@ import zmq
 from cpu_decode.admission import Admission
 from cpu_decode.announce import Announcer
 from cpu_decode.binding import MemoryWatch
-from cpu_decode.engine import Engine, Event, Injected, Released
+from cpu_decode.engine import Ended, Engine, Event, Injected, Prompted, Released, Restored
 from cpu_decode.landing import LandingPlace, LandingPool
 from cpu_decode.llama import Context, Model
+from cpu_decode.prefix import Block
+from cpu_decode.reuse import Plan, PrefixCache
 from cpu_decode.sampling import Sampler
 from cpu_decode.sequence import Sequence
 from transfer import codecs
@@ -50,6 +52,7 @@ from transfer.messages import (
     encode,
     require_protocol,
 )
+from transfer.notify import Supervisor
 from transfer.receiver import KVReceiver
 
 log = structlog.get_logger()
@@ -66,9 +69,13 @@ CHUNK_STEP_TOKENS = 32
 class Admitted:
     """A request between Reserve and Released: whose it is and what was promised to it."""
 
-    def __init__(self, client: bytes, seq_id: int) -> None:
+    def __init__(self, client: bytes, seq_id: int, prompt: list[int], fidelity: str) -> None:
         self.client = client
         self.seq_id = seq_id
+        self.prompt = prompt
+        self.fidelity = fidelity
+        # The blocks that the engine copies its KV into when it has ended.
+        self.keeping: list[Block] = []
         # These three are for KV from the wire; a local prefill has no landing.
         self.ticket = ""
         self.landing: LandingPlace | None = None
@@ -96,6 +103,7 @@ class Worker:
         model.require_window(geometry)
         self._form = Landing(cell_type=decode.cell_type, rope_order=model.rope_order)
         self._admission = Admission(decode.num_cells, decode.max_sequences)
+        self._prefixes = PrefixCache(geometry, decode.cell_type, decode.pool_mib << 20)
         self._chunk_tokens = link.chunk_tokens
         self._pool = self._new_pool()
         self._requests: dict[str, Admitted] = {}
@@ -138,6 +146,7 @@ class Worker:
         poller = zmq.Poller()
         for source in (self._control, self._receiver.control, self._receiver.frames, self._wake):
             poller.register(source, zmq.POLLIN)
+        supervisor = Supervisor()
         self.engine.start()
         self._chunk_tokens = even_chunk_tokens(self._link.chunk_tokens, self.engine.inject_tokens_per_s)
         self._pool = self._new_pool()
@@ -150,6 +159,7 @@ class Worker:
         )
         try:
             while not self._stopping.is_set() and self.engine.failed is None:
+                supervisor.alive()
                 ready = dict(poller.poll(POLL_MS))
                 if self._wake in ready:
                     os.eventfd_read(self._wake)
@@ -215,6 +225,10 @@ class Worker:
             prefill_basis=self.engine.prefill_basis,
             remote_memory_fraction=self.memory.remote_fraction if self.memory else 0.0,
             draining=self._draining.is_set(),
+            retained_bytes=self._prefixes.used_bytes,
+            retained_sequences=self._prefixes.num_prefixes,
+            prefix_hits=self._prefixes.hits,
+            reused_tokens=self._prefixes.reused_tokens,
         )
 
     @property
@@ -250,6 +264,13 @@ class Worker:
                     if request is not None and request.landing is not None:
                         request.landing.credit_chunks += 1
                         self._receiver.grant(request.ticket, request.landing.credit_chunks)
+                case Prompted():
+                    if request is not None:
+                        self._prefixes.lend(request.seq_id, request.prompt, request.fidelity)
+                case Restored():
+                    self._prefixes.used(event.plan)
+                case Ended():
+                    self._part(event)
                 case Released():
                     self._forget(event.request_id)
                 case Tokens() | Failure():
@@ -257,8 +278,19 @@ class Worker:
                         # A stream with a hole would be a wrong answer.
                         self.engine.abort(event.request_id)
 
+    def _part(self, ended: Ended) -> None:
+        """Have the engine keep the KV of an ended request and then free its cells.
+
+        Whoever was admitted to share them before this was told to the engine before, too.
+        """
+        request = self._requests[ended.request_id]
+        self._prefixes.take_back(request.seq_id)
+        request.keeping = self._prefixes.keep(ended.tokens, request.fidelity)
+        self.engine.leave(ended.request_id, request.keeping)
+
     def _forget(self, request_id: str) -> None:
         request = self._requests.pop(request_id)
+        self._prefixes.kept(request.keeping)
         self._admission.release(request.seq_id)
         self._pool.unreserve(request.reserved_buffers)
         if request.landing is not None:
@@ -289,7 +321,7 @@ class Worker:
                         self._send(client, self._reserve(client, message))
                     case Start():
                         self._check_owner(client, request_id)
-                        self.engine.begin(request_id, message.first_token, first_text_sent=message.first_text_sent)
+                        self._start(message)
                     case Abort():
                         if request_id in self._requests:
                             self._check_owner(client, request_id)
@@ -321,17 +353,22 @@ class Worker:
         if self._draining.is_set():
             raise CapacityError("this decode worker is about to end and takes no new requests")
         self._check_request(reserve)
-        seq_id = self._admission.admit(len(reserve.prompt) + reserve.sampling.max_tokens)
-        request = Admitted(client, seq_id)
+        fidelity = self._prefixes.fidelity(reserve)
+        plan = self._prefixes.find(reserve.prompt, fidelity)
+        num_tokens = len(reserve.prompt) + reserve.sampling.max_tokens
+        seq_id = self._admission.admit(num_tokens, plan.donor, plan.shared_tokens)
+        request = Admitted(client, seq_id, reserve.prompt, fidelity)
         ticket = secrets.token_hex(16)
         try:
             if reserve.source == "kv":
-                self._expect_kv(request, ticket, reserve)
+                self._expect_kv(request, ticket, reserve, plan)
         except IsthmusError:
             self._admission.release(seq_id)
             raise
         self._requests[reserve.request_id] = request
-        self.engine.admit(Sequence(reserve, seq_id, Sampler(self._model, reserve.sampling, reserve.prompt)))
+        self._prefixes.use(plan)
+        sampler = Sampler(self._model, reserve.sampling, reserve.prompt)
+        self.engine.admit(Sequence(reserve, seq_id, sampler, plan.num_tokens), plan)
         return Ticket(
             request_id=reserve.request_id,
             ticket=ticket,
@@ -341,7 +378,15 @@ class Worker:
             chunk_tokens=self._chunk_tokens,
             credit_chunks=request.reserved_buffers,
             deadline_ms=reserve.deadline_ms,
+            reused_tokens=plan.num_tokens,
         )
+
+    def _start(self, start: Start) -> None:
+        request = self._requests[start.request_id]
+        if start.local and request.landing is not None:
+            self._receiver.cancel(request.ticket, "the rest of the prompt is computed by the decode worker")
+            request.landing.release()
+        self.engine.begin(start.request_id, start.first_token, first_text_sent=start.first_text_sent, local=start.local)
 
     def _check_request(self, reserve: Reserve) -> None:
         if reserve.request_id in self._requests:
@@ -352,7 +397,7 @@ class Worker:
             if not 0 <= min(tokens, default=0) <= max(tokens, default=0) < self._model.vocab_size:
                 raise RequestError(f"{param} has token ids outside 0..{self._model.vocab_size - 1}", param)
 
-    def _expect_kv(self, request: Admitted, ticket: str, reserve: Reserve) -> None:
+    def _expect_kv(self, request: Admitted, ticket: str, reserve: Reserve, plan: Plan) -> None:
         codecs.for_cells(reserve.codec, self._decode.cell_type, self._geometry)
         request.reserved_buffers = self._pool.reserve(
             # As many tokens as the configuration says, in chunks of the size that injects evenly.
@@ -366,6 +411,7 @@ class Worker:
             reserve.codec,
             self._pool,
             num_tokens=len(reserve.prompt),
+            start_token=plan.num_tokens,
             chunk_tokens=self._chunk_tokens,
             credit_chunks=request.reserved_buffers,
             on_chunk=lambda chunk: self.engine.land(request_id, chunk),

@@ -38,11 +38,16 @@ class Running:
 
 @contextmanager
 def serving(
-    model: Model, geometry: KVGeometry, cell_type: CellType, keys_folder: Path | None = None
+    model: Model,
+    geometry: KVGeometry,
+    cell_type: CellType,
+    keys_folder: Path | None = None,
+    *,
+    pool_mib: int = 0,
 ) -> Iterator[Running]:
     """Serve on ports of the system's choice for the body, with keys of its own or those of ``keys_folder``.
 
-    The worker must end when asked.
+    Nothing is reused unless ``pool_mib`` says so. The worker must end when asked.
     """
     decode = Decode(
         control_port=0,
@@ -53,6 +58,7 @@ def serving(
         cell_type=cell_type,
         threads=1,
         landing_mib=64,
+        pool_mib=pool_mib,
     )
     context = Context(
         model, num_cells=4096, max_sequences=MAX_SEQUENCES, batch_tokens=512, threads=1, cell_type=cell_type
