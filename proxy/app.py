@@ -13,11 +13,11 @@ import msgspec
 import structlog
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-from proxy import api_keys, tokenization
+from proxy import api_keys, openapi, tokenization
 from proxy.answer import REQUEST_ID_HEADER, Answer
 from proxy.failures import BodySizeError, NotServedError, describe, error_body
 from proxy.gateway import Call, Gateway
@@ -53,6 +53,7 @@ def create_app(cluster: Cluster) -> FastAPI:
     tokenization.add(app, gateway)
     _add_views(app, gateway)
     _add_errors(app, gateway)
+    openapi.install(app)
     return app
 
 
@@ -106,7 +107,7 @@ def _add_views(app: FastAPI, gateway: Gateway) -> None:
         some = gateway.prefill.up or gateway.decode.up
         return JSONResponse({"status": "ok" if some else "down"}, 200 if some else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(gateway.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
