@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 
 from proxy import api_keys, openapi, tokenization
 from proxy.answer import REQUEST_ID_HEADER, Answer
+from proxy.decode_node import DecodeNode
 from proxy.failures import BodySizeError, NotServedError, describe, error_body
 from proxy.gateway import Call, Gateway
 from proxy.guard import Guard
@@ -93,9 +94,11 @@ def _add_inference(app: FastAPI, gateway: Gateway, rates: Rates) -> None:
 def _add_views(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/health")
     async def health() -> JSONResponse:
-        up = {"prefill": gateway.prefill.up, "decode": gateway.decode.up}
+        up = {"prefill": gateway.prefill.up, "decode": gateway.workers.up}
         some = any(up.values())
-        body = {"status": "ok" if some else "down"} | {node: "up" if is_up else "down" for node, is_up in up.items()}
+        body: dict[str, Any] = {"status": "ok" if some else "down"}
+        body |= {node: "up" if is_up else "down" for node, is_up in up.items()}
+        body["workers"] = {node.name: node.state for node in gateway.workers}
         return JSONResponse(body, 200 if some else 503)
 
     @app.get("/health/live")
@@ -104,7 +107,7 @@ def _add_views(app: FastAPI, gateway: Gateway) -> None:
 
     @app.get("/health/ready")
     async def ready() -> JSONResponse:
-        some = gateway.prefill.up or gateway.decode.up
+        some = gateway.prefill.up or gateway.workers.up
         return JSONResponse({"status": "ok" if some else "down"}, 200 if some else 503)
 
     @app.get("/metrics", response_class=PlainTextResponse)
@@ -118,16 +121,12 @@ def _add_views(app: FastAPI, gateway: Gateway) -> None:
 
     @app.get("/nodes")
     async def nodes() -> Response:
-        prefill, decode = gateway.prefill, gateway.decode
+        prefill, workers = gateway.prefill, gateway.workers
         view = {
             "prefill": {"url": prefill.url, "up": prefill.up, "down_reason": prefill.down_reason},
-            "decode": {
-                "endpoint": decode.endpoint,
-                "up": decode.up,
-                "down_reason": decode.down_reason,
-                "welcome": decode.welcome,
-                "status": decode.status,
-            },
+            # The one that the cluster file pins, once more.
+            "decode": workers.pinned and _view(workers.pinned),
+            "workers": {node.name: _view(node) for node in workers},
         }
         return Response(msgspec.json.encode(view), media_type="application/json")
 
@@ -158,6 +157,17 @@ def _add_errors(app: FastAPI, gateway: Gateway) -> None:
     async def bad_query(_request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         return JSONResponse(describe(RequestError(f"{first['loc'][-1]}: {first['msg']}", first["loc"][-1])).body, 400)
+
+
+def _view(node: DecodeNode) -> dict[str, Any]:
+    return {
+        "endpoint": node.endpoint,
+        "up": node.up,
+        "state": node.state,
+        "down_reason": node.down_reason,
+        "welcome": node.welcome,
+        "status": node.status,
+    }
 
 
 async def _read_call(request: Request, kind: type[B], gateway: Gateway) -> Call:

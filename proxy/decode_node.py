@@ -10,13 +10,15 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import structlog
 import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
+from proxy.breaker import Breaker
+from proxy.placement import Candidate
 from transfer.errors import IsthmusError, LinkError, ProtocolError, from_wire
 from transfer.keys import ClientKeys, secure_client
 from transfer.messages import (
@@ -50,7 +52,8 @@ log = structlog.get_logger()
 class Conversation:
     """One request's exchange with the worker: what it says arrives here until the request ends."""
 
-    def __init__(self, node: DecodeNode, request_id: str, max_messages: int) -> None:
+    def __init__(self, node: DecodeNode, request_id: str, max_messages: int, cells: int, sequences: int) -> None:
+        self.cells, self.sequences = cells, sequences
         self._node = node
         self._request_id = request_id
         self._max_messages = max_messages
@@ -118,13 +121,19 @@ class Conversation:
 
 
 class DecodeNode:
-    """The worker at ``endpoint``. ``up`` while a session stands; ``welcome`` and ``status`` are its last words.
+    """The worker ``name`` at ``endpoint``, ``up`` while a session stands.
+
+    ``welcome`` and ``status`` are what it said last; ``breaker`` counts the requests that it failed.
 
     With ``keys`` the session speaks CURVE.
     """
 
-    def __init__(self, endpoint: str, keys: ClientKeys | None = None) -> None:
+    def __init__(self, endpoint: str, keys: ClientKeys | None = None, name: str = "") -> None:
         self.endpoint = endpoint
+        self.name = name or endpoint.removeprefix("tcp://")
+        self.breaker = Breaker()
+        # What it says where it announces itself; its status may not have come yet, or come no more.
+        self.announced_draining = False
         self._keys = keys
         self.up = False
         self.welcome: Welcome | None = None
@@ -135,12 +144,56 @@ class DecodeNode:
         self._socket: zmq.asyncio.Socket | None = None
         self._heard_ns = 0
 
+    @property
+    def draining(self) -> bool:
+        """Whether the worker is about to end."""
+        return self.announced_draining or (self.status is not None and self.status.draining)
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether new requests may go there."""
+        return self.up and not self.draining
+
+    @property
+    def state(self) -> Literal["up", "draining", "failing", "down"]:
+        """In a word."""
+        if not self.up:
+            return "down"
+        if self.draining:
+            return "draining"
+        return "failing" if self.breaker.failing(time.monotonic_ns()) else "up"
+
+    @property
+    def away_reason(self) -> str:
+        """Why new requests may not."""
+        return self.down_reason if not self.up else "it is about to end"
+
+    @property
+    def candidate(self) -> Candidate:
+        """What is free there: as its last status says, or less where this proxy has asked for more since."""
+        if self.welcome is None:
+            raise LinkError(f"the decode node is down: {self.down_reason}")
+        status, open_here = self.status, self.conversations.values()
+        cells = max(sum(each.cells for each in open_here), status.used_cells if status else 0)
+        sequences = max(sum(each.sequences for each in open_here), status.reserved_sequences if status else 0)
+        most = self.welcome.max_sequences
+        return Candidate(self.name, self.welcome.num_cells - cells, most - sequences, sequences / most)
+
+    def calls_itself(self, worker: str) -> bool:
+        """Whether ``worker`` is the name that the worker gave when it was last heard."""
+        return self.welcome is not None and self.welcome.worker == worker
+
     @asynccontextmanager
-    async def conversation(self, request_id: str, max_tokens: int) -> AsyncIterator[Conversation]:
-        """Talk about one request. Unless its last tokens have arrived, leaving the body aborts it on the worker."""
+    async def conversation(
+        self, request_id: str, max_tokens: int, *, cells: int = 0, sequences: int = 1
+    ) -> AsyncIterator[Conversation]:
+        """Talk about one request, which needs ``cells`` and ``sequences``.
+
+        Unless its last tokens have arrived, leaving the body aborts it on the worker.
+        """
         if not self.up:
             raise LinkError(f"the decode node is down: {self.down_reason}")
-        conversation = Conversation(self, request_id, max_messages=max_tokens + 2)
+        conversation = Conversation(self, request_id, max_tokens + 2, cells, sequences)
         self.conversations[request_id] = conversation
         try:
             yield conversation
@@ -214,7 +267,7 @@ class DecodeNode:
         require_protocol(welcome.protocol)
         self.welcome = welcome
         self.up = True
-        log.info("decode node is up", endpoint=self.endpoint, worker=welcome.worker)
+        log.info("decode node is up", name=self.name, endpoint=self.endpoint, worker=welcome.worker)
 
     def _deliver(self, message: Ticket | Tokens | Failure) -> None:
         conversation = self.conversations.get(message.request_id)
@@ -250,9 +303,10 @@ class DecodeNode:
 
     def _lost(self, reason: IsthmusError) -> None:
         if self.up or str(reason) != self.down_reason:
-            log.warning("decode node is down", endpoint=self.endpoint, reason=str(reason))
+            log.warning("decode node is down", name=self.name, endpoint=self.endpoint, reason=str(reason))
         self.up = False
         self.status = None
+        self.announced_draining = False
         self._socket = None
         self.down_reason = str(reason)
         for conversation in self.conversations.values():

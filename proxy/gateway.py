@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from typing import NamedTuple
@@ -10,17 +11,24 @@ from typing import NamedTuple
 import structlog
 
 from proxy import costs, handoff, router
+from proxy.breaker import Breaker
 from proxy.decode_node import DecodeNode
-from proxy.handoff import Job, Pieces
+from proxy.handoff import PREFILL, Job, NodeFailedError, Pieces
 from proxy.ledger import Account, Entry, Ledger
 from proxy.limits import Admission
 from proxy.metrics import Metrics
+from proxy.nodes import DecodePool
 from proxy.openai import Body, ChatBody
 from proxy.prefill_node import PrefillNode
+from proxy.registry import Registry
 from proxy.render import Renderer
 from proxy.router import Route
+from proxy.transcript import Transcript
 from transfer import keys
 from transfer.config import Cluster, keys_folder
+
+# A request is served by so many nodes, one after the other, if they fail it.
+MAX_ATTEMPTS = 3
 
 log = structlog.get_logger()
 
@@ -35,7 +43,7 @@ class Call(NamedTuple):
 
 
 class Gateway:
-    """Clients to both nodes, tokenizer, slots, ledger and metrics of one proxy."""
+    """Clients to all nodes, tokenizer, slots, ledger and metrics of one proxy."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
@@ -43,11 +51,10 @@ class Gateway:
         self.prefill = PrefillNode(
             f"http://{cluster.prefill.host}:{cluster.prefill.port}", self.model, cluster.proxy.max_running
         )
+        self.prefill_breaker = Breaker()
         folder = keys_folder(cluster)
-        self.decode = DecodeNode(
-            f"tcp://{cluster.decode.host}:{cluster.decode.control_port}",
-            keys.client(folder, "proxy") if folder else None,
-        )
+        self._keys = keys.client(folder, "proxy") if folder else None
+        self.workers = DecodePool(_pinned(cluster, self._keys), self._keys)
         self.renderer = Renderer(cluster.pair.hf_dir)
         self.admission = Admission(cluster.proxy.max_running, cluster.proxy.max_queued)
         self.ledger = Ledger(cluster.proxy.ledger_entries)
@@ -55,14 +62,19 @@ class Gateway:
             running=lambda: self.admission.running,
             queued=lambda: self.admission.queued,
             prefill_up=lambda: self.prefill.up,
-            decode_up=lambda: self.decode.up,
+            decode_up=lambda: self.workers.up,
+            workers=lambda: self.workers,
         )
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
-        """Load the tokenizer and stay in touch with both nodes for the body."""
+        """Load the tokenizer and stay in touch with all nodes for the body."""
         await self.renderer.load()
-        clients = [asyncio.create_task(self.prefill.run()), asyncio.create_task(self.decode.run())]
+        proxy = self.cluster.proxy
+        clients = [asyncio.create_task(self.prefill.run()), asyncio.create_task(self.workers.run())]
+        if proxy.registry_port:
+            registry = Registry(proxy.host, proxy.registry_port, self._keys, self.workers.heard)
+            clients.append(asyncio.create_task(registry.run()))
         try:
             yield
         finally:
@@ -84,15 +96,9 @@ class Gateway:
                 prompt = await self._tokenize(call.body)
             with account.meter.stage("route"):
                 job = self._plan(call, prompt, account)
-            try:
-                async with aclosing(self._take(job, account)) as pieces:
-                    async for piece in pieces:
-                        yield piece
-            except handoff.KVLostError as lost:
-                rest = self._fail_over(call, lost, account)
-                async with aclosing(self._take(rest, account)) as pieces:
-                    async for piece in pieces:
-                        yield piece
+            async with aclosing(self._served(call, job, account)) as pieces:
+                async for piece in pieces:
+                    yield piece
 
     def close(self, account: Account, status: str) -> Entry:
         """Enter a request that ended with ``status`` into the ledger and the metrics."""
@@ -104,6 +110,7 @@ class Gateway:
             request_id=entry.request_id,
             status=status,
             route=entry.route,
+            worker=entry.worker,
             prompt_tokens=entry.prompt_tokens,
             completion_tokens=entry.completion_tokens,
             total_ns=entry.total_ns,
@@ -122,48 +129,108 @@ class Gateway:
         body = call.body
         barred = router.bar(body.sampling(self.cluster.prefill.max_model_len), echo=body.echoes_logprobs)
         route, reason = router.choose(
-            call.forced_route, prefill_up=self.prefill.up, decode_up=self.decode.up, barred=barred
+            call.forced_route,
+            prefill_up=self.prefill.up,
+            decode_up=self.workers.up,
+            barred=barred,
+            prefill_failing=self.prefill_breaker.failing(time.monotonic_ns()),
+            decode_failing=self.workers.failing,
         )
         context = router.context_tokens(route, self.cluster)
         # vLLM counts every choice on its own; the worker's cells are there once.
         sharing = 1 if route == "gpu" else body.choices
         max_tokens = router.fit(len(prompt), body.token_limit, context, sharing)
         account.route, account.reason = route, reason
-        codec = self._codec(call) if route == "split" else None
-        account.codec = codec
-        account.alternative = costs.cpu_prefill(len(prompt), self.decode.status)
+        account.alternative = costs.cpu_prefill(len(prompt), self.workers.any_status)
         return Job(
             call.request_id,
             prompt,
             body.sampling(max_tokens),
-            codec or "raw",
+            call.codec,
+            self.cluster.link.codec,
             self.cluster.link.transfer_deadline_s,
             body.choices,
             body.echoes_logprobs,
         )
 
-    def _codec(self, call: Call) -> str:
-        possible = self.decode.welcome.codecs if self.decode.welcome else ()
-        return router.choose_codec(call.codec, self.cluster.link.codec, possible)
+    async def _served(self, call: Call, job: Job, account: Account) -> Pieces:
+        """The answer to ``job``, by as many nodes as it takes; what nodes fail with is raised if no other may go on."""
+        transcript = Transcript(job, self.renderer.vocabulary)
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            try:
+                async with aclosing(self._take(job, account)) as pieces:
+                    async for piece in pieces:
+                        yield transcript.take(piece)
+                        if transcript.ended:
+                            break
+            except NodeFailedError as failed:
+                job = self._go_on(call, job, transcript, failed, account, last=attempt == MAX_ATTEMPTS)
+            else:
+                self._succeeded(account)
+                return
+            if not transcript.left_tokens:
+                yield transcript.end()
+                return
 
-    def _fail_over(self, call: Call, lost: handoff.KVLostError, account: Account) -> Job:
-        """Choose the route that finishes a request whose KV was lost; raises the loss where nothing may."""
-        vllm_may = self.prefill.up and router.unknown_to_vllm(lost.rest.sampling) is None
-        if call.forced_route is not None or not (vllm_may or self.decode.up):
-            raise lost.error
-        # vLLM has the prompt in its prefix cache.
-        account.route = "gpu" if vllm_may else "cpu"
-        account.reason, account.failed_over = "kv_lost", lost.error.code
-        account.carried_tokens, account.route_tokens = lost.sent_tokens, 0
-        log.warning("KV lost, going on", request_id=call.request_id, route=account.route, reason=str(lost.error))
-        # The worker may not have let go of the first reservation yet.
-        return lost.rest._replace(request_id=f"{call.request_id}-again")
+    def _go_on(
+        self, call: Call, job: Job, transcript: Transcript, failed: NodeFailedError, account: Account, *, last: bool
+    ) -> Job:
+        """What is left to do after ``failed``, with its route chosen; raises the error where nobody may do it."""
+        self._blame(failed.node)
+        rest = None if last else transcript.rest()
+        if rest is None:
+            raise failed.error
+        avoid = job.avoid | {failed.node}
+        barred = router.bar(rest.sampling, echo=rest.echo, prior_output=rest.prior_output)
+        route = router.go_on(
+            call.forced_route,
+            prefill_up=self.prefill.up and PREFILL not in avoid,
+            another_worker_up=self.workers.another(avoid),
+            some_worker_up=self.workers.up,
+            barred={route: "context" for route in router.ROUTES if not self._fits(rest, route)} | barred,
+        )
+        if route is None:
+            raise failed.error
+        log.warning("a node failed a request, going on", request_id=call.request_id, route=route, reason=str(failed))
+        account.failed(failed.error.code, transcript.num_tokens)
+        account.route, account.reason = route, "failed_over"
+        # A node that failed may not have let go of the request yet.
+        number = len(account.attempts)
+        return rest._replace(request_id=f"{call.request_id}-{number}", avoid=avoid)
+
+    def _fits(self, job: Job, route: Route) -> bool:
+        sharing = 1 if route == "gpu" else job.choices
+        return len(job.prompt) + sharing * job.sampling.max_tokens <= router.context_tokens(route, self.cluster)
 
     def _take(self, job: Job, account: Account) -> Pieces:
         match account.route:
             case "gpu":
+                self.prefill_breaker.tried(time.monotonic_ns())
                 return handoff.gpu(job, self.prefill, account)
             case "cpu":
-                return handoff.cpu(job, self.decode, account)
+                return handoff.cpu(job, self.workers, account)
             case _:
-                return handoff.split(job, self.prefill, self.decode, account)
+                self.prefill_breaker.tried(time.monotonic_ns())
+                return handoff.split(job, self.prefill, self.workers, account)
+
+    def _blame(self, name: str) -> None:
+        node = self.workers.nodes.get(name)
+        breaker = self.prefill_breaker if name == PREFILL else node.breaker if node else None
+        if breaker:
+            breaker.failed(time.monotonic_ns())
+
+    def _succeeded(self, account: Account) -> None:
+        node = self.workers.nodes.get(account.worker or "")
+        if node:
+            node.breaker.succeeded()
+        if account.route != "cpu":
+            self.prefill_breaker.succeeded()
+
+
+def _pinned(cluster: Cluster, own_keys: keys.ClientKeys | None) -> DecodeNode | None:
+    """The worker that the cluster file names; none if it leaves the port to the system."""
+    decode = cluster.decode
+    if not decode.control_port:
+        return None
+    name = f"{decode.advertise_host}:{decode.control_port}"
+    return DecodeNode(f"tcp://{decode.host}:{decode.control_port}", own_keys, name)

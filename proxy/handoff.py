@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import NamedTuple
 
-import msgspec
 import structlog
 
+from proxy import costs
 from proxy.decode_node import Conversation, DecodeNode
 from proxy.ledger import Account
+from proxy.nodes import DecodePool
 from proxy.prefill_node import STREAM_SILENCE_S, Counts, FirstToken, PrefillNode
-from proxy.router import unknown_to_vllm
+from proxy.router import choose_codec, unknown_to_vllm
 from transfer.errors import CapacityError, CodecError, EngineError, IsthmusError, LinkError, ProtocolError
 from transfer.messages import FinishReason, Reserve, Sampling, Ticket, TokenLogprob
 
@@ -48,40 +49,45 @@ Pieces = AsyncGenerator[Piece, None]
 class Job(NamedTuple):
     """A request once its route is known. ``deadline_s`` bounds prefill and, after it, the wait for KV.
 
-    ``choices`` answers are made. ``echo`` repeats the prompt, with log probabilities, in front of them (route ``gpu``).
+    ``codec`` is the one the client asks for, ``default_codec`` the one where it asks for none. ``choices`` answers are
+    made. ``echo`` repeats the prompt, with log probabilities, in front of them (route ``gpu``). The last
+    ``prior_output`` tokens of the prompt are output of nodes that failed; workers in ``avoid`` are among those.
     """
 
     request_id: str
     prompt: list[int]
     sampling: Sampling
-    codec: str
+    codec: str | None
+    default_codec: str
     deadline_s: float
     choices: int = 1
     echo: bool = False
+    prior_output: int = 0
+    avoid: frozenset[str] = frozenset()
+
+    @property
+    def cells(self) -> int:
+        """Cells that a worker needs for it."""
+        return len(self.prompt) + self.choices * self.sampling.max_tokens
 
 
-class KVLostError(Exception):
-    """A split request whose KV never arrived, and which can go on elsewhere: ``error`` is why, ``rest`` what is left.
-
-    ``sent_tokens`` tokens are with the client already; ``rest``'s prompt ends with them.
-    """
-
-    def __init__(self, error: IsthmusError, rest: Job, sent_tokens: int) -> None:
-        super().__init__(str(error))
-        self.error, self.rest, self.sent_tokens = error, rest, sent_tokens
+# Names of nodes beside the workers' own.
+PREFILL, NO_WORKER = "prefill", "decode"
 
 
-async def split(job: Job, prefill: PrefillNode, decode: DecodeNode, account: Account) -> Pieces:
-    """Prefill in vLLM, decode in llama.cpp.
+class NodeFailedError(Exception):
+    """``node``, a worker's name or one of the above, failed a request with ``error``; another one might serve it."""
 
-    Raises :class:`KVLostError` if prefill succeeded and the KV did not arrive, where the client has seen no more than
-    a first token that can be moved into the prompt.
-    """
-    async with _reserved(job, decode, account, kv=True) as (conversation, ticket):
+    def __init__(self, node: str, error: IsthmusError) -> None:
+        super().__init__(f"{node}: {error}")
+        self.node, self.error = node, error
+
+
+async def split(job: Job, prefill: PrefillNode, workers: DecodePool, account: Account) -> Pieces:
+    """Prefill in vLLM, decode in llama.cpp. Like all routes raises :class:`NodeFailedError` if a node fails it."""
+    async with _reserved(job, workers, account, kv=True) as (conversation, ticket):
         with account.meter.stage("prefill"):
-            first = await conversation.guard(
-                prefill.prefill(job.request_id, job.prompt, job.sampling, ticket, job.deadline_s)
-            )
+            first = await conversation.guard(_prefilled(job, prefill, ticket))
         account.cached_tokens = max(first.cached_tokens, ticket.reused_tokens)
         log.info("prefilled", request_id=job.request_id, ticket=ticket.ticket, cached_tokens=first.cached_tokens)
         keep = not _decoder_samples(job)
@@ -98,23 +104,15 @@ async def split(job: Job, prefill: PrefillNode, decode: DecodeNode, account: Acc
             yield Piece(first.text, None, 0, (first.token,), first.logprobs)
         # The worker knows no log probabilities of a token that it did not sample.
         held = first.logprobs if keep and not sent else ()
-        decoded = False
-        try:
-            async with aclosing(_decoded(conversation, account, job, job.deadline_s)) as pieces:
-                async for piece in pieces:
-                    decoded = True
-                    yield piece._replace(logprobs=held + piece.logprobs)
-                    held = ()
-        except (LinkError, ProtocolError, CodecError) as error:
-            rest = _rest(job, first.token) if sent else job
-            if decoded or rest is None:
-                raise
-            raise KVLostError(error, rest, int(sent)) from None
+        async with aclosing(_decoded(conversation, account, job, job.deadline_s)) as pieces:
+            async for piece in pieces:
+                yield piece._replace(logprobs=held + piece.logprobs)
+                held = ()
 
 
-async def cpu(job: Job, decode: DecodeNode, account: Account) -> Pieces:
+async def cpu(job: Job, workers: DecodePool, account: Account) -> Pieces:
     """Prefill and decode in llama.cpp."""
-    async with _reserved(job, decode, account, kv=False) as (conversation, ticket):
+    async with _reserved(job, workers, account, kv=False) as (conversation, ticket):
         account.cached_tokens = ticket.reused_tokens
         await conversation.start(None, first_text_sent=False)
         async with aclosing(_decoded(conversation, account, job, STREAM_SILENCE_S)) as pieces:
@@ -125,33 +123,79 @@ async def cpu(job: Job, decode: DecodeNode, account: Account) -> Pieces:
 async def gpu(job: Job, prefill: PrefillNode, account: Account) -> Pieces:
     """Prefill and decode in vLLM."""
     stream = prefill.stream(job.request_id, job.prompt, job.sampling, choices=job.choices, echo=job.echo)
-    async with aclosing(stream) as deltas:
-        with account.meter.stage("prefill"):
-            delta = await anext(deltas)
-        while not isinstance(delta, Counts):
-            account.route_tokens += len(delta.token_ids)
-            yield Piece(*delta)
-            with account.meter.stage("decode"):
+    with _blaming(PREFILL):
+        async with aclosing(stream) as deltas:
+            with account.meter.stage("prefill"):
                 delta = await anext(deltas)
-        account.route_tokens = delta.completion_tokens
-        account.cached_tokens = delta.cached_tokens
+            while not isinstance(delta, Counts):
+                account.route_tokens += len(delta.token_ids)
+                yield Piece(*delta)
+                with account.meter.stage("decode"):
+                    delta = await anext(deltas)
+            account.route_tokens = delta.completion_tokens
+            account.cached_tokens = delta.cached_tokens
+
+
+async def _prefilled(job: Job, prefill: PrefillNode, ticket: Ticket) -> FirstToken:
+    with _blaming(PREFILL):
+        return await prefill.prefill(job.request_id, job.prompt, job.sampling, ticket, job.deadline_s)
+
+
+@contextmanager
+def _blaming(node: str) -> Iterator[None]:
+    """Say that ``node`` is why the body fails, unless the request is at fault or somebody else is blamed already."""
+    try:
+        yield
+    except (LinkError, ProtocolError, CodecError, EngineError) as error:
+        raise NodeFailedError(node, error) from error
 
 
 @asynccontextmanager
 async def _reserved(
-    job: Job, decode: DecodeNode, account: Account, *, kv: bool
+    job: Job, workers: DecodePool, account: Account, *, kv: bool
 ) -> AsyncIterator[tuple[Conversation, Ticket]]:
-    """A conversation whose cells are promised; a full worker is asked again until ``job.deadline_s`` has passed."""
+    """A conversation with a worker that has promised cells; it is blamed for what fails in the body.
+
+    Where the chosen worker is full, the choice is made again until ``job.deadline_s`` has passed.
+    """
     deadline_ns = time.monotonic_ns() + int(job.deadline_s * 1e9)
+    max_tokens = job.choices * (job.sampling.max_tokens + 1)
     while True:
-        async with decode.conversation(job.request_id, job.choices * (job.sampling.max_tokens + 1)) as conversation:
-            with account.meter.stage("reserve"):
-                ticket = await _ask(conversation, _reserve(job, kv=kv), deadline_ns)
-            if ticket is not None:
-                yield conversation, ticket
-                return
+        with account.meter.stage("reserve"):
+            node, reserve = _placed(job, workers, account, kv=kv)
+        with _blaming(node.name):
+            async with node.conversation(
+                job.request_id, max_tokens, cells=job.cells, sequences=job.choices
+            ) as conversation:
+                with account.meter.stage("reserve"):
+                    ticket = await _ask(conversation, reserve, deadline_ns)
+                if ticket is not None:
+                    yield conversation, ticket
+                    return
         with account.meter.stage("reserve"):
             await asyncio.sleep(FULL_RETRY_S)
+
+
+def _placed(job: Job, workers: DecodePool, account: Account, *, kv: bool) -> tuple[DecodeNode, Reserve]:
+    """The worker for ``job``, and what it is asked for; raises what the choices of worker and codec raise."""
+    with _blaming(NO_WORKER):
+        node = workers.place(job.prompt, job.cells, job.choices, avoid=job.avoid, last_resort=not kv)
+    codec = None
+    if kv and node.welcome:
+        codec = choose_codec(job.codec, job.default_codec, node.welcome.codecs)
+    account.worker, account.codec = node.name, codec
+    account.alternative = costs.cpu_prefill(account.prompt_tokens, node.status)
+    reserve = Reserve(
+        request_id=job.request_id,
+        prompt=job.prompt,
+        sampling=job.sampling,
+        source="kv" if kv else "local",
+        codec=codec or "raw",
+        deadline_ms=round(job.deadline_s * 1000),
+        choices=job.choices,
+        prior_output=job.prior_output,
+    )
+    return node, reserve
 
 
 async def _ask(conversation: Conversation, reserve: Reserve, deadline_ns: int) -> Ticket | None:
@@ -180,27 +224,6 @@ async def _decoded(conversation: Conversation, account: Account, job: Job, first
         yield Piece(tokens.text, tokens.finish_reason, tokens.choice, tuple(tokens.token_ids), tokens.logprobs)
 
 
-def _reserve(job: Job, *, kv: bool) -> Reserve:
-    return Reserve(
-        request_id=job.request_id,
-        prompt=job.prompt,
-        sampling=job.sampling,
-        source="kv" if kv else "local",
-        codec=job.codec,
-        deadline_ms=round(job.deadline_s * 1000),
-        choices=job.choices,
-    )
-
-
-def _rest(job: Job, first_token: int) -> Job | None:
-    """``job`` after its first token; None where the penalties that count only new tokens would lose one."""
-    sampling = job.sampling
-    if sampling.presence_penalty or sampling.frequency_penalty:
-        return None
-    shorter = msgspec.structs.replace(sampling, max_tokens=sampling.max_tokens - 1)
-    return job._replace(prompt=[*job.prompt, first_token], sampling=shorter)
-
-
 def _decoder_samples(job: Job) -> bool:
     """Whether vLLM's first token is of no use.
 
@@ -210,7 +233,7 @@ def _decoder_samples(job: Job) -> bool:
     sampling = job.sampling
     seeded = sampling.seed is not None and sampling.temperature > 0
     constrained = bool(sampling.json_schema or sampling.grammar)
-    return seeded or constrained or unknown_to_vllm(sampling) is not None or job.choices > 1
+    return seeded or constrained or job.choices > 1 or unknown_to_vllm(sampling, job.prior_output) is not None
 
 
 def _can_send(first: FirstToken, sampling: Sampling) -> bool:

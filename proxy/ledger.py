@@ -12,19 +12,30 @@ from proxy.router import Route
 from transfer.stages import DecodeReport, Meter
 
 
+class Attempt(msgspec.Struct, frozen=True, kw_only=True):
+    """One try to serve a request: where, how many tokens of the answer it made, and the error code that ended it."""
+
+    route: Route
+    worker: str | None
+    codec: str | None
+    completion_tokens: int
+    error: str | None
+
+
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """One closed request. Durations in ns on the proxy's clock or, from ``gather_ns`` to ``decode_ns``, on the node's.
 
     ``prefill_ns`` is vLLM's answer for ``split``, the worker's own prefill for ``cpu`` and the time to the first token
     for ``gpu``. ``specialization_gain_ns`` is what prefill on the other node saved; only ``split`` has one.
-    ``status`` is ``ok``, ``cancelled`` or an error code. ``failed_over`` is the error code for which ``split`` was left
-    in mid-request; ``route`` is then the one that finished.
+    ``status`` is ``ok``, ``cancelled`` or an error code. ``failed_over`` is the code with which the first node failed
+    the request; ``route``, ``worker`` and ``codec`` are then of the last of ``attempts``.
     """
 
     request_id: str
     model: str
     route: Route | None
     reason: str | None
+    worker: str | None
     codec: str | None
     prompt_tokens: int
     completion_tokens: int
@@ -51,6 +62,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     prefill_alternative_basis: str | None
     specialization_gain_ns: int | None
     failed_over: str | None
+    attempts: list[Attempt]
     status: str
 
     def server_timing(self) -> str:
@@ -84,12 +96,14 @@ class Account:
         self.meter = Meter()
         self.route: Route | None = None
         self.reason: str | None = None
+        self.worker: str | None = None
         self.codec: str | None = None
+        # Those that failed.
+        self.attempts: list[Attempt] = []
         self.prompt: list[int] = []
-        # Sent by a route that failed, and by the one that went on; and why the first one failed, by its error's code.
+        # Known from attempts that failed, and from the one that goes on.
         self.carried_tokens = 0
         self.route_tokens = 0
-        self.failed_over: str | None = None
         self.cached_tokens = 0
         self.alternative: Estimate | None = None
         self.report: DecodeReport | None = None
@@ -107,6 +121,24 @@ class Account:
         """Tokens of the answer so far."""
         return self.carried_tokens + self.route_tokens
 
+    def failed(self, error: str, known_tokens: int) -> None:
+        """An attempt has ended with ``error``; the next one starts after ``known_tokens`` of the answer."""
+        self._end_attempt(error, known_tokens - self.carried_tokens)
+        self.carried_tokens, self.route_tokens, self.report = known_tokens, 0, None
+        self.worker = self.codec = None
+
+    def _end_attempt(self, error: str | None, completion_tokens: int) -> None:
+        if self.route is not None:
+            self.attempts.append(
+                Attempt(
+                    route=self.route,
+                    worker=self.worker,
+                    codec=self.codec,
+                    completion_tokens=completion_tokens,
+                    error=error,
+                )
+            )
+
     def saw_text(self) -> int | None:
         """Note that text goes out to the client; returns the ns since the text before it, None for the first."""
         now_ns = time.monotonic_ns()
@@ -119,6 +151,8 @@ class Account:
         """The entry as it stands now."""
         now_ns = time.monotonic_ns()
         ns = self.meter.ns
+        failed_over = self.attempts[0].error if self.attempts else None
+        self._end_attempt(None if status == "ok" else status, self.route_tokens)
         report = self.report or DecodeReport(prompt_tokens=self.prompt_tokens, completion_tokens=0)
         prefill_ns = report.local_prefill_ns if self.route == "cpu" else ns["prefill"]
         gain_ns = None
@@ -129,6 +163,7 @@ class Account:
             model=self.model,
             route=self.route,
             reason=self.reason,
+            worker=self.worker,
             codec=self.codec,
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.completion_tokens,
@@ -154,7 +189,8 @@ class Account:
             prefill_alternative_ns=self.alternative.ns if self.alternative else None,
             prefill_alternative_basis=self.alternative.basis if self.alternative else None,
             specialization_gain_ns=gain_ns,
-            failed_over=self.failed_over,
+            failed_over=failed_over,
+            attempts=self.attempts,
             status=status,
         )
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
+import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, generate_latest
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
+from proxy.decode_node import DecodeNode
 from proxy.ledger import Entry
 
 _LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -23,6 +27,7 @@ class Metrics:
         queued: Callable[[], float],
         prefill_up: Callable[[], float],
         decode_up: Callable[[], float],
+        workers: Callable[[], Iterable[DecodeNode]],
     ) -> None:
         self._registry = registry = CollectorRegistry()
         self._ttft = Histogram(
@@ -49,6 +54,12 @@ class Metrics:
             "isthmus_kv_transfer_bytes", "KV before and after encoding", ["kind"], registry=registry
         )
         self._routes = Counter("isthmus_route", "Requests by route taken", ["route", "reason"], registry=registry)
+        self._failovers = Counter(
+            "isthmus_failover",
+            "Times that a request went on after a node had failed it",
+            ["code"],
+            registry=registry,
+        )
         self._requests = Counter("isthmus_requests", "Finished requests by outcome", ["status"], registry=registry)
         self._gain = Summary(
             "isthmus_specialization_gain_seconds",
@@ -59,9 +70,10 @@ class Metrics:
             ("isthmus_running", "Requests that hold a slot", running),
             ("isthmus_queued", "Requests that wait for a slot", queued),
             ("isthmus_prefill_up", "1 if the prefill node answers", prefill_up),
-            ("isthmus_decode_up", "1 if the decode node answers", decode_up),
+            ("isthmus_decode_up", "1 if some decode worker takes requests", decode_up),
         ):
             Gauge(name, text, registry=registry).set_function(read)
+        registry.register(_Workers(workers))
 
     def gap(self, route: str, gap_ns: int) -> None:
         """One gap between two pieces of text."""
@@ -74,6 +86,8 @@ class Metrics:
     def finished(self, entry: Entry) -> None:
         """Everything a closed ledger entry says."""
         self._requests.labels(entry.status).inc()
+        for failed in entry.attempts[:-1]:
+            self._failovers.labels(failed.error).inc()
         if entry.route is None:
             return
         self._routes.labels(entry.route, entry.reason).inc()
@@ -89,3 +103,24 @@ class Metrics:
     def text(self) -> bytes:
         """The exposition format, version 0.0.4."""
         return generate_latest(self._registry)
+
+
+class _Workers(Collector):
+    """What each worker last said of itself: every number in its Status, and whether it takes requests."""
+
+    def __init__(self, workers: Callable[[], Iterable[DecodeNode]]) -> None:
+        self._workers = workers
+
+    def collect(self) -> Iterator[Metric]:
+        up = GaugeMetricFamily("isthmus_worker_up", "1 if the decode worker takes requests", labels=["worker"])
+        told: dict[str, GaugeMetricFamily] = {}
+        for node in self._workers():
+            up.add_metric([node.name], float(node.takes_requests))
+            for field, value in (msgspec.structs.asdict(node.status) if node.status else {}).items():
+                if isinstance(value, int | float):
+                    name = f"isthmus_worker_{field}"
+                    text = f"The decode worker's {field.replace('_', ' ')}"
+                    told.setdefault(name, GaugeMetricFamily(name, text, labels=["worker"]))
+                    told[name].add_metric([node.name], float(value))
+        yield up
+        yield from told.values()

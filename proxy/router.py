@@ -12,7 +12,16 @@ from transfer.errors import CodecError, LinkError, RequestError
 from transfer.messages import Sampling
 
 Route = Literal["split", "gpu", "cpu"]
-Reason = Literal["forced", "both_up", "prefill_down", "decode_down", "only_vllm_can", "kv_lost"]
+Reason = Literal[
+    "forced",
+    "both_up",
+    "prefill_down",
+    "prefill_failing",
+    "decode_down",
+    "decode_failing",
+    "only_vllm_can",
+    "failed_over",
+]
 
 HEADER = "X-Isthmus-Route"
 REASON_HEADER = "X-Isthmus-Reason"
@@ -64,32 +73,50 @@ def choose_codec(asked: str | None, configured: str, possible: Sequence[str]) ->
     raise CodecError(f"[link] codec: {configured} {can}")
 
 
-def unknown_to_vllm(sampling: Sampling) -> str | None:
-    """The first of the request's fields that only llama.cpp has, None if vLLM can do all that is asked."""
+def unknown_to_vllm(sampling: Sampling, prior_output: int = 0) -> str | None:
+    """The first of the request's fields that only llama.cpp has, None if vLLM can do all that is asked.
+
+    With ``prior_output`` tokens of the answer in the prompt, vLLM cannot do what looks at output: it takes them for
+    input.
+    """
     asked = {
         "grammar": sampling.grammar,
         "typical_p": sampling.typical_p < 1,
         "xtc_probability": sampling.xtc_probability,
         "dry_multiplier": sampling.dry_multiplier,
     }
+    if prior_output:
+        asked |= {
+            "presence_penalty": sampling.presence_penalty,
+            "frequency_penalty": sampling.frequency_penalty,
+            "response_format": sampling.json_schema,
+        }
     return next((field for field, used in asked.items() if used), None)
 
 
-def bar(sampling: Sampling, *, echo: bool) -> dict[Route, str]:
+def bar(sampling: Sampling, *, echo: bool, prior_output: int = 0) -> dict[Route, str]:
     """The routes that cannot serve a request, each with the request's field that it lacks.
 
     ``echo`` asks for the log probabilities of the prompt's tokens, which only vLLM gives.
     """
     if echo:
         return {"split": "echo", "cpu": "echo"}
-    field = unknown_to_vllm(sampling)
+    field = unknown_to_vllm(sampling, prior_output)
     return {"gpu": field} if field else {}
 
 
 def choose(
-    forced: Route | None, *, prefill_up: bool, decode_up: bool, barred: Mapping[Route, str] | None = None
+    forced: Route | None,
+    *,
+    prefill_up: bool,
+    decode_up: bool,
+    barred: Mapping[Route, str] | None = None,
+    prefill_failing: bool = False,
+    decode_failing: bool = False,
 ) -> Decision:
     """Split where both nodes are up, else the one that is, but never a route that is ``barred`` (see :func:`bar`).
+
+    A node that is up and fails again and again is left out where the other one can serve alone.
 
     Raises :class:`RequestError` if a barred route is forced and :class:`LinkError` if what is needed is down.
     """
@@ -111,6 +138,10 @@ def choose(
         if down:
             raise LinkError(f"route {forced} needs the {' and the '.join(down)} node, which is down")
         return Decision(forced, "forced")
+    if prefill_up and decode_up and prefill_failing != decode_failing:
+        alone: Decision = Decision("cpu", "prefill_failing") if prefill_failing else Decision("gpu", "decode_failing")
+        if alone.route not in barred:
+            return alone
     if prefill_up and decode_up:
         return Decision("split", "both_up")
     if prefill_up:
@@ -118,6 +149,30 @@ def choose(
     if decode_up:
         return Decision("cpu", "prefill_down")
     raise LinkError("the prefill node and the decode node are down")
+
+
+def go_on(
+    forced: Route | None,
+    *,
+    prefill_up: bool,
+    another_worker_up: bool,
+    some_worker_up: bool,
+    barred: Mapping[Route, str],
+) -> Route | None:
+    """The route on which an answer goes on after a node has failed it; None if there is none.
+
+    ``prefill_up`` and ``another_worker_up`` leave the nodes out that have failed this request. vLLM has its prompt in
+    its prefix cache, so routes with vLLM come first; a worker that has failed it is asked again only where nothing else
+    is left. A ``forced`` route stays, on other nodes.
+    """
+    possible: dict[Route, bool] = {
+        "split": prefill_up and another_worker_up,
+        "gpu": prefill_up,
+        "cpu": another_worker_up or (some_worker_up and forced is None),
+    }
+    return next(
+        (route for route, can in possible.items() if can and route not in barred and forced in (None, route)), None
+    )
 
 
 def context_tokens(route: Route, cluster: Cluster) -> int:

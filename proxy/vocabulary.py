@@ -20,6 +20,7 @@ class Vocabulary:
             raise ConfigError(f"{tokenizer.name_or_path} has no tokenizer.json (pair.hf_dir); save it with one")
         self._tokens: list[str | None] = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         self._added = {number: str(added) for number, added in tokenizer.added_tokens_decoder.items()}
+        self._special = {number for number, added in tokenizer.added_tokens_decoder.items() if added.special}
         self._byte_level = _is_byte_level(json.loads(tokenizer.backend_tokenizer.decoder.__getstate__()))
 
     def piece(self, token: int) -> bytes:
@@ -33,6 +34,10 @@ class Vocabulary:
             return bytes(_BYTES[character] for character in piece)
         byte = _BYTE_TOKEN.fullmatch(piece)
         return bytes([int(byte[1], 16)]) if byte else piece.replace("\u2581", " ").encode()
+
+    def shown(self, token: int) -> bytes:
+        """The bytes of ``token`` in an answer's text, where both engines leave special tokens out."""
+        return b"" if token in self._special else self.piece(token)
 
     def text(self, tokens: Iterable[int]) -> str:
         """The text of ``tokens``, special ones included; what is no whole character becomes U+FFFD."""

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from proxy.app import create_app
+from proxy.breaker import Breaker
 from proxy.gateway import Gateway
 from proxy.ledger import Ledger
 from tests.proxy.fake_prefill import FakePrefill, PrefillScript
@@ -97,7 +98,7 @@ class Stack:
     def assert_idle(self) -> None:
         """No request holds anything anywhere."""
         wait_until(lambda: self.gateway.admission.running == 0 and self.gateway.admission.queued == 0)
-        assert not self.gateway.decode.conversations
+        assert not any(node.conversations for node in self.gateway.workers)
         wait_until(lambda: not self.worker.open and not self.prefill.open)
 
 
@@ -106,7 +107,7 @@ def make_cluster(hf_dir: Path, **proxy: int) -> Cluster:
         pair=Pair(name="tiny", hf_dir=str(hf_dir), gguf=str(hf_dir)),
         prefill=Prefill(port=free_port(), max_model_len=201),
         decode=Decode(control_port=free_port(), num_cells=300),
-        proxy=Proxy(port=free_port(), **proxy),
+        proxy=Proxy(port=free_port(), registry_port=free_port(), **proxy),
         link=Link(transfer_deadline_s=2.0, seal="none"),
     )
 
@@ -124,8 +125,8 @@ def running(cluster: Cluster, *, prefill_up: bool = True, decode_up: bool = True
             serving(app, cluster.proxy.port),
             httpx.Client(base_url=url, timeout=20, trust_env=False) as http,
         ):
-            wait_until(lambda: gateway.prefill.up == prefill_up and gateway.decode.up == decode_up)
-            wait_until(lambda: gateway.decode.status or not decode_up)
+            wait_until(lambda: gateway.prefill.up == prefill_up and gateway.workers.up == decode_up)
+            wait_until(lambda: gateway.workers.any_status or not decode_up)
             yield Stack(url, gateway, prefill, worker, http)
     finally:
         worker.close()
@@ -145,5 +146,8 @@ def stack(shared_stack: Stack) -> Iterator[Stack]:
     shared_stack.prefill.bodies.clear()
     shared_stack.worker.said.clear()
     shared_stack.gateway.ledger = Ledger(1000)
+    shared_stack.gateway.prefill_breaker = Breaker()
+    for node in shared_stack.gateway.workers:
+        node.breaker = Breaker()
     yield shared_stack
     shared_stack.assert_idle()

@@ -27,6 +27,11 @@ class PrefillScript:
     hang: bool = False
     endless: bool = False
     fail_in_stream: bool = False
+    # The ids of texts that some other node is to go on after.
+    spelling: dict[str, list[int]] = field(default_factory=dict)
+
+    def ids(self, text: str, otherwise: int) -> list[int]:
+        return self.spelling.get(text, [otherwise])
 
 
 class FakePrefill:
@@ -58,7 +63,7 @@ class FakePrefill:
             "index": 0,
             "text": self.script.first_text,
             "finish_reason": self.script.finish_reason,
-            "token_ids": [42],
+            "token_ids": self.script.ids(self.script.first_text, 42),
             "prompt_token_ids": body["prompt"],
             "logprobs": _logprobs(body, [42]),
         }
@@ -78,7 +83,7 @@ class FakePrefill:
                     choice = {"index": index, "text": ("[prompt]" if echo else "") + text, "finish_reason": None}
                     choice["logprobs"] = _logprobs(body, [42 + number], body["prompt"] if echo else [])
                     if body.get("return_token_ids"):
-                        choice["token_ids"] = [42 + number]
+                        choice["token_ids"] = self.script.ids(text, 42 + number)
                     yield _event({"choices": [choice]})
             if self.script.fail_in_stream:
                 yield _event({"error": {"message": "out of memory", "type": "x", "code": 500}})

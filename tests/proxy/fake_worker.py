@@ -59,6 +59,10 @@ class Script:
     kv_failure: Failure | None = None
     endless: bool = False
     prefill_tokens_per_s: float = 400.0
+    draining: bool = False
+    # What it says where another node has begun the answer; and the ids of texts that others are to go on after.
+    texts_after_another: list[str] = field(default_factory=lambda: [" four"])
+    spelling: dict[str, list[int]] = field(default_factory=dict)
     # Its tokens are likelier than the others', and its answer ends in an exclamation mark.
     likeliest_choice: int | None = None
 
@@ -66,7 +70,8 @@ class Script:
 class FakeWorker:
     """Serves until :meth:`close`. ``said`` holds all that clients sent, ``open`` the reserved request ids."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, name: str = "fake") -> None:
+        self.name = name
         self.script = Script()
         self.said: list[Message] = []
         self._fail_session = threading.Event()
@@ -138,7 +143,7 @@ class FakeWorker:
 
     def _welcome(self) -> Welcome:
         return Welcome(
-            worker="fake",
+            worker=self.name,
             geometry=GEOMETRY,
             landing=LANDING,
             codecs=("raw", "q8"),
@@ -150,7 +155,7 @@ class FakeWorker:
 
     def _status(self) -> Status:
         return Status(
-            worker="fake",
+            worker=self.name,
             used_cells=0,
             num_cells=1000,
             running_sequences=0,
@@ -159,6 +164,7 @@ class FakeWorker:
             landing_bytes=0,
             prefill_tokens_per_s=self.script.prefill_tokens_per_s,
             prefill_basis="a fake measurement",
+            draining=self.script.draining,
         )
 
     def _reserve(self, client: bytes, reserve: Reserve) -> None:
@@ -192,6 +198,8 @@ class FakeWorker:
         texts = list(self.script.texts)
         if not start.first_text_sent:
             texts.insert(0, self.script.first_text)
+        if self._prompts[request_id].prior_output:
+            texts = self.script.texts_after_another
         for number, text in enumerate(texts):
             if number == self.script.fail_after_texts:
                 self.open.pop(request_id)
@@ -200,7 +208,8 @@ class FakeWorker:
             known = number == 0 and not start.first_text_sent and start.first_token is not None
             for choice in range(self._prompts[request_id].choices):
                 logprobs = () if known else self._logprobs(request_id, number, choice)
-                tokens = Tokens(request_id=request_id, token_ids=[number], text=text, choice=choice, logprobs=logprobs)
+                ids = self.script.spelling.get(text, [number])
+                tokens = Tokens(request_id=request_id, token_ids=ids, text=text, choice=choice, logprobs=logprobs)
                 self._say(client, tokens)
         self.open.pop(request_id)
         reserve = self._prompts[request_id]

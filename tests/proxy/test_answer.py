@@ -189,7 +189,8 @@ def test_a_vanished_decode_node_changes_the_route(hf_dir):
         answer = stack.chat(isthmus=True)
         assert answer.headers["x-isthmus-route"] == "gpu"
         assert answer.json()["isthmus"]["reason"] == "decode_down"
-        assert stack.http.get("/health").json() == {"status": "ok", "prefill": "up", "decode": "down"}
+        health = stack.http.get("/health").json()
+        assert health.items() >= {"status": "ok", "prefill": "up", "decode": "down"}.items()
         forced = stack.chat({"X-Isthmus-Route": "split"})
         assert forced.status_code == 503
         assert forced.json()["error"]["code"] == "link_error"

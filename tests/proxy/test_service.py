@@ -51,7 +51,8 @@ def process(cluster: Cluster, folder: Path) -> Iterator[tuple[subprocess.Popen[b
 
 def is_up(http: httpx.Client) -> bool:
     try:
-        return set(http.get("/health").json().values()) == {"ok", "up"}
+        health = http.get("/health").json()
+        return {health[name] for name in ("status", "prefill", "decode")} == {"ok", "up"}
     except (httpx.TransportError, ValueError):
         return False
 

@@ -1,0 +1,129 @@
+"""The decode workers that the proxy knows: the one that the cluster file pins, and those that announce themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Iterator
+
+import structlog
+
+from proxy.decode_node import DecodeNode
+from proxy.placement import place
+from transfer.errors import LinkError, ProtocolError
+from transfer.keys import ClientKeys
+from transfer.messages import Announce, Status
+
+MAX_WORKERS = 64
+# A worker announces itself every second; one that is lost and silent for this long is forgotten.
+EXPIRE_S = 5.0
+SWEEP_S = 0.5
+_ENDPOINT = re.compile(r"tcp://[A-Za-z0-9._:\[\]-]{1,255}:[0-9]{1,5}")
+
+log = structlog.get_logger()
+
+
+class DecodePool:
+    """Clients to all decode workers, by name. ``pinned`` stays for good, announced ones while they are heard of.
+
+    With ``keys`` their sessions speak CURVE. :meth:`run` keeps in touch with them.
+    """
+
+    def __init__(self, pinned: DecodeNode | None, keys: ClientKeys | None = None) -> None:
+        self.pinned = pinned
+        self.nodes: dict[str, DecodeNode] = {}
+        self._keys = keys
+        self._sessions: dict[str, asyncio.Task[None]] = {}
+        self._heard_ns: dict[str, int] = {}
+
+    def __iter__(self) -> Iterator[DecodeNode]:
+        return iter(self.nodes.values())
+
+    @property
+    def up(self) -> bool:
+        """Whether some worker takes requests."""
+        return any(node.takes_requests for node in self)
+
+    @property
+    def down_reason(self) -> str:
+        """Why none does."""
+        if not self.nodes:
+            return "no decode worker has announced itself"
+        return "; ".join(f"{node.name}: {node.away_reason}" for node in self if not node.takes_requests)
+
+    @property
+    def failing(self) -> bool:
+        """Whether those that take requests have failed too often lately."""
+        now_ns = time.monotonic_ns()
+        return self.up and all(node.breaker.failing(now_ns) for node in self if node.takes_requests)
+
+    @property
+    def any_status(self) -> Status | None:
+        """The status of some worker that is up."""
+        return next((node.status for node in self if node.status), None)
+
+    def another(self, avoid: frozenset[str]) -> bool:
+        """Whether some worker that is not in ``avoid`` takes requests."""
+        return any(node.takes_requests for node in self if node.name not in avoid)
+
+    def place(
+        self, prompt: list[int], cells: int, sequences: int, *, avoid: frozenset[str], last_resort: bool
+    ) -> DecodeNode:
+        """The worker for a request that needs ``cells`` and ``sequences``, not one of ``avoid``.
+
+        Workers that fail again and again are left out while there are others; with ``last_resort`` so are those in
+        ``avoid``. Raises :class:`LinkError` if none is left.
+        """
+        up = [node for node in self if node.takes_requests]
+        wanted = [node for node in up if node.name not in avoid]
+        now_ns = time.monotonic_ns()
+        left = [node for node in wanted if not node.breaker.failing(now_ns)] or wanted or (up if last_resort else [])
+        if not left:
+            raise LinkError(f"the decode node is down: {self.down_reason or 'it has just failed'}")
+        node = self.nodes[place(prompt, cells, sequences, [node.candidate for node in left])]
+        node.breaker.tried(now_ns)
+        return node
+
+    def heard(self, announce: Announce) -> None:
+        """Take in that a worker is there; :class:`ProtocolError` if it cannot be one, or there are too many."""
+        node = self.nodes.get(announce.worker)
+        node = node or next((node for node in self if node.calls_itself(announce.worker)), None)
+        if node is None:
+            if not _ENDPOINT.fullmatch(announce.control_endpoint):
+                raise ProtocolError(f"{announce.control_endpoint!r} is no endpoint of a worker")
+            if len(self.nodes) >= MAX_WORKERS:
+                raise ProtocolError(f"{MAX_WORKERS} decode workers are known already")
+            log.info("a decode worker announces itself", worker=announce.worker, endpoint=announce.control_endpoint)
+            node = DecodeNode(announce.control_endpoint, self._keys, announce.worker)
+            self._add(node)
+        node.announced_draining = announce.draining
+        self._heard_ns[node.name] = time.monotonic_ns()
+
+    async def run(self) -> None:
+        """Keep a session with every worker, and forget those that are gone, until cancelled."""
+        if self.pinned is not None:
+            self._add(self.pinned)
+        try:
+            while True:
+                await asyncio.sleep(SWEEP_S)
+                self._forget_the_gone()
+        finally:
+            for session in self._sessions.values():
+                session.cancel()
+            await asyncio.gather(*self._sessions.values(), return_exceptions=True)
+
+    def _add(self, node: DecodeNode) -> None:
+        self.nodes[node.name] = node
+        self._sessions[node.name] = asyncio.create_task(node.run())
+
+    def _forget_the_gone(self) -> None:
+        oldest_ns = time.monotonic_ns() - int(EXPIRE_S * 1e9)
+        for name, heard_ns in list(self._heard_ns.items()):
+            node = self.nodes[name]
+            if heard_ns < oldest_ns and not node.up:
+                del self._heard_ns[name]
+                if node is not self.pinned:
+                    log.warning("a decode worker is gone", worker=name, reason=node.down_reason)
+                    del self.nodes[name]
+                    self._sessions.pop(name).cancel()
