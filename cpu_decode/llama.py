@@ -157,6 +157,7 @@ class Context:
         batch_tokens: int,
         threads: int,
         cell_type: CellType,
+        batch_threads: int = 0,
     ) -> None:
         self.model = model
         self.num_cells = num_cells
@@ -164,7 +165,7 @@ class Context:
         params.n_ctx = num_cells
         params.n_batch = params.n_ubatch = batch_tokens
         params.n_seq_max = max_sequences + 1
-        params.n_threads = params.n_threads_batch = threads
+        params.n_threads, params.n_threads_batch = threads, batch_threads or threads
         params.type_k, params.type_v = (row.ggml_type for row in CELL_ROWS[cell_type])
         params.flash_attn_type = _FLASH_ATTENTION_ON
         params.kv_unified = True

@@ -115,16 +115,17 @@ def choose(setting: NumaSetting, nodes: Sequence[Node]) -> tuple[Node, ...]:
 
 
 def compute_cpus(node: Node, threads: int) -> tuple[int, ...]:
-    """The processors to pin ``threads`` threads to, a core each; 0 takes every core.
+    """The processors to pin ``threads`` threads to: a core each while there are any, then siblings; 0: every core.
 
-    Raises :class:`ConfigError` if the node has fewer cores.
+    Raises :class:`ConfigError` if the node has fewer processors.
     """
-    if threads > len(node.cores):
+    if threads > len(node.cpus):
         raise ConfigError(
-            f"[decode] threads is {threads}, NUMA node {node.number} has {len(node.cores)} cores that this process may"
-            " use; lower it, or set it to 0 for all of them"
+            f"{threads} threads are asked for in [decode], NUMA node {node.number} has {len(node.cpus)} processors that"
+            " this process may use; lower it, or set it to 0 for one thread a core"
         )
-    return node.first_cpus[: threads or None]
+    siblings = tuple(cpu for cpu in node.cpus if cpu not in node.first_cpus)
+    return (node.first_cpus + siblings)[: threads or len(node.cores)]
 
 
 def require_room(node: Node, needed_bytes: int) -> None:

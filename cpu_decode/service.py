@@ -10,7 +10,7 @@ from pathlib import Path
 
 import structlog
 
-from cpu_decode import binding, numa
+from cpu_decode import binding, numa, profile
 from transfer import keys
 from transfer.config import Cluster, Decode, keys_folder
 from transfer.errors import ConfigError
@@ -20,7 +20,7 @@ log = structlog.get_logger()
 
 
 def run(cluster: Cluster, node: numa.Node | None = None) -> None:
-    """Serve until SIGINT, or until SIGTERM and the end of the requests that run then; bound to ``node`` if there is one.
+    """Serve until SIGINT, or until SIGTERM and the end of what runs then; bound to ``node`` if there is one.
 
     Raises :class:`ConfigError` if the keys are not in order, the model cannot be served or the node cannot host it,
     :class:`EngineError` if llama.cpp fails later.
@@ -29,10 +29,11 @@ def run(cluster: Cluster, node: numa.Node | None = None) -> None:
         raise ConfigError("llama-cpp-python is not installed; install isthmus[decode]")
     # Read by the OpenMP runtime when llama.cpp is loaded. Threads at a barrier spin for microseconds, then sleep: a
     # token has hundreds of barriers, so sleeping at once doubles its time, and spinning on takes an idle engine's core.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    decode = cluster.decode
+    decode = profile.apply(cluster.decode)
+    os.environ.setdefault("GOMP_SPINCOUNT", str(decode.spin_count))
     gguf = Path(cluster.pair.gguf)
     cpus = numa.compute_cpus(node, decode.threads) if node else ()
+    batch_cpus = numa.compute_cpus(node, decode.batch_threads or decode.threads) if node else ()
     if node:
         # Before llama.cpp is loaded: what is touched first by a bound thread lies on its node.
         binding.bind(node)
@@ -50,7 +51,7 @@ def run(cluster: Cluster, node: numa.Node | None = None) -> None:
     if decode.mlock:
         _raise_lock_limit()
     # Pages of a mapped file are the page cache's, wherever they are: a bound worker reads its own copy.
-    model = Model(gguf, mapped=node is None, locked=decode.mlock)
+    model = Model(gguf, mapped=decode.mmap and node is None, locked=decode.mlock)
     threads = len(cpus) or decode.threads or usable_cores()
     context = Context(
         model,
@@ -59,8 +60,9 @@ def run(cluster: Cluster, node: numa.Node | None = None) -> None:
         batch_tokens=max(decode.prefill_batch_tokens, decode.max_sequences),
         threads=threads,
         cell_type=decode.cell_type,
+        batch_threads=len(batch_cpus) or decode.batch_threads,
     )
-    pinned = PinnedThreads(context, cpus) if cpus else None
+    pinned = PinnedThreads(context, cpus, batch_cpus) if cpus else None
     huge_page_bytes = binding.take_huge_pages() if decode.huge_pages else 0
     log.info(
         "model loaded",

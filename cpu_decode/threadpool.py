@@ -34,27 +34,32 @@ class _Params(ctypes.Structure):
 
 
 class PinnedThreads:
-    """Pins the threads that compute for ``context``, thread k to ``cpus[k]``, from the next batch on.
+    """Pins the threads that compute for ``context``, one to each of ``cpus``, from the next batch on.
 
-    The calling thread of a decode is thread 0. Close it after the context.
+    Batches of more than one token are computed on ``batch_cpus``. Close it after the context.
     """
 
-    def __init__(self, context: Context, cpus: Sequence[int]) -> None:
+    def __init__(self, context: Context, cpus: Sequence[int], batch_cpus: Sequence[int]) -> None:
+        self._base, self._cpu, llama = _libraries()
+        self._pools = [self._pool(each) for each in (cpus, batch_cpus)]
+        llama.llama_attach_threadpool(context.handle, *self._pools)
+
+    def close(self) -> None:
+        """Free the pools."""
+        for pool in self._pools:
+            self._cpu.ggml_threadpool_free(pool)
+
+    def _pool(self, cpus: Sequence[int]) -> int:
         if max(cpus) >= _MAX_THREADS:
             raise ConfigError(f"processor {max(cpus)} is above what llama.cpp can pin to; set [decode] numa to off")
-        base, self._cpu, llama = _libraries()
-        params = base.ggml_threadpool_params_default(len(cpus))
+        params = self._base.ggml_threadpool_params_default(len(cpus))
         for cpu in cpus:
             params.cpumask[cpu] = True
         params.strict_cpu = True
-        self._handle = self._cpu.ggml_threadpool_new(ctypes.byref(params))
-        if not self._handle:
+        pool = self._cpu.ggml_threadpool_new(ctypes.byref(params))
+        if not pool:
             raise EngineError(f"llama.cpp cannot make a pool of {len(cpus)} threads")
-        llama.llama_attach_threadpool(context.handle, self._handle, self._handle)
-
-    def close(self) -> None:
-        """Free the pool."""
-        self._cpu.ggml_threadpool_free(self._handle)
+        return int(pool)
 
 
 def _libraries() -> tuple[Any, Any, Any]:

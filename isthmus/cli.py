@@ -288,6 +288,43 @@ def measure_link(
         link.run(json, plot, rounds, tokens, shaped=shaped)
 
 
+@measure.command("decode")
+@click.option("--json", type=click.Path(path_type=Path), help="Write samples, summary and environment to this file.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the summary into this file: .png, .svg or .pdf.")
+@click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Rounds, interleaved.")
+@click.option("--gguf", type=click.Path(path_type=Path), help="The model; the default pair's if left out.")
+@click.option("--sequences", default="1,2,4,8,16", show_default=True, help="Numbers of sequences, ascending.")
+@click.option("--context", type=click.IntRange(1, 1 << 20), default=900, show_default=True, help="Tokens of a prompt.")
+@click.option("--tokens", type=click.IntRange(8, 4096), default=64, show_default=True, help="New tokens a sequence.")
+@click.option("--profile", type=click.Path(path_type=Path), help="Settings for the tuned worker, made with --tune.")
+@click.option("--tune", type=click.Path(path_type=Path), metavar="FILE", help="Find this host's settings instead.")
+def measure_decode(
+    json: Path | None,
+    plot: Path | None,
+    rounds: int,
+    gguf: Path | None,
+    sequences: str,
+    context: int,
+    tokens: int,
+    profile: Path | None,
+    tune: Path | None,
+) -> None:
+    """The decode worker against llama.cpp's own programs and the memory's bandwidth, and what disturbs its tokens.
+
+    llama-batched-bench and llama-server are built from the installed version's source first, once, in some minutes.
+    With --tune: tries threads, waiting, pages and cells, and writes the best to FILE, for `profile` in [decode].
+    """
+    from measurements import decode
+
+    setting = decode.setting(gguf, sequences, context, tokens)
+    if tune is not None:
+        from measurements.decode_tune import run
+
+        run(setting, tune, rounds)
+    else:
+        decode.run(json, plot, rounds, setting, str(profile.resolve()) if profile else "")
+
+
 @measure.command("advise")
 @click.option("--json", type=click.Path(path_type=Path), help="Write samples, summary and environment to this file.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the curves into this file: .png, .svg or .pdf.")

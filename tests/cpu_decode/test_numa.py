@@ -125,8 +125,9 @@ def test_threads_go_to_one_processor_of_each_core(tmp_path: Path) -> None:
     _, second = host("dual_e5_2680v4", tmp_path)
     assert numa.compute_cpus(second, 0) == tuple(range(14, 28))
     assert numa.compute_cpus(second, 4) == (14, 15, 16, 17)
-    with pytest.raises(ConfigError, match="threads is 15, NUMA node 1 has 14 cores"):
-        numa.compute_cpus(second, 15)
+    assert numa.compute_cpus(second, 15) == (*range(14, 28), 42)
+    with pytest.raises(ConfigError, match=r"29 threads are asked for .* NUMA node 1 has 28 processors"):
+        numa.compute_cpus(second, 29)
 
 
 def test_a_model_that_does_not_fit_its_node_is_refused(tmp_path: Path) -> None:

@@ -57,7 +57,9 @@ def test_subcommands_are_those_that_are_documented() -> None:
         "demo",
         "doctor",
         "measure",
+        "measure advise",
         "measure codec",
+        "measure decode",
         "measure link",
         "version",
     }

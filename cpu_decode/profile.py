@@ -1,0 +1,57 @@
+"""A machine's best settings, as ``isthmus measure decode --tune`` found them, in place of the cluster file's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from transfer.config import Decode
+from transfer.errors import ConfigError
+
+SCHEMA = "isthmus.profile/1"
+
+
+class Tuned(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The keys of ``[decode]`` that a profile sets."""
+
+    threads: Annotated[int, msgspec.Meta(ge=1)]
+    batch_threads: Annotated[int, msgspec.Meta(ge=1)]
+    spin_count: Annotated[int, msgspec.Meta(ge=0)]
+    huge_pages: bool
+    mmap: bool
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True):
+    """The file: what was found, and what else was seen on the way, which a worker does not look at."""
+
+    decode: Tuned
+    gguf: str
+    host: dict[str, Any]
+    seen: dict[str, float]
+    schema: str = SCHEMA
+
+
+def apply(decode: Decode) -> Decode:
+    """``decode`` with the settings of its profile, if it names one; :class:`ConfigError` if that cannot be read."""
+    if not decode.profile:
+        return decode
+    path = Path(decode.profile)
+    try:
+        profile = msgspec.json.decode(path.read_bytes(), type=Profile)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror} - at [decode] profile") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error} - at [decode] profile") from None
+    if profile.schema != SCHEMA:
+        raise ConfigError(f"{path} has schema {profile.schema!r}, this worker reads {SCHEMA!r}; tune again")
+    return msgspec.structs.replace(decode, **msgspec.structs.asdict(profile.decode))
+
+
+def write(path: Path, profile: Profile) -> None:
+    """Write a profile; :class:`ConfigError` if ``path`` cannot be written."""
+    try:
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=1) + b"\n")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from None

@@ -1,0 +1,232 @@
+"""How fast the decode worker is against llama.cpp's own programs and the machine's memory, and what disturbs it."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from measurements import bandwidth, decode_latency, result
+from measurements.decode_latency import Load
+from measurements.decode_ways import Setting, measure_batched_bench, measure_ours, measure_server
+from measurements.decode_worker import live_worker
+from measurements.llama_tools import Tools, tools
+from transfer.errors import ConfigError
+
+Sample = dict[str, Any]
+
+OURS, TUNED = "isthmus", "isthmus, tuned"
+BENCH, SERVER, DEFAULT = "llama-batched-bench", "llama-server", "llama-server, defaults"
+# The step loops are compared with tuning off, as llama.cpp's programs have none of it.
+LOAD = Load()
+MAX_SEQUENCES = 200
+PLAIN = {"huge_pages": False, "mlock": False}
+
+
+def setting(gguf: Path | None, sequences: str, context_tokens: int, new_tokens: int) -> Setting:
+    """What is measured, from the command line; :class:`ConfigError` if it makes no sense."""
+    from cpu_decode.service import usable_cores
+
+    try:
+        counts = tuple(map(int, sequences.split(",")))
+    except ValueError:
+        counts = ()
+    if not counts or list(counts) != sorted(set(counts)) or not 1 <= counts[0] <= counts[-1] <= MAX_SEQUENCES:
+        raise ConfigError(f"{sequences!r} is not a list of ascending numbers up to {MAX_SEQUENCES} - at --sequences")
+    if gguf is None:
+        from isthmus.pair import default_pair
+
+        gguf = Path(default_pair().gguf)
+    elif not gguf.is_file():
+        raise ConfigError(f"{gguf} does not exist - at --gguf")
+    return Setting(
+        gguf=gguf,
+        threads=usable_cores(),
+        context_tokens=context_tokens,
+        new_tokens=new_tokens,
+        sequences=counts,
+        num_cells=max(counts[-1] * (context_tokens + new_tokens), LOAD.cells(context_tokens)),
+        max_sequences=max(counts[-1], LOAD.sequences) + 1,
+    )
+
+
+def run(json: Path | None, plot: Path | None, rounds: int, setting: Setting, profile: str) -> None:
+    """Measure; print a table, write ``json`` and draw ``plot`` if given. ``profile`` is for the tuned worker.
+
+    Raises :class:`ConfigError` where there is no compiler for llama.cpp's programs and for files that cannot be
+    written, :class:`EngineError` if a program fails.
+    """
+    if plot is not None:
+        # Fail before measuring, not after.
+        import matplotlib as _  # noqa: F401
+    console = Console(stderr=True)
+    programs = tools(console)
+    environment = result.environment()
+    samples = []
+    with Progress(console=console) as progress:
+        task = progress.add_task("decode", total=None)
+        for sample in measure(setting, programs, rounds, profile):
+            samples.append(sample)
+            progress.update(task, advance=1, description=f"decode: {describe(sample)}")
+    summary = summarize(samples)
+    if json is not None:
+        result.write(json, "decode", environment, samples, summary)
+    if plot is not None:
+        from measurements.decode_plot import draw
+
+        draw(summary, plot)
+    Console().print(table(summary))
+
+
+def measure(setting: Setting, programs: Tools, rounds: int, profile: str) -> Iterator[Sample]:
+    """All samples: throughput by every way in turn, the order shifted by one each round; then latency and memory."""
+    few = setting._replace(
+        sequences=tuple(n for n in setting.sequences if n >= LOAD.sequences) or setting.sequences[-1:]
+    )
+    ways = {
+        OURS: lambda: measure_ours(setting, msgspec.structs.replace(setting.decode, **PLAIN)),
+        BENCH: lambda: measure_batched_bench(setting, programs),
+        SERVER: lambda: measure_server(setting, programs),
+        TUNED: lambda: measure_ours(few, msgspec.structs.replace(setting.decode, profile=profile)),
+        DEFAULT: lambda: measure_server(few, programs, defaults=True),
+    }
+    names = list(ways)
+    for turn in range(rounds):
+        shift = turn % len(names)
+        yield {
+            "what": "bandwidth",
+            "round": turn,
+            "triad_gb_per_s": bandwidth.triad_gb_per_s(setting.threads),
+            "read_gb_per_s": bandwidth.read_gb_per_s(setting.threads),
+        }
+        for name in names[shift:] + names[:shift]:
+            for count, rate in ways[name]():
+                yield {"what": "rate", "way": name, "round": turn, "sequences": count, "tokens_per_s": rate}
+        yield from latency(setting, LOAD, turn)
+
+
+def latency(setting: Setting, load: Load, turn: int) -> Iterator[Sample]:
+    """Gaps, time to logits and memory of a worker of its own."""
+    with live_worker(setting.gguf, setting.decode) as worker:
+        for sample in itertools.chain(
+            decode_latency.to_logits(worker, load),
+            decode_latency.handoffs(worker, setting, load),
+            decode_latency.local_prefill(worker, setting, load),
+        ):
+            yield sample | {"round": turn}
+        geometry = worker.geometry
+        yield {
+            "what": "memory",
+            "round": turn,
+            "resident_bytes": worker.process.memory_info().rss,
+            "weights_bytes": setting.gguf.stat().st_size,
+            "cells_bytes": setting.num_cells * 2 * geometry.elements_per_token,
+            "cell_bytes": 2 * geometry.elements_per_token,
+            "context_tokens": setting.context_tokens + setting.new_tokens // 2,
+        }
+
+
+def summarize(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Plain numbers; ratios are taken within a round and their medians reported."""
+    rates: dict[tuple[str, int, int], float] = {
+        (s["way"], s["sequences"], s["round"]): s["tokens_per_s"] for s in samples if s["what"] == "rate"
+    }
+    rounds = sorted({s["round"] for s in samples})
+    ways = list(dict.fromkeys(way for way, _, _ in rates))
+    counts = {way: sorted({count for name, count, _ in rates if name == way}) for way in ways}
+
+    def median(way: str, count: int) -> float:
+        return statistics.median(rates[way, count, turn] for turn in rounds)
+
+    def ratios(one: str, other: str) -> dict[str, float]:
+        return {
+            str(count): statistics.median(rates[one, count, turn] / rates[other, count, turn] for turn in rounds)
+            for count in counts[one]
+            if count in counts[other]
+        }
+
+    memory = next(s for s in samples if s["what"] == "memory")
+    owed = memory["weights_bytes"] + memory["cells_bytes"]
+    reads = {turn: s["read_gb_per_s"] for s in samples if s["what"] == "bandwidth" for turn in (s["round"],)}
+    step_bytes = {
+        n: memory["weights_bytes"] + n * memory["context_tokens"] * memory["cell_bytes"] for n in counts[OURS]
+    }
+    achieved = {
+        str(n): statistics.median(rates[OURS, n, turn] / n * step_bytes[n] / 1e9 / reads[turn] for turn in rounds)
+        for n in counts[OURS]
+    }
+    return {
+        "tokens_per_s": {way: {str(n): median(way, n) for n in counts[way]} for way in ways},
+        "vs_batched_bench": ratios(OURS, BENCH),
+        "vs_llama_server": ratios(OURS, SERVER),
+        "tuned_vs_llama_server_default": ratios(TUNED, DEFAULT),
+        **{f"itl_p99_{what}_ratio": p99_ratio(samples, what) for what in ("handoff", "prefill")},
+        "itl_p99_ms": {
+            f"{what}, {during}": p99([g for s in _gaps(samples, what, during) for g in s["gaps_ms"]])
+            for what in ("handoff", "prefill")
+            for during in ("quiet", "disturbed")
+        },
+        "handoff_to_logits_ms": statistics.median(s["ms"] for s in samples if s["what"] == "handoff_to_logits"),
+        "memory_overhead_fraction": max(s["resident_bytes"] for s in samples if s["what"] == "memory") / owed - 1,
+        "stream_triad_gb_per_s": max(s["triad_gb_per_s"] for s in samples if s["what"] == "bandwidth"),
+        "read_gb_per_s": max(reads.values()),
+        "bandwidth_vs_stream": max(achieved.values()),
+        "bandwidth_vs_stream_by_sequences": achieved,
+    }
+
+
+def p99_ratio(samples: Sequence[Sample], what: str) -> float:
+    """p99 of the gaps under disturbance over that of quiet ones, within a round; median of the rounds."""
+    ratios = []
+    for turn in sorted({s["round"] for s in samples}):
+        quiet, disturbed = (
+            p99([g for s in _gaps(samples, what, during) if s["round"] == turn for g in s["gaps_ms"]])
+            for during in ("quiet", "disturbed")
+        )
+        ratios.append(disturbed / quiet)
+    return statistics.median(ratios)
+
+
+def p99(values: Sequence[float]) -> float:
+    """The 99th percentile; of fewer than a hundred values nearly the largest."""
+    return float(np.percentile(values, 99))
+
+
+def _gaps(samples: Sequence[Sample], what: str, during: str) -> list[Sample]:
+    return [s for s in samples if s["what"] == f"itl_{what}" and s["during"] == during]
+
+
+def describe(sample: Sample) -> str:
+    """One sample for a progress bar."""
+    if sample["what"] == "rate":
+        return f"{sample['way']}, {sample['sequences']} sequences: {sample['tokens_per_s']:.0f} tokens/s"
+    return str(sample["what"])
+
+
+def table(summary: dict[str, Any]) -> Table:
+    """The summary for a terminal."""
+    shown = Table(title="tokens/s by sequences, medians", title_justify="left")
+    counts = list(summary["tokens_per_s"][OURS])
+    for column in ("way", *counts):
+        shown.add_column(column, justify="left" if column == "way" else "right", no_wrap=True)
+    for way, rates in summary["tokens_per_s"].items():
+        shown.add_row(way, *(f"{rates[n]:.1f}" if n in rates else "" for n in counts))
+    shown.add_section()
+    for key in ("vs_batched_bench", "vs_llama_server", "tuned_vs_llama_server_default"):
+        shown.add_row(key, *(f"{summary[key][n]:.3f}" if n in summary[key] else "" for n in counts))
+    shown.add_row("bandwidth_vs_stream", *(f"{summary['bandwidth_vs_stream_by_sequences'][n]:.3f}" for n in counts))
+    shown.caption = (
+        f"p99 of gaps at {LOAD.sequences} sequences: x{summary['itl_p99_handoff_ratio']:.2f} while"
+        f" {LOAD.handoff_tokens} tokens land, x{summary['itl_p99_prefill_ratio']:.2f} while they prefill here;"
+        f" {summary['handoff_to_logits_ms']:.1f} ms from the last frame of {LOAD.short_tokens} tokens to logits"
+        f" beyond a step; memory {summary['memory_overhead_fraction']:+.1%} of weights and cells"
+    )
+    return shown

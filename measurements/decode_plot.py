@@ -1,0 +1,40 @@
+"""The picture of ``isthmus measure decode``: throughput, ratios, gaps between tokens, roofline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def draw(summary: dict[str, Any], path: Path) -> None:
+    """Four panels in the format of ``path``'s name."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    rates, ratios, gaps, roofline = figure.subplots(2, 2).flat
+    for way, by_count in summary["tokens_per_s"].items():
+        rates.plot([int(n) for n in by_count], list(by_count.values()), marker="o", label=way)
+    rates.set(xlabel="sequences", ylabel="tokens/s", title="decode throughput, medians", ylim=(0, None))
+    rates.set_xscale("log", base=2)
+    rates.legend()
+
+    for key in ("vs_batched_bench", "vs_llama_server", "tuned_vs_llama_server_default"):
+        ratios.plot([int(n) for n in summary[key]], list(summary[key].values()), marker="o", label=key)
+    ratios.axhline(1, color="grey", linestyle="--")
+    ratios.set(xlabel="sequences", title="ours over theirs, within a round")
+    ratios.set_xscale("log", base=2)
+    ratios.legend()
+
+    gaps.bar(list(summary["itl_p99_ms"]), list(summary["itl_p99_ms"].values()))
+    gaps.set(ylabel="ms", title="p99 gap between tokens")
+    gaps.tick_params(axis="x", labelrotation=20)
+
+    achieved = summary["bandwidth_vs_stream_by_sequences"]
+    reads = summary["read_gb_per_s"]
+    roofline.bar(list(achieved), [share * reads for share in achieved.values()])
+    roofline.axhline(reads, color="black", linestyle="--", label="reading, measured")
+    roofline.axhline(summary["stream_triad_gb_per_s"], color="grey", linestyle=":", label="STREAM triad, measured")
+    roofline.set(xlabel="sequences", ylabel="GB/s of weights and cells", title="roofline: what each step must read")
+    roofline.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

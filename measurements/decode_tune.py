@@ -1,0 +1,116 @@
+"""``isthmus measure decode --tune``: which settings decode fastest on this host, one after the other."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from cpu_decode import profile
+from cpu_decode.profile import Profile, Tuned
+from measurements import result
+from measurements.decode_ways import Setting, measure_batched_bench, ours
+from measurements.decode_worker import live_worker
+from measurements.llama_tools import Tools, tools
+
+# A setting must be this much better than the one before it.
+WORTHWHILE = 1.02
+# Many sequences, one, and a prompt count alike.
+COUNTS = (1, 8)
+# What our worker cannot do, or must agree on with other nodes: looked at, not chosen.
+VARIANTS = {
+    "as the worker": (),
+    "streams": ("-no-kvu",),
+    "no flash attention": ("-fa", "off"),
+    "streams, no flash attention": ("-no-kvu", "-fa", "off"),
+    "bf16 cells": ("-ctk", "bf16", "-ctv", "bf16"),
+    "q8_0 cells": ("-ctk", "q8_0", "-ctv", "q8_0"),
+}
+
+
+def run(setting: Setting, path: Path, rounds: int) -> None:
+    """Find the settings, print them, and write the profile to ``path``.
+
+    Raises :class:`ConfigError` if it cannot be written, or without a compiler for llama.cpp's programs.
+    """
+    console = Console(stderr=True)
+    programs = tools(console)
+    host = result.environment()
+    tuned = Tuned(threads=setting.threads, batch_threads=setting.threads, spin_count=1000, huge_pages=True, mmap=True)
+    seen: dict[str, float] = {}
+    for key, values in axes(setting.threads, len(os.sched_getaffinity(0))):
+        candidates = [msgspec.structs.replace(tuned, **{key: value}) for value in values]
+        scores = compare(setting, candidates, rounds, console)
+        seen |= {f"{key} {value}": score for value, score in zip(values, scores, strict=True)}
+        tuned = pick(candidates, scores)
+    seen |= look(setting, programs, console)
+    profile.write(path, Profile(decode=tuned, gguf=str(setting.gguf), host=host, seen=seen))
+    Console().print(table(tuned, seen))
+
+
+def axes(cores: int, processors: int) -> list[tuple[str, tuple[Any, ...]]]:
+    """What is tried, in this order; the first value of each is the one that holds until then."""
+    threads = tuple(dict.fromkeys((cores, processors, max(1, cores // 2))))
+    return [
+        ("spin_count", (1000, 0, 10_000, 100_000)),
+        ("huge_pages", (True, False)),
+        ("mmap", (True, False)),
+        ("threads", threads),
+        ("batch_threads", threads),
+    ]
+
+
+def compare(setting: Setting, candidates: Sequence[Tuned], rounds: int, console: Console) -> list[float]:
+    """Score of each: the geometric mean of its ratios to the first candidate within a round, medians of the rounds."""
+    ratios: list[list[float]] = [[] for _ in candidates]
+    for _ in range(rounds):
+        speeds = [list(speed(setting, candidate)) for candidate in candidates]
+        for index, measured in enumerate(speeds):
+            ratios[index].append(
+                statistics.geometric_mean(value / first for value, first in zip(measured, speeds[0], strict=True))
+            )
+            console.print(f"{candidates[index]}: {ratios[index][-1]:.3f}", highlight=False)
+    return [statistics.median(each) for each in ratios]
+
+
+def speed(setting: Setting, candidate: Tuned) -> Iterator[float]:
+    """Tokens/s of decoding at each of ``COUNTS``, and of prefill."""
+    decode = msgspec.structs.replace(setting.decode, **msgspec.structs.asdict(candidate))
+    with live_worker(setting.gguf, decode) as worker:
+        yield worker.status().prefill_tokens_per_s
+        ours(worker, 1, setting)
+        for count in COUNTS:
+            yield ours(worker, count, setting)
+
+
+def pick(candidates: Sequence[Tuned], scores: Sequence[float]) -> Tuned:
+    """The best, or the first one if the best is hardly better."""
+    best = max(range(len(scores)), key=scores.__getitem__)
+    return candidates[best if scores[best] >= WORTHWHILE * scores[0] else 0]
+
+
+def look(setting: Setting, programs: Tools, console: Console) -> dict[str, float]:
+    """Tokens/s of llama-batched-bench under settings that a profile does not choose."""
+    seen = {}
+    for name, flags in VARIANTS.items():
+        for count, rate in measure_batched_bench(setting, programs, flags):
+            seen[f"{name}, {count} sequences, tokens/s"] = rate
+        console.print(f"looked at: {name}", highlight=False)
+    return seen
+
+
+def table(tuned: Tuned, seen: dict[str, float]) -> Table:
+    """What was found, for a terminal."""
+    shown = Table(title="settings: speed over the setting before; llama.cpp: tokens/s", title_justify="left")
+    shown.add_column("what")
+    shown.add_column("speed", justify="right")
+    for name, value in seen.items():
+        shown.add_row(name, f"{value:.3f}")
+    shown.caption = f"chosen: {tuned}"
+    return shown

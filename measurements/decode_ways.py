@@ -1,0 +1,210 @@
+"""Decode throughput three ways: our worker, ``llama-batched-bench``, ``llama-server``; same file, threads and flags."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import numpy as np
+
+from measurements.decode_worker import LiveWorker, live_worker
+from measurements.llama_tools import Tools
+from transfer.config import Decode
+from transfer.errors import EngineError
+
+START_S = 120.0
+RUN_S = 1800.0
+# Threads at barriers wait the same way in all programs, unless a way is about defaults.
+WAIT_POLICY = {"GOMP_SPINCOUNT": "1000"}
+
+Arrivals = list[tuple[int, int]]
+
+
+class Setting(NamedTuple):
+    """What all ways have in common."""
+
+    gguf: Path
+    threads: int
+    context_tokens: int
+    new_tokens: int
+    sequences: tuple[int, ...]
+    num_cells: int
+    max_sequences: int
+    ubatch_tokens: int = 512
+
+    @property
+    def decode(self) -> Decode:
+        """The same for our worker, on ports that are free now."""
+        control, kv, kv_control = _free_ports(3)
+        return Decode(
+            control_port=control,
+            kv_port=kv,
+            kv_control_port=kv_control,
+            num_cells=self.num_cells,
+            max_sequences=self.max_sequences,
+            threads=self.threads,
+            prefill_batch_tokens=self.ubatch_tokens,
+            numa="off",
+            pool_mib=0,
+        )
+
+
+def steady_rate(streams: Sequence[Arrivals]) -> float:
+    """Tokens/s of all streams while all of them run: from the last one's first arrival to the first one's last.
+
+    A stream is ``(time_ns, tokens)`` of each arrival. Raises :class:`EngineError` if they were never all running.
+    """
+    began, ended = max(s[0][0] for s in streams), min(s[-1][0] for s in streams)
+    if ended <= began:
+        raise EngineError("streams did not run at the same time; raise --tokens")
+    return sum(n for s in streams for at, n in s if began < at <= ended) * 1e9 / (ended - began)
+
+
+def ours(worker: LiveWorker, count: int, setting: Setting) -> float:
+    """Tokens/s of ``count`` sequences in our worker, over its control socket; their KV is synthetic and lands first."""
+    streams = [worker.reserve(setting.context_tokens, setting.new_tokens, "kv") for _ in range(count)]
+    for stream in streams:
+        worker.land(stream)
+    for stream in streams:
+        worker.start(stream)
+    worker.take_until(streams)
+    worker.idle()
+    return steady_rate([list(zip(s.times_ns, s.counts, strict=True)) for s in streams])
+
+
+def measure_ours(setting: Setting, decode: Decode) -> Iterator[tuple[int, float]]:
+    """Number of sequences and tokens/s, in a worker started for it."""
+    with live_worker(setting.gguf, decode) as worker:
+        ours(worker, 1, setting)
+        for count in setting.sequences:
+            yield count, ours(worker, count, setting)
+
+
+def measure_batched_bench(setting: Setting, tools: Tools, more: Sequence[str] = ()) -> Iterator[tuple[int, float]]:
+    """The same as ``llama-batched-bench`` says it; prompts are prefilled, which takes most of its time.
+
+    Flags in ``more`` take the place of ours.
+    """
+    command = [
+        str(tools.batched_bench),
+        *_flags(setting),
+        *("-npp", str(setting.context_tokens), "-ntg", str(setting.new_tokens)),
+        *("-npl", ",".join(map(str, setting.sequences)), "--output-format", "jsonl"),
+        *more,
+    ]
+    done = subprocess.run(  # noqa: S603 ours
+        command, capture_output=True, text=True, check=False, timeout=RUN_S, env=tools.environment | WAIT_POLICY
+    )
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or len(rows) != len(setting.sequences):
+        raise EngineError(f"llama-batched-bench failed: {done.stderr[-1000:]}")
+    for row in rows:
+        yield row["pl"], row["speed_tg"]
+
+
+def measure_server(setting: Setting, tools: Tools, *, defaults: bool = False) -> Iterator[tuple[int, float]]:
+    """The same over HTTP from ``llama-server``, with our flags, or with its defaults and as many slots as are needed.
+
+    Prompts are in its slots' caches before the clock starts.
+    """
+    slots = max(setting.sequences)
+    flags = ["-m", str(setting.gguf), "-c", str(setting.num_cells)] if defaults else _flags(setting)
+    prompts = np.random.default_rng(0).integers(0, 10_000, (slots, setting.context_tokens)).tolist()
+    environment = tools.environment | ({} if defaults else WAIT_POLICY)
+    with _server([str(tools.server), *flags, "-np", str(slots)], environment) as url:
+        warm = 0
+        for count in setting.sequences:
+            _ask_all(url, prompts[warm:count], range(warm, count), 1)
+            warm = max(warm, count)
+            yield count, steady_rate(_ask_all(url, prompts[:count], range(count), setting.new_tokens))
+
+
+def _flags(setting: Setting) -> list[str]:
+    """Our worker's setting as llama.cpp's programs take it."""
+    threads, ubatch = str(setting.threads), str(setting.ubatch_tokens)
+    return [
+        *("-m", str(setting.gguf), "-c", str(setting.num_cells), "-t", threads, "-tb", threads),
+        *("-b", ubatch, "-ub", ubatch, "-fa", "on", "-kvu", "-ctk", "f16", "-ctv", "f16"),
+    ]
+
+
+@contextmanager
+def _server(command: list[str], environment: dict[str, str]) -> Iterator[str]:
+    (port,) = _free_ports(1)
+    process = subprocess.Popen(  # noqa: S603 ours
+        [*command, "--host", "127.0.0.1", "--port", str(port)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        deadline_ns = time.monotonic_ns() + int(START_S * 1e9)
+        while not _healthy(url):
+            if process.poll() is not None or time.monotonic_ns() > deadline_ns:
+                raise EngineError(f"llama-server did not start: {' '.join(command)}")
+            time.sleep(0.2)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(START_S)
+
+
+def _healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", trust_env=False).status_code == httpx.codes.OK
+    except httpx.HTTPError:
+        return False
+
+
+def _ask_all(url: str, prompts: Sequence[list[int]], slots: Sequence[int], new_tokens: int) -> list[Arrivals]:
+    """Complete each prompt in its slot, all at once; arrivals of each."""
+    answers: list[Arrivals] = [[] for _ in prompts]
+    failures: list[Exception] = []
+
+    def ask(prompt: list[int], slot: int, arrivals: Arrivals) -> None:
+        body: dict[str, Any] = {
+            "prompt": prompt,
+            "id_slot": slot,
+            "n_predict": new_tokens,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "stream": True,
+            "cache_prompt": True,
+            "return_tokens": True,
+        }
+        try:
+            with httpx.stream("POST", f"{url}/completion", json=body, timeout=RUN_S, trust_env=False) as answer:
+                for line in answer.raise_for_status().iter_lines():
+                    if line.startswith("data: ") and (tokens := json.loads(line[6:]).get("tokens")):
+                        arrivals.append((time.monotonic_ns(), len(tokens)))
+        except (httpx.HTTPError, ValueError) as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=ask, args=each) for each in zip(prompts, slots, answers, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise EngineError(f"llama-server did not answer: {failures[0]}")
+    return answers
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cpu_decode import profile
+from cpu_decode.profile import Profile, Tuned
+from measurements import bandwidth, decode, decode_tune
+from measurements.decode_latency import Load, gaps_ns
+from measurements.decode_plot import draw
+from measurements.decode_tune import axes, pick
+from measurements.decode_ways import Setting, measure_ours, steady_rate
+from measurements.decode_worker import Stream
+from transfer.config import Decode
+from transfer.errors import ConfigError, EngineError
+from transfer.messages import Landing, Ticket
+
+TUNED = Tuned(threads=2, batch_threads=4, spin_count=7, huge_pages=False, mmap=False)
+
+
+def samples() -> list[dict[str, Any]]:
+    """Two rounds of a machine on which our worker makes 90 and then 100 tokens/s, the others 100, all at 1 and at 8."""
+    made: list[dict[str, Any]] = []
+    for turn, speed in enumerate((90.0, 100.0)):
+        made.append({"what": "bandwidth", "round": turn, "triad_gb_per_s": 8.0, "read_gb_per_s": 10.0})
+        for way in (decode.OURS, decode.BENCH, decode.SERVER, decode.TUNED, decode.DEFAULT):
+            for count in (1, 8) if way not in (decode.TUNED, decode.DEFAULT) else (8,):
+                rate = speed * count if way == decode.OURS else 100.0 * count
+                made.append({"what": "rate", "way": way, "round": turn, "sequences": count, "tokens_per_s": rate})
+        made.append({"what": "handoff_to_logits", "round": turn, "ms": 3.0 + turn, "step_ms": 10.0})
+        for what, worst in (("handoff", 11.0), ("prefill", 20.0)):
+            for during, ms in (("quiet", 10.0), ("disturbed", worst)):
+                made.append({"what": f"itl_{what}", "round": turn, "during": during, "gaps_ms": [ms] * 50})
+        made.append(
+            {
+                "what": "memory",
+                "round": turn,
+                "resident_bytes": 126_000_000,
+                "weights_bytes": 100_000_000,
+                "cells_bytes": 20_000_000,
+                "cell_bytes": 1000,
+                "context_tokens": 1000,
+            }
+        )
+    return made
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    summary = decode.summarize(samples())
+    assert summary["vs_batched_bench"] == {"1": pytest.approx(0.95), "8": pytest.approx(0.95)}
+    assert summary["vs_llama_server"] == {"1": pytest.approx(0.95), "8": pytest.approx(0.95)}
+    assert summary["tuned_vs_llama_server_default"] == {"8": pytest.approx(1.0)}
+    assert summary["itl_p99_handoff_ratio"] == pytest.approx(1.1)
+    assert summary["itl_p99_prefill_ratio"] == pytest.approx(2.0)
+    assert summary["handoff_to_logits_ms"] == pytest.approx(3.5)
+    assert summary["memory_overhead_fraction"] == pytest.approx(0.05)
+
+
+def test_a_step_reads_the_weights_once_and_every_sequences_cells() -> None:
+    summary = decode.summarize(samples())
+    # 95 steps/s of 101 and of 108 MB, over 10 GB/s.
+    assert summary["bandwidth_vs_stream_by_sequences"]["1"] == pytest.approx(0.095 * 10.1)
+    assert summary["bandwidth_vs_stream_by_sequences"]["8"] == pytest.approx(0.095 * 10.8)
+    assert summary["bandwidth_vs_stream"] == pytest.approx(0.095 * 10.8)
+
+
+def test_the_summary_can_be_shown_and_drawn(tmp_path: Path) -> None:
+    summary = decode.summarize(samples())
+    assert decode.table(summary).row_count == 9
+    draw(summary, tmp_path / "decode.png")
+    assert (tmp_path / "decode.png").stat().st_size > 10_000
+
+
+def test_rate_counts_only_the_time_in_which_all_streams_run() -> None:
+    early = [(second * 10**9, 1) for second in range(21)]
+    late = [(second * 10**9, 2) for second in range(10, 31)]
+    # Between second 10 and second 20: 10 tokens of the one, 20 of the other.
+    assert steady_rate([early, late]) == pytest.approx(3.0)
+    with pytest.raises(EngineError, match="did not run at the same time; raise --tokens"):
+        steady_rate([early[:5], late])
+
+
+def test_gaps_share_a_message_of_several_tokens() -> None:
+    landing = Landing(cell_type="f16", rope_order="half")
+    ticket = Ticket(
+        request_id="r",
+        ticket="0" * 32,
+        kv_endpoint="",
+        codec="raw",
+        landing=landing,
+        chunk_tokens=1,
+        credit_chunks=1,
+        deadline_ms=1,
+    )
+    stream = Stream(ticket, 1)
+    stream.times_ns, stream.counts = [0, 10, 40, 50], [1, 1, 3, 1]
+    assert gaps_ns(stream) == [10, 10, 10]
+
+
+@pytest.mark.parametrize("sequences", ["", "8,1", "1,1", "0,1", "one", "1000"])
+def test_senseless_lists_of_sequences_are_refused(sequences: str) -> None:
+    with pytest.raises(ConfigError, match="--sequences"):
+        decode.setting(None, sequences, 900, 64)
+
+
+def test_cells_suffice_for_both_parts(default_pair) -> None:
+    few = decode.setting(default_pair.gguf, "1", 900, 64)
+    assert few.num_cells == Load().cells(900) == 8 * 1300 + 4097
+    assert few.max_sequences == 9
+    many = decode.setting(default_pair.gguf, "32", 900, 64)
+    assert (many.num_cells, many.max_sequences) == (32 * 964, 33)
+
+
+def test_bandwidth_is_measured() -> None:
+    assert bandwidth.triad_gb_per_s(1) > 0
+    assert bandwidth.read_gb_per_s(1) > 0
+
+
+def test_a_profile_takes_the_place_of_settings(tmp_path: Path) -> None:
+    file = tmp_path / "profile.json"
+    profile.write(file, Profile(decode=TUNED, gguf="m.gguf", host={}, seen={"threads 2": 1.0}))
+    applied = profile.apply(Decode(profile=str(file), num_cells=99))
+    assert (applied.threads, applied.batch_threads, applied.spin_count) == (2, 4, 7)
+    assert (applied.huge_pages, applied.mmap, applied.num_cells) == (False, False, 99)
+    assert profile.apply(Decode()) == Decode()
+
+
+def test_a_profile_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "profile.json"
+    with pytest.raises(ConfigError, match=r"cannot read .*profile\.json: No such file"):
+        profile.apply(Decode(profile=str(file)))
+    profile.write(file, Profile(decode=TUNED, gguf="m.gguf", host={}, seen={}))
+    good = file.read_text()
+    for old, new, reason in (
+        ("isthmus.profile/1", "isthmus.profile/9", "tune again"),
+        ('"threads": 2', '"threads": 0', r"\$\.decode\.threads"),
+        (good, "{", r"profile\.json: Input data was truncated"),
+    ):
+        file.write_text(good.replace(old, new))
+        with pytest.raises(ConfigError, match=reason):
+            profile.apply(Decode(profile=str(file)))
+
+
+def test_tuning_keeps_what_is_hardly_worse() -> None:
+    others = [TUNED, Tuned(threads=1, batch_threads=1, spin_count=0, huge_pages=True, mmap=True)]
+    assert pick(others, [1.0, 1.019]) == others[0]
+    assert pick(others, [1.0, 1.021]) == others[1]
+
+
+def test_tuning_starts_every_axis_with_what_holds() -> None:
+    assert dict(axes(14, 28))["threads"] == (14, 28, 7)
+    assert dict(axes(1, 1))["threads"] == (1,)
+    assert decode_tune.VARIANTS["as the worker"] == ()
+
+
+@pytest.mark.engines
+def test_a_real_worker_is_measured(default_pair) -> None:
+    setting = Setting(
+        gguf=default_pair.gguf,
+        threads=1,
+        context_tokens=40,
+        new_tokens=12,
+        sequences=(1, 2),
+        num_cells=1024,
+        max_sequences=3,
+    )
+    rates = dict(measure_ours(setting, setting.decode))
+    assert list(rates) == [1, 2]
+    assert all(rate > 0 for rate in rates.values())
+    load = Load(sequences=2, handoff_tokens=100, handoffs=1, quiet_steps=20, short_tokens=60)
+    taken = list(decode.latency(setting, load, 7))
+    assert {sample["round"] for sample in taken} == {7}
+    assert [sample["what"] for sample in taken] == [
+        "handoff_to_logits", "itl_handoff", "itl_handoff", "itl_prefill", "itl_prefill", "memory",
+    ]  # fmt: skip
+    assert all(sample["gaps_ms"] for sample in taken if "gaps_ms" in sample)
