@@ -25,6 +25,7 @@ HEARTBEAT_S = 1.0
 SILENCE_S = 3.0
 STREAM_SILENCE_S = 300.0
 _CONNECT_S = 3.0
+_GREEDY_BELOW = 1e-5  # vLLM's _SAMPLING_EPS
 # Fields of Sampling that vLLM spells alike and means alike.
 _SAME_FIELDS = (
     "max_tokens",
@@ -200,15 +201,17 @@ class PrefillNode:
         With ``echo`` each choice begins with the prompt's text and log probabilities. Closing the generator makes vLLM
         abort. Errors as above.
         """
+        # Greedy choices are all the same, and vLLM makes one of them only.
+        copies = choices if sampling.temperature < _GREEDY_BELOW else 1
         body = self._body(prompt, sampling) | {
-            "n": choices,
+            "n": choices // copies,
             "echo": echo,
             "stream": True,
             "stream_options": {"include_usage": True},
             # With ids vLLM leaves the prompt's text out of an echo.
             "return_token_ids": not echo,
         }
-        open_choices = choices
+        open_choices = choices // copies
         async with self._post(request_id, body) as response:
             async for line in response.aiter_lines():
                 if not line.startswith("data: ") or line == "data: [DONE]":
@@ -216,9 +219,11 @@ class PrefillNode:
                 chunk = _parse(line.removeprefix("data: ").encode())
                 for choice in chunk.choices:
                     open_choices -= choice.finish_reason is not None
-                    yield _delta(choice, sampling)
+                    delta = _delta(choice, sampling)
+                    for copy in range(copies):
+                        yield delta._replace(choice=delta.choice + copy)
                 if chunk.usage and not chunk.choices and not open_choices:
-                    yield Counts(chunk.usage.completion_tokens, chunk.usage.cached_tokens)
+                    yield Counts(copies * chunk.usage.completion_tokens, chunk.usage.cached_tokens)
                     return
         raise EngineError("vLLM's stream ended before its answer did")
 

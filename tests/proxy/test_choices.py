@@ -137,3 +137,13 @@ def test_an_echo_alone_may_generate_nothing(stack):
 def test_scoring_without_vllm(hf_dir):
     with running(make_cluster(hf_dir), prefill_up=False) as stack:
         assert "echo needs the prefill node" in error_of(stack.complete(echo=True, logprobs=1), 503)["message"]
+
+
+def test_greedy_choices_are_copies_of_vllms_one(stack):
+    answer = stack.chat({"X-Isthmus-Route": "gpu"}, n=3, temperature=0).json()
+    assert stack.prefill.bodies[0]["n"] == 1
+    assert [choice["message"]["content"] for choice in answer["choices"]] == ["one two three"] * 3
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+    assert answer["usage"]["completion_tokens"] == 9
+    stack.chat({"X-Isthmus-Route": "gpu"}, n=3)
+    assert stack.prefill.bodies[1]["n"] == 3
