@@ -9,7 +9,7 @@ import structlog
 import zmq
 import zmq.asyncio
 
-from transfer.errors import ProtocolError
+from transfer.errors import ConfigError, ProtocolError
 from transfer.keys import ClientKeys, secure_client
 from transfer.listen import bind
 from transfer.messages import Announce, decode_to_registry, require_protocol
@@ -35,7 +35,11 @@ class Registry:
         self._socket.maxmsgsize = MAX_ANNOUNCE_BYTES
         if keys is not None:
             secure_client(self._socket, keys)
-        bind(self._socket, host, port, "[proxy] registry_port")
+        try:
+            bind(self._socket, host, port, "[proxy] registry_port")
+        except ConfigError:
+            self._context.destroy(linger=0)
+            raise
 
     async def run(self) -> None:
         """Listen until cancelled."""

@@ -118,7 +118,8 @@ class Reserve(Message, frozen=True, kw_only=True):
     """Pin cells for a request. ``source`` says where the prompt's KV will come from: the wire, or a local prefill.
 
     ``choices`` answers share the prompt's cells, each with ``max_tokens`` of its own. The last ``prior_output`` tokens
-    of the prompt are the beginning of the answer, made elsewhere: what looks at output counts them in.
+    of the prompt are the beginning of the answer, made elsewhere: what looks at output counts them in;
+    ``max_tokens`` and ``min_tokens`` are of what is still to come.
     """
 
     request_id: str
