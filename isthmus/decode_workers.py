@@ -25,7 +25,8 @@ PORTS_STEP = 10
 POLL_S = 0.2
 # A worker that dies is started again, unless it and its siblings have died so often in so short a time.
 MAX_DEATHS, DEATHS_WITHIN_S = 3, 600.0
-GRACE_S = 30.0
+# For what comes after draining.
+GRACE_S = 20.0
 
 
 def run(cluster: Cluster) -> None:
@@ -37,7 +38,8 @@ def run(cluster: Cluster) -> None:
     nodes = numa.choose(cluster.decode.numa, numa.read_topology())
     if len(nodes) > 1:
         with tempfile.TemporaryDirectory(prefix="isthmus-decode-") as folder, terminate_as_interrupt():
-            supervise([command(cluster, node, index, Path(folder)) for index, node in enumerate(nodes)])
+            commands = [command(cluster, node, index, Path(folder)) for index, node in enumerate(nodes)]
+            supervise(commands, cluster.decode.drain_s + GRACE_S)
     else:
         service.run(cluster, nodes[0] if nodes else None)
 
@@ -56,8 +58,8 @@ def with_ports(decode: Decode, index: int) -> Decode:
     return msgspec.structs.replace(decode, **{name: port and port + PORTS_STEP * index for name, port in ports.items()})
 
 
-def supervise(commands: Sequence[Sequence[str]]) -> None:
-    """Run a process for each command until ``KeyboardInterrupt``, and again when it dies.
+def supervise(commands: Sequence[Sequence[str]], grace_s: float) -> None:
+    """Run a process for each command until ``KeyboardInterrupt``, and again when it dies; each ends in ``grace_s``.
 
     Raises :class:`EngineError` after ``MAX_DEATHS`` deaths within ``DEATHS_WITHIN_S``, or when one will not start
     because of its configuration. Leaves no process behind.
@@ -82,19 +84,19 @@ def supervise(commands: Sequence[Sequence[str]]) -> None:
     except KeyboardInterrupt:
         log.info("ending the decode workers")
     finally:
-        _end(workers)
+        _end(workers, grace_s)
 
 
 def _spawn(command: Sequence[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent)  # noqa: S603 ours
 
 
-def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
+def _end(workers: Sequence[subprocess.Popen[bytes]], grace_s: float) -> None:
     """SIGTERM to all, time to finish, SIGKILL to the rest, also when a second Ctrl-C cuts the time short."""
     try:
         for worker in workers:
             worker.send_signal(signal.SIGTERM)
-        deadline_s = time.monotonic() + GRACE_S
+        deadline_s = time.monotonic() + grace_s
         for worker in workers:
             worker.wait(max(0.0, deadline_s - time.monotonic()))
     except subprocess.TimeoutExpired:

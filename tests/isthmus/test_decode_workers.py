@@ -26,7 +26,7 @@ import sys
 from isthmus import decode_workers
 from isthmus.children import terminate_as_interrupt
 with terminate_as_interrupt():
-    decode_workers.supervise([[sys.executable, "-c", {program!r}]] * 2)
+    decode_workers.supervise([[sys.executable, "-c", {program!r}]] * 2, 10.0)
 """
 
 
@@ -98,12 +98,12 @@ def test_a_worker_that_dies_is_started_again_and_all_end_with_their_parent() -> 
 
 def test_workers_that_die_again_and_again_end_the_parent() -> None:
     with capture_logs() as logs, pytest.raises(EngineError, match="died with exit code 1, death 3 within 600 s"):
-        decode_workers.supervise([python("raise SystemExit(1)"), python(SERVE)])
+        decode_workers.supervise([python("raise SystemExit(1)"), python(SERVE)], 10.0)
     assert len([entry for entry in logs if "starting it again" in entry["event"]]) == 2
     assert psutil.Process().children() == []
 
 
 def test_a_worker_with_a_wrong_configuration_is_not_tried_again() -> None:
     with pytest.raises(EngineError, match="decode worker 1 died with exit code 2: its configuration cannot be served"):
-        decode_workers.supervise([python(SERVE), python("raise SystemExit(2)")])
+        decode_workers.supervise([python(SERVE), python("raise SystemExit(2)")], 10.0)
     assert psutil.Process().children() == []
