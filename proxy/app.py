@@ -23,7 +23,7 @@ from proxy.decode_node import DecodeNode
 from proxy.failures import BodySizeError, NotServedError, describe, error_body
 from proxy.gateway import Call, Gateway
 from proxy.guard import Guard
-from proxy.openai import B, ChatBody, CompletionBody, parse
+from proxy.openai import B, ChatBody, CompletionBody, parse, require_model
 from proxy.rates import Rates
 from proxy.router import CODEC_HEADER, parse_codec, parse_route
 from proxy.router import HEADER as ROUTE_HEADER
@@ -79,16 +79,23 @@ def _add_inference(app: FastAPI, gateway: Gateway, rates: Rates) -> None:
             "no embeddings here: both engines run the model as a generator; send them to a server with --runner pooling"
         )
 
+    only = {
+        "id": gateway.model,
+        "object": "model",
+        "created": 0,
+        "owned_by": "isthmus",
+        "max_model_len": gateway.cluster.prefill.max_model_len,
+    }
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        model = {
-            "id": gateway.model,
-            "object": "model",
-            "created": 0,
-            "owned_by": "isthmus",
-            "max_model_len": gateway.cluster.prefill.max_model_len,
-        }
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [only]}
+
+    # Names may have slashes.
+    @app.get("/v1/models/{model:path}")
+    async def one_model(model: str) -> dict[str, Any]:
+        require_model(model, gateway.model)
+        return only
 
 
 def _add_views(app: FastAPI, gateway: Gateway) -> None:

@@ -314,10 +314,15 @@ def parse(kind: type[B], data: bytes, model: str) -> B:
         body = kind.model_validate_json(data)
     except ValidationError as error:
         raise _first_error(error) from None
-    if body.model != model:
-        raise UnknownModelError(f"the model {body.model!r} does not exist; this cluster serves {model!r}", "model")
+    require_model(body.model, model)
     body.check()
     return body
+
+
+def require_model(asked: str, served: str) -> None:
+    """Raise :class:`UnknownModelError` unless the two are the same."""
+    if asked != served:
+        raise UnknownModelError(f"the model {asked!r} does not exist; this cluster serves {served!r}", "model")
 
 
 def _first_error(error: ValidationError) -> RequestError:

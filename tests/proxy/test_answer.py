@@ -98,6 +98,12 @@ def test_models(client):
     assert [model.id for model in client.models.list()] == ["tiny"]
 
 
+def test_one_model(client):
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="serves 'tiny'"):
+        client.models.retrieve("someone/else")
+
+
 def test_sampling_reaches_both_nodes(stack):
     fields = {
         "temperature": 0.5,

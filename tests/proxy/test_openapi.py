@@ -22,6 +22,7 @@ PATHS = (
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/models",
+    "/v1/models/{model}",
     "/tokenize",
     "/detokenize",
     "/health",
