@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -172,11 +173,9 @@ def _bare_ways(peer: Peer, prompt: list[Chunk], link: Link) -> dict[str, Way]:
 
 
 def _plane_ways(peer: Peer, prompt: list[Chunk], link: Link, codecs: tuple[str, ...]) -> dict[str, Way]:
-    def way(codec: str, seal: SealName) -> Way:
-        return lambda: link_sender.plane(peer, codec, seal, prompt, link)
-
-    sealed = {f"raw {seal}": way("raw", seal) for seal in SEALED}
-    return {codec: way(codec, "none") for codec in codecs} | sealed
+    plain = {codec: partial(link_sender.plane, peer, codec, "none", prompt, link) for codec in codecs}
+    sealed = {f"raw {seal}": partial(link_sender.sealed_plane, peer, seal, prompt, link) for seal in SEALED}
+    return {**plain, **sealed}
 
 
 def _in_turn(progress: Progress, part: str, ways: dict[str, Way], rounds: int) -> Iterator[Sample]:

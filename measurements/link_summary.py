@@ -22,7 +22,7 @@ Summary = dict[str, Any]
 MEMCPY, IPERF3 = "memcpy", "iperf3"
 # Into a process that is a bare ZeroMQ program; one that also copies each message; one that keeps its heap as the plane.
 ZMQ, ZMQ_COPIED, ZMQ_KEPT = "bare ZeroMQ", "bare ZeroMQ, copied", "bare ZeroMQ, heap kept"
-STAGES = ("encode", "wire", "decode_frame")
+STAGES = ("encode", "seal", "wire", "open", "decode_frame")
 CPU_SIDES = ("sender", "receiver")
 
 
@@ -97,7 +97,7 @@ def _by_way(samples: Sequence[Sample]) -> Summary:
         for side in CPU_SIDES:
             if f"{side}_cpu_s" in own[0]:
                 row[f"{side}_cpu_s_per_gb"] = spread(s[f"{side}_cpu_s"] / s["kv_bytes"] * 1e9 for s in own)
-        for stage in (*STAGES, "seal", "open"):
+        for stage in STAGES:
             if f"{stage}_s" in own[0]:
                 row[f"{stage}_s_per_gb"] = spread(s[f"{stage}_s"] / s["kv_bytes"] * 1e9 for s in own)
     return rows
@@ -147,14 +147,17 @@ def tables(summary: Summary) -> list[Table]:
 
 
 def _rates(rows: Summary, part: str) -> Table:
-    shown = Table(title=f"{part}: GB/s of 16-bit KV, and CPU seconds a GB", title_justify="left")
+    shown = Table(
+        title=f"{part}: GB/s of 16-bit KV, median (quartiles); seconds a GB: CPU of both processes, stages",
+        title_justify="left",
+    )
     shown.add_column("way", no_wrap=True)
-    for column in ("GB/s (quartiles)", "CPU tx", "CPU rx", "encode", "wire", "decode"):
+    for column in ("GB/s", "tx", "rx", "enc", "seal", "open", "dec"):
         shown.add_column(column, justify="right", no_wrap=True)
+    keys = ("sender_cpu", "receiver_cpu", "encode", "seal", "open", "decode_frame")
     for way, row in rows.items():
-        keys = [*(f"{side}_cpu_s_per_gb" for side in CPU_SIDES), *(f"{stage}_s_per_gb" for stage in STAGES)]
-        cells = [f"{row[key]['median']:.2f}" if key in row else "" for key in keys]
-        shown.add_row(way, _text(row["gb_per_s"]), *cells)
+        seconds = [row.get(f"{key}_s_per_gb") for key in keys]
+        shown.add_row(way, _text(row["gb_per_s"]), *(f"{value['median']:.2f}" if value else "" for value in seconds))
     return shown
 
 

@@ -88,6 +88,17 @@ def test_a_transfer_lands_and_says_what_it_cost(tmp_path, codec, seal):
         assert TOKEN_BYTES * 16 < sample["landing_bytes"] <= 2 * agent._pool[1].buffer_bytes
 
 
+def test_sealing_alone_is_timed_too(tmp_path):
+    with serving(tmp_path) as (_, endpoint):
+        peer = Peer(endpoint)
+        try:
+            sample = link_sender.sealed_plane(peer, "aes-gcm", chunks(40, 16), LINK)
+        finally:
+            peer.close()
+    assert sample["way"] == "raw aes-gcm"
+    assert min(sample["seal_s"], sample["open_s"]) > 0
+
+
 def test_bare_messages_are_counted(tmp_path):
     with serving(tmp_path) as (_, endpoint):
         peer = Peer(endpoint)
