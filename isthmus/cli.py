@@ -371,6 +371,26 @@ def measure_advise(
     advise.run(profiles.changed(setup, assignments), workloads, json, plot)
 
 
+@measure.command("ledger")
+@click.argument("source")
+@click.option("--json", type=click.Path(path_type=Path), help="Write entries, summary and environment to this file.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the waterfall and the medians into this file.")
+@click.option("--trace", type=click.Path(path_type=Path), help="Write a trace for ui.perfetto.dev to this file.")
+@click.option(
+    "--request", "request_id", help="The request whose waterfall to show; the last answered one if not given."
+)
+def measure_ledger(
+    source: str, json: Path | None, plot: Path | None, trace: Path | None, request_id: str | None
+) -> None:
+    """Where time and bytes went, by route and codec, and what splitting has gained or lost.
+
+    SOURCE is a proxy's address, such as http://127.0.0.1:8100, or a file with what its /ledger answered.
+    """
+    from measurements.ledger import run
+
+    run(source, request_id, json, plot, trace)
+
+
 @cli.command()
 @click.option("--config", type=click.Path(path_type=Path), help="The cluster file; isthmus.toml if it is here.")
 @click.option("--peer", metavar="HOST", help="Also find the path MTU to this node, with packets not to be fragmented.")
