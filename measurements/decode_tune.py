@@ -96,7 +96,8 @@ def pick(candidates: Sequence[Tuned], scores: Sequence[float]) -> Tuned:
 
 
 def look(setting: Setting, programs: Tools, console: Console) -> dict[str, float]:
-    """Tokens/s of llama-batched-bench under settings that a profile does not choose."""
+    """Tokens/s of llama-batched-bench under settings that no profile chooses, at the fewest and most sequences."""
+    setting = setting._replace(sequences=tuple(dict.fromkeys((setting.sequences[0], setting.sequences[-1]))))
     seen = {}
     for name, flags in VARIANTS.items():
         for count, rate in measure_batched_bench(setting, programs, flags):
