@@ -12,8 +12,9 @@ import structlog
 
 from proxy import costs, handoff, router
 from proxy.breaker import Breaker
+from proxy.costs import PrefillTime
 from proxy.decode_node import DecodeNode
-from proxy.handoff import PREFILL, Job, NodeFailedError, Pieces
+from proxy.handoff import PREFILL, Job, NodeFailedError, Pieces, Vllm
 from proxy.ledger import Account, Entry, Ledger
 from proxy.limits import Admission
 from proxy.metrics import Metrics
@@ -52,6 +53,7 @@ class Gateway:
             f"http://{cluster.prefill.host}:{cluster.prefill.port}", self.model, cluster.proxy.max_running
         )
         self.prefill_breaker = Breaker()
+        self.prefill_time = PrefillTime()
         folder = keys_folder(cluster)
         self._keys = keys.client(folder, "proxy") if folder else None
         self.workers = DecodePool(_pinned(cluster, self._keys), self._keys)
@@ -121,7 +123,8 @@ class Gateway:
         self.renderer.require_known(body.logit_bias or (), "logit_bias")
         self.renderer.require_known(body.stop_token_ids or (), "stop_token_ids")
         if isinstance(body, ChatBody):
-            return await self.renderer.chat(body.turns(), body.tool_use.for_template() if body.tool_use else [])
+            tools = body.tool_use.for_template() if body.tool_use else []
+            return await self.renderer.chat(body.turns(), tools, body.template_options())
         return await self.renderer.completion(body.prompt[0])
 
     def _plan(self, call: Call, prompt: list[int], account: Account) -> Job:
@@ -151,6 +154,7 @@ class Gateway:
             self.cluster.link.transfer_deadline_s,
             body.choices,
             body.echoes_logprobs,
+            forced=call.forced_route is not None,
         )
 
     async def _served(self, call: Call, job: Job, account: Account) -> Pieces:
@@ -176,7 +180,7 @@ class Gateway:
         self, call: Call, job: Job, transcript: Transcript, failed: NodeFailedError, account: Account, *, last: bool
     ) -> Job:
         """What is left to do after ``failed``, with its route chosen; raises the error where nobody may do it."""
-        self._blame(failed.node)
+        self._blame(failed)
         rest = None if last else transcript.rest()
         if rest is None:
             raise failed.error
@@ -211,11 +215,12 @@ class Gateway:
                 return handoff.cpu(job, self.workers, account)
             case _:
                 self.prefill_breaker.tried(time.monotonic_ns())
-                return handoff.split(job, self.prefill, self.workers, account)
+                vllm = Vllm(self.prefill, self.prefill_time, self._blame)
+                return handoff.split(job, vllm, self.workers, account)
 
-    def _blame(self, name: str) -> None:
-        node = self.workers.nodes.get(name)
-        breaker = self.prefill_breaker if name == PREFILL else node.breaker if node else None
+    def _blame(self, failed: NodeFailedError) -> None:
+        node = self.workers.nodes.get(failed.node)
+        breaker = self.prefill_breaker if failed.node == PREFILL else node.breaker if node else None
         if breaker:
             breaker.failed(time.monotonic_ns())
 

@@ -17,7 +17,7 @@ from proxy.constraints import ResponseFormat, Schema, StructuredOutputs
 from proxy.failures import UnknownModelError
 from proxy.logprobs import MAX_TOP
 from proxy.tools import MAX_TOOLS, Tool, ToolChoice, ToolUse, use
-from proxy.turns import Turn, for_template
+from proxy.turns import TemplateFields, Turn, for_template
 from transfer.errors import RequestError
 from transfer.messages import Sampling
 
@@ -197,7 +197,7 @@ class _Body(_Schema):
         }
 
 
-class ChatBody(_Body):
+class ChatBody(_Body, TemplateFields):
     """``POST /v1/chat/completions``."""
 
     messages: Annotated[list[Turn], Field(min_length=1)]
@@ -246,6 +246,7 @@ class ChatBody(_Body):
         for tool in self.tools or ():
             constraints.encoded(tool.function.parameters or {}, "tools")
         self.turns()
+        self.template_options()
 
 
 class CompletionBody(_Body):

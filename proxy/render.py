@@ -33,11 +33,13 @@ class Renderer:
         self,
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None = None,
-        *,
-        add_generation_prompt: bool = True,
+        options: dict[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of a conversation, with the template's opening of the assistant's turn unless that is unwanted."""
-        return await self._run(lambda: self._chat(messages, tools or [], add_generation_prompt))
+        """Token ids of a conversation, with the template's opening of the assistant's turn.
+
+        ``options`` are what the template is called with instead (``turns.TemplateFields``).
+        """
+        return await self._run(lambda: self._chat(messages, tools or [], options or {"add_generation_prompt": True}))
 
     async def tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of any text, even an empty one."""
@@ -75,16 +77,15 @@ class Renderer:
             raise ConfigError(f"cannot read a tokenizer from pair.hf_dir = {self._hf_dir}: {error}") from None
         return tokenizer, Vocabulary(tokenizer)
 
-    def _chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], opening: bool) -> list[int]:
+    def _chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], options: dict[str, Any]) -> list[int]:
         if not self._tokenizer.chat_template:
             raise RequestError("this model has no chat template; use /v1/completions", "messages")
         if not self._template_knows_tools():
             messages, tools = spell_out(messages, tools), []
         try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tools=tools or None, tokenize=False, add_generation_prompt=opening
-            )
-        except TemplateError as error:
+            text = self._tokenizer.apply_chat_template(messages, tools=tools or None, tokenize=False, **options)
+        # transformers refuses what it cannot continue with a ValueError.
+        except (TemplateError, ValueError) as error:
             raise RequestError(f"the model's chat template refuses these messages: {error}", "messages") from None
         # The template has written the special tokens already.
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)

@@ -9,23 +9,20 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from proxy.gateway import Gateway
 from proxy.tools import Tool
-from proxy.turns import Turn, for_template
+from proxy.turns import TemplateFields, Turn, for_template
 from transfer.errors import RequestError
 
 MAX_TOKENS = 1 << 20
 
 
-class TokenizeBody(BaseModel):
+class TokenizeBody(TemplateFields):
     """A text (``prompt``) or a conversation (``messages``), as the two inference endpoints would take it."""
-
-    model_config = ConfigDict(extra="ignore")
 
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Turn], Field(min_length=1)] | None = None
     tools: list[Tool] | None = None
     add_special_tokens: bool = True
-    add_generation_prompt: bool = True
     return_token_strs: bool | None = None
 
 
@@ -48,8 +45,7 @@ def add(app: FastAPI, gateway: Gateway) -> None:
             raise RequestError("give either prompt or messages", "prompt")
         if body.messages is not None:
             tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
-            opening = body.add_generation_prompt
-            tokens = await renderer.chat(for_template(body.messages), tools, add_generation_prompt=opening)
+            tokens = await renderer.chat(for_template(body.messages), tools, body.template_options())
         else:
             tokens = await renderer.tokenize(body.prompt or "", add_special_tokens=body.add_special_tokens)
         found = {"count": len(tokens), "max_model_len": gateway.cluster.prefill.max_model_len, "tokens": tokens}

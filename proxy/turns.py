@@ -84,6 +84,36 @@ class ToolTurn(_Turn):
 Turn = Annotated[InstructionTurn | UserTurn | AssistantTurn | ToolTurn, Field(discriminator="role")]
 
 
+# What apply_chat_template of transformers takes for itself.
+_RESERVED = frozenset(
+    (
+        *("self", "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
+        *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+        *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+    )
+)
+
+
+class TemplateFields(_Turn):
+    """vLLM's fields that say how a conversation becomes a prompt; ``chat_template_kwargs`` are the template's own."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def template_options(self) -> dict[str, Any]:
+        """The fields as chat templates are called with them; :class:`RequestError` for those that contradict."""
+        going_on = bool(self.continue_final_message)
+        if going_on and self.add_generation_prompt:
+            message = "continue_final_message cannot go with add_generation_prompt = true; leave one out"
+            raise RequestError(message, "continue_final_message")
+        own = self.chat_template_kwargs or {}
+        if taken := sorted(_RESERVED.intersection(own)):
+            raise RequestError(f"chat_template_kwargs cannot set {', '.join(taken)}", "chat_template_kwargs")
+        opening = not going_on if self.add_generation_prompt is None else self.add_generation_prompt
+        return own | {"add_generation_prompt": opening, "continue_final_message": going_on}
+
+
 def for_template(turns: Sequence[InstructionTurn | UserTurn | AssistantTurn | ToolTurn]) -> list[dict[str, Any]]:
     """The messages as chat templates know them: arguments as objects, no ``developer``."""
     return [_for_template(turn) for turn in turns]

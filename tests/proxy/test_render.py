@@ -7,7 +7,9 @@ import asyncio
 import pytest
 
 from proxy.render import Renderer
+from tests.proxy.test_failures import error_of
 from transfer.errors import ConfigError, RequestError
+from transfer.messages import Reserve
 
 
 def rendered(hf_dir, work):
@@ -51,3 +53,35 @@ def test_a_template_that_refuses(hf_dir):
 def test_a_folder_without_a_tokenizer(tmp_path):
     with pytest.raises(ConfigError, match=r"pair\.hf_dir"):
         rendered(tmp_path, lambda renderer: renderer.chat([]))
+
+
+def test_what_the_template_is_called_with(stack):
+    def prompt(**fields) -> str:
+        stack.worker.said.clear()
+        response = stack.chat({"X-Isthmus-Route": "cpu"}, **fields)
+        assert response.status_code == 200, response.text
+        return stack.gateway.renderer.vocabulary.text(stack.worker.heard(Reserve)[0].prompt)
+
+    begun = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "I am"}]
+    assert prompt(messages=begun) == "<user>hi</s><assistant>I am</s><assistant>"
+    assert prompt(messages=begun, continue_final_message=True) == "<user>hi</s><assistant>I am"
+    assert prompt(messages=begun, add_generation_prompt=False) == "<user>hi</s><assistant>I am</s>"
+    tokenizer = stack.gateway.renderer._tokenizer
+    template = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = template + "{{ mood }}"
+        assert prompt(chat_template_kwargs={"mood": "calm"}) == "<user>hi</s><assistant>calm"
+    finally:
+        tokenizer.chat_template = template
+
+
+@pytest.mark.parametrize(
+    ("field", "fields"),
+    [
+        ("continue_final_message", {"continue_final_message": True, "add_generation_prompt": True}),
+        ("chat_template_kwargs", {"chat_template_kwargs": {"tokenize": True}}),
+        ("chat_template_kwargs", {"chat_template_kwargs": 5}),
+    ],
+)
+def test_what_contradicts_is_named(stack, field, fields):
+    assert error_of(stack.chat(**fields), 400)["param"] == field
