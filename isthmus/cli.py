@@ -391,6 +391,22 @@ def measure_ledger(
     run(source, request_id, json, plot, trace)
 
 
+@measure.command("report")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--html", type=click.Path(path_type=Path), help="Where to write the HTML; FOLDER/report.html if not given."
+)
+@click.option("--markdown", type=click.Path(path_type=Path), help="The Markdown; FOLDER/report.md if not given.")
+def measure_report(folder: Path, html: Path | None, markdown: Path | None) -> None:
+    """One page to publish, from the result files and pictures in FOLDER.
+
+    Says what is wrong with them: mixed commits, NaN, busy machines, missing parts. Averages nothing.
+    """
+    from measurements.report import run
+
+    run(folder, html, markdown)
+
+
 @cli.command()
 @click.option("--config", type=click.Path(path_type=Path), help="The cluster file; isthmus.toml if it is here.")
 @click.option("--peer", metavar="HOST", help="Also find the path MTU to this node, with packets not to be fragmented.")
