@@ -69,11 +69,20 @@ class Conversation:
             raise ProtocolError("the decode worker sent Tokens before a Ticket")
         return answer
 
+    @property
+    def status(self) -> Status | None:
+        """What the worker said last about itself."""
+        return self._node.status
+
     async def start(self, first_token: int | None, *, first_text_sent: bool) -> None:
         """Tell the worker that prefill is done."""
         await self._node.send(
             Start(request_id=self._request_id, first_token=first_token, first_text_sent=first_text_sent)
         )
+
+    async def start_local(self) -> None:
+        """Tell the worker to compute what its cells lack of the prompt."""
+        await self._node.send(Start(request_id=self._request_id, local=True))
 
     async def tokens(self, timeout_s: float) -> Tokens:
         """The next tokens; raises what the worker reports, and :class:`LinkError` after ``timeout_s`` of silence."""

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import NamedTuple
 
 import structlog
 
 from proxy import costs
+from proxy.costs import PrefillTime
 from proxy.decode_node import Conversation, DecodeNode
 from proxy.ledger import Account
 from proxy.nodes import DecodePool
 from proxy.prefill_node import STREAM_SILENCE_S, Counts, FirstToken, PrefillNode
-from proxy.router import choose_codec, unknown_to_vllm
+from proxy.router import choose_codec, computes_the_rest, unknown_to_vllm
 from transfer.errors import CapacityError, CodecError, EngineError, IsthmusError, LinkError, ProtocolError
 from transfer.messages import FinishReason, Reserve, Sampling, Ticket, TokenLogprob
 
 RESERVE_S = 10.0
+# A reservation outlives vLLM's time, so that the worker can still compute what vLLM did not.
+RESERVED_LONGER_S = 2.0
 FULL_RETRY_S = 0.05
 _REPLACEMENT = "\ufffd"
 
@@ -51,7 +54,8 @@ class Job(NamedTuple):
 
     ``codec`` is the one the client asks for, ``default_codec`` the one where it asks for none. ``choices`` answers are
     made. ``echo`` repeats the prompt, with log probabilities, in front of them (route ``gpu``). The last
-    ``prior_output`` tokens of the prompt are output of nodes that failed; workers in ``avoid`` are among those.
+    ``prior_output`` tokens of the prompt are output of nodes that failed; workers in ``avoid`` are among those. A
+    ``forced`` route is kept.
     """
 
     request_id: str
@@ -64,6 +68,7 @@ class Job(NamedTuple):
     echo: bool = False
     prior_output: int = 0
     avoid: frozenset[str] = frozenset()
+    forced: bool = False
 
     @property
     def cells(self) -> int:
@@ -83,20 +88,40 @@ class NodeFailedError(Exception):
         self.node, self.error = node, error
 
 
-async def split(job: Job, prefill: PrefillNode, workers: DecodePool, account: Account) -> Pieces:
-    """Prefill in vLLM, decode in llama.cpp. Like all routes raises :class:`NodeFailedError` if a node fails it."""
+class Vllm(NamedTuple):
+    """The prefill node and what is known of it. ``failed`` takes in that it failed a request which goes on."""
+
+    node: PrefillNode
+    time: PrefillTime
+    failed: Callable[[NodeFailedError], None]
+
+
+async def split(job: Job, vllm: Vllm, workers: DecodePool, account: Account) -> Pieces:
+    """Prefill in vLLM, decode in llama.cpp. Like all routes raises :class:`NodeFailedError` if a node fails it.
+
+    Unless the route is forced, the worker computes the prompt itself where its cells lack little of it, and where vLLM
+    fails.
+    """
     async with _reserved(job, workers, account, kv=True) as (conversation, ticket):
-        with account.meter.stage("prefill"):
-            first = await conversation.guard(_prefilled(job, prefill, ticket))
+        if not job.forced and computes_the_rest(ticket, len(job.prompt), conversation.status, vllm.time):
+            account.turn_local("cached")
+            first = None
+        else:
+            first = await _prefilled(job, vllm, conversation, ticket, account)
+        if first is None:
+            account.cached_tokens = ticket.reused_tokens
+            await conversation.start_local()
+            async with aclosing(_decoded(conversation, account, job, STREAM_SILENCE_S)) as pieces:
+                async for piece in pieces:
+                    yield piece
+            return
         account.cached_tokens = max(first.cached_tokens, ticket.reused_tokens)
         log.info("prefilled", request_id=job.request_id, ticket=ticket.ticket, cached_tokens=first.cached_tokens)
         keep = not _decoder_samples(job)
-        if keep and (first.finish_reason == "stop" or job.sampling.max_tokens == 1):
+        if _is_all(first, job):
             account.route_tokens = 1
             yield Piece(first.text, first.finish_reason, 0, (first.token,), first.logprobs)
             return
-        if first.export_error:
-            raise EngineError(f"the KV was not exported: {first.export_error}")
         sent = keep and _can_send(first, job.sampling)
         await conversation.start(first.token if keep else None, first_text_sent=sent)
         if sent:
@@ -136,9 +161,35 @@ async def gpu(job: Job, prefill: PrefillNode, account: Account) -> Pieces:
             account.cached_tokens = delta.cached_tokens
 
 
-async def _prefilled(job: Job, prefill: PrefillNode, ticket: Ticket) -> FirstToken:
-    with _blaming(PREFILL):
-        return await prefill.prefill(job.request_id, job.prompt, job.sampling, ticket, job.deadline_s)
+async def _prefilled(
+    job: Job, vllm: Vllm, conversation: Conversation, ticket: Ticket, account: Account
+) -> FirstToken | None:
+    """VLLM's first token, its KV on the way; None if it failed and the worker shall do it."""
+
+    async def ask() -> FirstToken:
+        with _blaming(PREFILL):
+            first = await vllm.node.prefill(job.request_id, job.prompt, job.sampling, ticket, job.deadline_s)
+            if first.export_error and not _is_all(first, job):
+                raise EngineError(f"the KV was not exported: {first.export_error}")
+            return first
+
+    began_ns = time.monotonic_ns()
+    try:
+        with account.meter.stage("prefill"):
+            first = await conversation.guard(ask())
+    except NodeFailedError as failed:
+        if failed.node != PREFILL or job.forced:
+            raise
+        vllm.failed(failed)
+        account.turn_local("failed_over", failed.error.code)
+        return None
+    vllm.time.observe(len(job.prompt) - first.cached_tokens, time.monotonic_ns() - began_ns)
+    return first
+
+
+def _is_all(first: FirstToken, job: Job) -> bool:
+    """Whether vLLM's first token ends the answer."""
+    return not _decoder_samples(job) and (first.finish_reason == "stop" or job.sampling.max_tokens == 1)
 
 
 @contextmanager
@@ -191,7 +242,7 @@ def _placed(job: Job, workers: DecodePool, account: Account, *, kv: bool) -> tup
         sampling=job.sampling,
         source="kv" if kv else "local",
         codec=codec or "raw",
-        deadline_ms=round(job.deadline_s * 1000),
+        deadline_ms=round((job.deadline_s + RESERVED_LONGER_S) * 1000),
         choices=job.choices,
         prior_output=job.prior_output,
     )

@@ -8,7 +8,7 @@ from collections import deque
 import msgspec
 
 from proxy.costs import Estimate
-from proxy.router import Route
+from proxy.router import Reason, Route
 from transfer.stages import DecodeReport, Meter
 
 
@@ -95,7 +95,7 @@ class Account:
         self.model = model
         self.meter = Meter()
         self.route: Route | None = None
-        self.reason: str | None = None
+        self.reason: Reason | None = None
         self.worker: str | None = None
         self.codec: str | None = None
         # Those that failed.
@@ -126,6 +126,13 @@ class Account:
         self._end_attempt(error, known_tokens - self.carried_tokens)
         self.carried_tokens, self.route_tokens, self.report = known_tokens, 0, None
         self.worker = self.codec = None
+
+    def turn_local(self, reason: Reason, error: str | None = None) -> None:
+        """The worker computes the prompt in the place reserved for KV; because of ``error`` if there is one."""
+        worker = self.worker
+        if error is not None:
+            self.failed(error, self.carried_tokens)
+        self.route, self.reason, self.worker, self.codec = "cpu", reason, worker, None
 
     def _end_attempt(self, error: str | None, completion_tokens: int) -> None:
         if self.route is not None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
+from proxy import costs
+from proxy.costs import PrefillTime
 from proxy.failures import ContextLengthError
 from transfer.codecs import CODECS
 from transfer.config import AUTO_CODEC, Cluster
 from transfer.errors import CodecError, LinkError, RequestError
-from transfer.messages import Sampling
+from transfer.messages import Sampling, Status, Ticket
 
 Route = Literal["split", "gpu", "cpu"]
 Reason = Literal[
@@ -21,12 +23,15 @@ Reason = Literal[
     "decode_failing",
     "only_vllm_can",
     "failed_over",
+    "cached",
 ]
 
 HEADER = "X-Isthmus-Route"
 REASON_HEADER = "X-Isthmus-Reason"
 CODEC_HEADER = "X-Isthmus-Codec"
 ROUTES: tuple[Route, ...] = get_args(Route)
+# Fewer than this a worker computes before vLLM's first frame has arrived.
+ALWAYS_LOCAL_TOKENS = 32
 _NEEDS = {"split": ("prefill", "decode"), "gpu": ("prefill",), "cpu": ("decode",)}
 
 
@@ -173,6 +178,17 @@ def go_on(
     return next(
         (route for route, can in possible.items() if can and route not in barred and forced in (None, route)), None
     )
+
+
+def computes_the_rest(ticket: Ticket, prompt_tokens: int, status: Status | None, vllm: PrefillTime) -> bool:
+    """Whether the worker, which has the prompt's beginning in its cells, had better compute the rest than vLLM."""
+    missing_tokens = prompt_tokens - ticket.reused_tokens
+    if not ticket.reused_tokens:
+        return False
+    if missing_tokens <= ALWAYS_LOCAL_TOKENS:
+        return True
+    here, there_ns = costs.cpu_prefill(missing_tokens, status), vllm.ns(missing_tokens)
+    return here is not None and there_ns is not None and here.ns <= there_ns
 
 
 def context_tokens(route: Route, cluster: Cluster) -> int:

@@ -60,6 +60,7 @@ class Script:
     endless: bool = False
     prefill_tokens_per_s: float = 400.0
     draining: bool = False
+    reused_tokens: int = 0
     # What it says where another node has begun the answer; and the ids of texts that others are to go on after.
     texts_after_another: list[str] = field(default_factory=lambda: [" four"])
     spelling: dict[str, list[int]] = field(default_factory=dict)
@@ -183,6 +184,7 @@ class FakeWorker:
             chunk_tokens=512,
             credit_chunks=4,
             deadline_ms=reserve.deadline_ms,
+            reused_tokens=self.script.reused_tokens,
         )
         self._say(client, ticket)
 
@@ -190,6 +192,8 @@ class FakeWorker:
         if self.script.silent_after_start or self.script.endless:
             return
         request_id = start.request_id
+        if start.local:
+            self._prompts[request_id] = msgspec.structs.replace(self._prompts[request_id], source="local")
         if self.script.kv_failure and self._prompts[request_id].source == "kv":
             self.open.pop(request_id)
             self._say(client, msgspec.structs.replace(self.script.kv_failure, request_id=request_id))

@@ -11,7 +11,7 @@ from proxy.vocabulary import Vocabulary
 from tests.proxy.conftest import Stack, make_cluster, running, wait_until
 from tests.proxy.fake_worker import FakeWorker
 from tests.proxy.workers import announced
-from transfer.messages import Abort, Failure, Reserve
+from transfer.messages import Abort, Failure, Reserve, Start
 
 SPLIT = {"X-Isthmus-Route": "split"}
 E_ACUTE = "\u00e9"
@@ -132,11 +132,14 @@ def test_three_attempts_are_all(lost):
 def test_vllm_fails_before_its_first_token(spelled, broken):
     for name, value in broken.items():
         setattr(spelled.prefill.script, name, value)
-    answer = spelled.chat(stream=True, isthmus=True)
-    expected = "123" if "export" not in broken else "one two three"
-    assert told(answer) == expected
-    entry = spelled.entries()[0]
-    assert [attempt["route"] for attempt in entry["attempts"]] == ["split", "gpu" if "export" in broken else "cpu"]
+    assert told(spelled.chat(stream=True)) == "123"
+    (entry,) = spelled.entries()
+    assert [attempt["route"] for attempt in entry["attempts"]] == ["split", "cpu"]
+    assert (entry["route"], entry["reason"], entry["codec"]) == ("cpu", "failed_over", None)
+    assert entry["worker"] == spelled.gateway.workers.pinned.name
+    # In the place that was reserved already.
+    assert len(spelled.worker.heard(Reserve)) == 1
+    assert [start.local for start in spelled.worker.heard(Start)] == [True]
 
 
 def test_vllm_dies_in_mid_stream(spelled):
