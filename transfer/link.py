@@ -32,6 +32,7 @@ from transfer.messages import (
     require_protocol,
 )
 from transfer.outgoing import Unsealed
+from transfer.readiness import is_ready
 from transfer.seal import NAMES, Seal, Sealer
 
 log = structlog.get_logger()
@@ -93,7 +94,7 @@ class Link:
     @property
     def writable(self) -> bool:
         """Whether the frames socket takes another frame now."""
-        return bool(self.frames.poll(0, zmq.POLLOUT))
+        return is_ready(self.frames, zmq.POLLOUT)
 
     @property
     def has_farewell(self) -> bool:
@@ -167,7 +168,7 @@ class Link:
 
         Raises :class:`LinkError` if it refuses this sender, :class:`ProtocolError` if it cannot be understood.
         """
-        while self.control.poll(0, zmq.POLLIN):
+        while is_ready(self.control, zmq.POLLIN):
             message = decode_from_receiver(self.control.recv(zmq.NOBLOCK))
             match message:
                 case SenderWelcome():

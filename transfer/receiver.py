@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
+from contextlib import suppress
 from typing import Protocol
 
 import msgspec
@@ -38,6 +39,7 @@ from transfer.messages import (
     encode,
     require_protocol,
 )
+from transfer.readiness import is_ready
 from transfer.seal import KEY_BYTES, NAMES, Opener, SealName
 from transfer.stages import SenderReport
 
@@ -187,18 +189,19 @@ class KVReceiver:
 
     def turn(self) -> None:
         """Handle what has arrived, at most a little of it."""
-        for _ in range(MESSAGES_PER_TURN):
-            try:
+        # Ready may mean no message, but what ZAP said about a new connection: ZeroMQ queues it and passes over it.
+        with suppress(zmq.Again):
+            for _ in range(MESSAGES_PER_TURN):
+                if not is_ready(self.control, zmq.POLLIN):
+                    break
                 sender, *parts = self.control.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            self._message(sender, parts)
-        for _ in range(FRAMES_PER_TURN):
-            try:
+                self._message(sender, parts)
+        with suppress(zmq.Again):
+            for _ in range(FRAMES_PER_TURN):
+                if not is_ready(self.frames, zmq.POLLIN):
+                    break
                 frame = self.frames.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                break
-            self._frame([part.buffer for part in frame])
+                self._frame([part.buffer for part in frame])
 
     def close(self) -> None:
         """Close the sockets; sinks hear nothing more."""
