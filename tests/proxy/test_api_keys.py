@@ -6,7 +6,9 @@ import hashlib
 import stat
 
 import pytest
+from click.testing import CliRunner
 
+from isthmus.cli import cli
 from proxy import api_keys
 from proxy.failures import RateLimitError
 from proxy.rates import Rates
@@ -148,3 +150,12 @@ def test_no_prompt_and_no_answer_is_logged(stack: Stack, capfd):
     assert "request closed" in written
     assert secret not in written
     assert "plugh" not in written
+
+
+def test_the_command_that_makes_keys(tmp_path):
+    path = tmp_path / "keys"
+    made = CliRunner().invoke(cli, ["api-key", "make", str(path), "alice"])
+    assert made.exit_code == 0
+    assert api_keys.load(str(path)).holder(made.output.strip()) == "alice"
+    again = CliRunner().invoke(cli, ["api-key", "make", str(path), "alice"])
+    assert isinstance(again.exception, ConfigError)
