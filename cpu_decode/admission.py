@@ -37,10 +37,7 @@ class Admission:
 
         Raises :class:`RequestError` if the cells could never suffice, :class:`CapacityError` if they do not now.
         """
-        if num_tokens > self.num_cells:
-            raise RequestError(
-                f"prompt and max_tokens need {num_tokens} cells, the decode worker has {self.num_cells}", "max_tokens"
-            )
+        self.require(num_tokens)
         if not self._free_ids:
             raise CapacityError(f"all {self.max_sequences} sequences of the decode worker are taken")
         needed = num_tokens - shared_tokens
@@ -54,6 +51,13 @@ class Admission:
         self._spans_by_id[seq_id] = [*shared, Span(needed, holders=1)]
         self.used_cells += needed
         return seq_id
+
+    def require(self, num_tokens: int) -> None:
+        """Raise :class:`RequestError` if ``num_tokens`` cells could never be had."""
+        if num_tokens > self.num_cells:
+            raise RequestError(
+                f"prompt and max_tokens need {num_tokens} cells, the decode worker has {self.num_cells}", "max_tokens"
+            )
 
     def release(self, seq_id: int) -> None:
         """Take a promise back."""

@@ -24,7 +24,7 @@ from cpu_decode.prefix import Block
 from cpu_decode.reuse import Plan
 from cpu_decode.sequence import Sequence
 from cpu_decode.state import ChunkState, StateBlob, cut
-from transfer.errors import EngineError, IsthmusError, LinkError
+from transfer.errors import EngineError, IsthmusError, LinkError, RequestError
 from transfer.messages import Failure, Tokens
 
 log = structlog.get_logger()
@@ -237,13 +237,15 @@ class Engine:
             self._join(sequence)
 
     def _begin(self, request_id: str, first_token: int | None, first_text_sent: bool, now_ns: int) -> None:
-        if sequence := self._sequences.get(request_id):
-            sequence.start(first_token, first_text_sent=first_text_sent, now_ns=now_ns)
+        sequence = self._sequences.get(request_id)
+        if sequence is not None and not sequence.started:
+            for choice in sequence.choices:
+                choice.start(first_token, first_text_sent=first_text_sent, now_ns=now_ns)
             self._join(sequence)
 
     def _join(self, sequence: Sequence) -> None:
         """Let a sequence into the batch once it is started and its KV is complete."""
-        if not sequence.ready or sequence in self._running:
+        if not sequence.ready or sequence.joined_ns:
             return
         sequence.joined_ns = time.monotonic_ns()
         sequence.alone = not self._running
@@ -258,7 +260,8 @@ class Engine:
         self.running_sequences = len(self._running)
         self._note_prompt(sequence)
         if sequence.first_token is not None:
-            self._take(sequence, sequence.first_token)
+            for choice in sequence.choices:
+                self._take(choice, sequence.first_token)
 
     def _note_prompt(self, sequence: Sequence) -> None:
         """Say so once the cells hold the prompt: from then on others may share them."""
@@ -273,10 +276,10 @@ class Engine:
         self._context.decode(self._batch)
         for sequence, row in rows:
             self._note_prompt(sequence)
-            token = sequence.sampler.sample(self._context, row)
             self._observe(sequence)
-            sequence.tokens.append(token)
-            self._take(sequence, token)
+            for choice in sequence.choices if not sequence.forked else (sequence,):
+                self._sample(choice, sequence, row)
+            sequence.forked = True
         self._budget.observe(decoding, self._batch.size - decoding, time.monotonic_ns() - began)
 
     def _fill(self) -> list[tuple[Sequence, int]]:
@@ -300,14 +303,35 @@ class Engine:
                 rows.append((sequence, row))
         return rows
 
+    def _sample(self, choice: Sequence, sequence: Sequence, row: int) -> None:
+        """Sample the next token of ``choice`` from ``sequence``'s row: its own, or of the choice that it forks from."""
+        if choice.request_id not in self._sequences:
+            return
+        if choice is not sequence:
+            self._context.share(sequence.seq_id, choice.seq_id, sequence.num_cached)
+            choice.fork(sequence.num_cached)
+            self._running.append(choice)
+            self.running_sequences = len(self._running)
+        try:
+            token, logprob = choice.sampler.sample(self._context, row)
+        except RequestError as error:
+            self._fail(choice.request_id, error)
+            return
+        choice.tokens.append(token)
+        if logprob is not None:
+            choice.unsent_logprobs.append(logprob)
+        self._take(choice, token)
+
     def _take(self, sequence: Sequence, token: int) -> None:
-        """Turn a new token into text, and end the sequence if it was the last."""
+        """Turn a new token into text, and end the choice if it was the last."""
         text, finish_reason = sequence.take(token, self._context.model)
         if sequence.first_text_sent and sequence.completion_tokens == 1:
             text = ""
         if text or finish_reason:
             ids, sequence.unsent_ids = sequence.unsent_ids, []
-            report = sequence.report() if finish_reason else None
+            logprobs, sequence.unsent_logprobs = sequence.unsent_logprobs, []
+            sequence.finished = finish_reason is not None
+            report = sequence.choices[0].report() if all(choice.finished for choice in sequence.choices) else None
             self._emit(
                 Tokens(
                     request_id=sequence.request_id,
@@ -315,10 +339,14 @@ class Engine:
                     text=text,
                     finish_reason=finish_reason,
                     report=report,
+                    choice=sequence.choice,
+                    logprobs=tuple(logprobs),
                 )
             )
-        if finish_reason:
-            self._release(sequence)
+            if report is not None:
+                self._release(sequence.choices[0])
+            elif sequence.finished:
+                self._pause(sequence)
 
     def _fail(self, request_id: str, error: IsthmusError) -> None:
         if sequence := self._sequences.get(request_id):
@@ -333,16 +361,23 @@ class Engine:
 
     def _release(self, sequence: Sequence) -> None:
         """End a sequence; cells that others may be about to share or keep are left until :meth:`leave`."""
-        sequence.sampler.close()
         del self._sequences[sequence.request_id]
-        if sequence in self._running:
-            self._running.remove(sequence)
-            self.running_sequences = len(self._running)
+        for choice in sequence.choices:
+            self._pause(choice)
+            choice.sampler.close()
         if sequence.prompted:
             self._ended[sequence.request_id] = sequence
             self._emit(Ended(sequence.request_id, sequence.tokens[: sequence.num_cached]))
         else:
             self._free(sequence)
+
+    def _pause(self, choice: Sequence) -> None:
+        """Take a choice out of the batch; the first one keeps the prompt's cells for the others."""
+        if choice in self._running:
+            self._running.remove(choice)
+            self.running_sequences = len(self._running)
+        if choice is not choice.choices[0]:
+            self._context.trim(choice.seq_id, 0)
 
     def _leave(self, request_id: str, blocks: list[Block]) -> None:
         sequence = self._ended.pop(request_id)
@@ -365,7 +400,7 @@ class Engine:
 
     def _expire(self) -> None:
         now = time.monotonic_ns()
-        for sequence in [s for s in self._sequences.values() if s not in self._running and s.deadline_ns < now]:
+        for sequence in [s for s in self._sequences.values() if not s.joined_ns and s.deadline_ns < now]:
             what = "its KV" if sequence.started else "a start"
             self._fail(sequence.request_id, LinkError(f"reservation expired waiting for {what}"))
 

@@ -60,9 +60,9 @@ class Model:
         self.handle = llama_cpp.llama_model_load_from_file(str(gguf).encode(), params)
         if not self.handle:
             raise ConfigError(f"llama.cpp cannot load {gguf}")
-        self._vocab = llama_cpp.llama_model_get_vocab(self.handle)
-        self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
-        self.end_tokens = [t for t in range(self.vocab_size) if llama_cpp.llama_vocab_is_eog(self._vocab, t)]
+        self.vocab = llama_cpp.llama_model_get_vocab(self.handle)
+        self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(self.vocab))
+        self.end_tokens = [t for t in range(self.vocab_size) if llama_cpp.llama_vocab_is_eog(self.vocab, t)]
         self._piece = ctypes.create_string_buffer(_PIECE_BYTES)
 
     @property
@@ -86,12 +86,19 @@ class Model:
 
     def piece(self, token: int) -> bytes:
         """The bytes that ``token`` stands for; control tokens stand for none."""
-        length = llama_cpp.llama_token_to_piece(self._vocab, token, self._piece, _PIECE_BYTES, 0, False)
+        length = llama_cpp.llama_token_to_piece(self.vocab, token, self._piece, _PIECE_BYTES, 0, False)
         if length < 0:
             larger = ctypes.create_string_buffer(-length)
-            length = llama_cpp.llama_token_to_piece(self._vocab, token, larger, -length, 0, False)
+            length = llama_cpp.llama_token_to_piece(self.vocab, token, larger, -length, 0, False)
             return larger.raw[:length]
         return self._piece.raw[:length]
+
+    def tokenize(self, text: bytes) -> list[int]:
+        """The tokens of ``text``, none of them added by the model and none of them control tokens."""
+        # No token stands for less than a byte, but some vocabularies begin a text with a space of their own.
+        tokens = (llama_cpp.llama_token * (len(text) + 1))()
+        count = llama_cpp.llama_tokenize(self.vocab, text, len(text), tokens, len(tokens), False, False)
+        return list(tokens[:count])
 
     def close(self) -> None:
         """Free the weights."""
@@ -235,8 +242,12 @@ class Context:
 
     def logits(self, row: int) -> npt.NDArray[np.float32]:
         """A copy of the logits of batch row ``row``, fp32 ``[vocab_size]``."""
+        return self.live_logits(row).copy()
+
+    def live_logits(self, row: int) -> npt.NDArray[np.float32]:
+        """The logits of batch row ``row`` that samplers read, fp32 ``[vocab_size]``; valid until the next batch."""
         pointer = llama_cpp.llama_get_logits_ith(self.handle, row)
-        return np.ctypeslib.as_array(pointer, (self.model.vocab_size,)).copy()
+        return np.ctypeslib.as_array(pointer, (self.model.vocab_size,))
 
     def state(self, seq_id: int) -> bytes:
         """The sequence's state as llama.cpp writes it (format: ``cpu_decode/state.py``)."""

@@ -1,4 +1,4 @@
-"""One request in the decode engine."""
+"""One request in the decode engine, or one of its choices."""
 
 from __future__ import annotations
 
@@ -7,21 +7,40 @@ import time
 from cpu_decode.landing import LandingReport
 from cpu_decode.llama import Model
 from cpu_decode.sampling import Sampler
-from transfer.messages import FinishReason, Reserve
+from transfer.messages import FinishReason, Reserve, TokenLogprob
 from transfer.stages import DecodeReport
 from transfer.text import TextStream
 
 
 class Sequence:
-    """Tokens so far, how many of them have KV in cells, and what the request has cost. Engine thread only."""
+    """Tokens so far, how many of them have KV in cells, and what the request has cost. Engine thread only.
 
-    def __init__(self, reserve: Reserve, seq_id: int, sampler: Sampler, reused_tokens: int = 0) -> None:
+    A request's first choice gets the prompt; ``others`` join it when it is computed, in cells that they share with it.
+    """
+
+    def __init__(
+        self,
+        reserve: Reserve,
+        seq_id: int,
+        sampler: Sampler,
+        reused_tokens: int = 0,
+        *,
+        choice: int = 0,
+        others: tuple[Sequence, ...] = (),
+    ) -> None:
         self.request_id = reserve.request_id
         self.seq_id = seq_id
+        self.choice = choice
+        self.choices: tuple[Sequence, ...] = (self, *others)
+        for other in others:
+            other.choices = self.choices
+        self.forked = not others
+        self.finished = False
         self.local = reserve.source == "local"
         self.sampling = reserve.sampling
         self.sampler = sampler
         self.text = TextStream(reserve.sampling.stop)
+        self._ends = frozenset(reserve.sampling.stop_token_ids)
         self.prompt_tokens = len(reserve.prompt)
         self.tokens = list(reserve.prompt)
         self.num_cached = 0
@@ -33,6 +52,7 @@ class Sequence:
         self.first_token: int | None = None
         self.first_text_sent = False
         self.unsent_ids: list[int] = []
+        self.unsent_logprobs: list[TokenLogprob] = []
         self.landing: LandingReport | None = None
         self.alone = True
         self.joined_tokens = 0
@@ -71,17 +91,26 @@ class Sequence:
         sampled_elsewhere = self.first_token is not None and self.completion_tokens == 1
         if not self.first_sampled_ns and not sampled_elsewhere:
             self.first_sampled_ns = time.monotonic_ns()
-        if token in model.end_tokens and not self.sampling.ignore_eos:
+        if token in self._ends or (token in model.end_tokens and not self.sampling.ignore_eos):
             return self.text.flush(), "stop"
-        text = self.text.push(model.piece(token))
+        # As in vLLM: what is sampled up to min_tokens completes no stop string.
+        may_stop = self.completion_tokens > self.sampling.min_tokens
+        text = self.text.push(model.piece(token), may_stop=may_stop)
         if self.text.stopped:
             return text, "stop"
+        if self.sampler.complete:
+            return text + self.text.flush(), "stop"
         if self.completion_tokens >= self.sampling.max_tokens:
             return text + self.text.flush(), "length"
         return text, None
 
+    def fork(self, num_cached: int) -> None:
+        """Note that the cells of all ``tokens`` are there, shared with the first choice."""
+        self.num_cached = num_cached
+        self.prompted = True
+
     def report(self) -> DecodeReport:
-        """What the request has cost, now that it is finished."""
+        """What the request has cost, now that it is finished; asked of the first choice."""
         now = time.monotonic_ns()
         first = self.first_sampled_ns or now
         costs = {}
@@ -100,7 +129,7 @@ class Sequence:
             }
         return DecodeReport(
             prompt_tokens=self.prompt_tokens,
-            completion_tokens=self.completion_tokens,
+            completion_tokens=sum(choice.completion_tokens for choice in self.choices),
             kv_reused_tokens=self.reused_tokens,
             inject_ns=self.inject_ns,
             local_prefill_ns=first - self.joined_ns if self.local else 0,

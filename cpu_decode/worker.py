@@ -18,8 +18,10 @@ import zmq
 
 from cpu_decode.admission import Admission
 from cpu_decode.announce import Announcer
+from cpu_decode.asked import check
 from cpu_decode.binding import MemoryWatch
 from cpu_decode.engine import Ended, Engine, Event, Injected, Prompted, Released, Restored
+from cpu_decode.grammar import Grammars
 from cpu_decode.landing import LandingPlace, LandingPool
 from cpu_decode.llama import Context, Model
 from cpu_decode.prefix import Block
@@ -69,10 +71,13 @@ CHUNK_STEP_TOKENS = 32
 class Admitted:
     """A request between Reserve and Released: whose it is and what was promised to it."""
 
-    def __init__(self, client: bytes, seq_id: int, prompt: list[int], fidelity: str) -> None:
+    def __init__(self, client: bytes, seq_ids: list[int], reserve: Reserve, fidelity: str) -> None:
         self.client = client
-        self.seq_id = seq_id
-        self.prompt = prompt
+        # The first one's cells get the prompt; there is one for each choice.
+        self.seq_ids = seq_ids
+        self.seq_id = seq_ids[0]
+        self.constrained = bool(reserve.sampling.json_schema or reserve.sampling.grammar)
+        self.prompt = reserve.prompt
         self.fidelity = fidelity
         # The blocks that the engine copies its KV into when it has ended.
         self.keeping: list[Block] = []
@@ -106,6 +111,7 @@ class Worker:
         self._prefixes = PrefixCache(geometry, decode.cell_type, decode.pool_mib << 20)
         self._chunk_tokens = link.chunk_tokens
         self._pool = self._new_pool()
+        self._grammars = Grammars(model)
         self._requests: dict[str, Admitted] = {}
         self._clients: dict[bytes, int] = {}
         self._outbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -291,7 +297,7 @@ class Worker:
     def _forget(self, request_id: str) -> None:
         request = self._requests.pop(request_id)
         self._prefixes.kept(request.keeping)
-        self._admission.release(request.seq_id)
+        self._release(request.seq_ids)
         self._pool.unreserve(request.reserved_buffers)
         if request.landing is not None:
             self._receiver.cancel(request.ticket, "the request has ended")
@@ -353,22 +359,25 @@ class Worker:
         if self._draining.is_set():
             raise CapacityError("this decode worker is about to end and takes no new requests")
         self._check_request(reserve)
+        grammar = self._grammars.read(reserve)
         fidelity = self._prefixes.fidelity(reserve)
         plan = self._prefixes.find(reserve.prompt, fidelity)
-        num_tokens = len(reserve.prompt) + reserve.sampling.max_tokens
-        seq_id = self._admission.admit(num_tokens, plan.donor, plan.shared_tokens)
-        request = Admitted(client, seq_id, reserve.prompt, fidelity)
+        request = Admitted(client, self._admit(reserve, plan), reserve, fidelity)
         ticket = secrets.token_hex(16)
         try:
             if reserve.source == "kv":
                 self._expect_kv(request, ticket, reserve, plan)
         except IsthmusError:
-            self._admission.release(seq_id)
+            self._release(request.seq_ids)
             raise
         self._requests[reserve.request_id] = request
         self._prefixes.use(plan)
-        sampler = Sampler(self._model, reserve.sampling, reserve.prompt)
-        self.engine.admit(Sequence(reserve, seq_id, sampler, plan.num_tokens), plan)
+        samplers = [Sampler(self._model, reserve, choice, grammar) for choice in range(reserve.choices)]
+        others = tuple(
+            Sequence(reserve, request.seq_ids[choice], samplers[choice], choice=choice)
+            for choice in range(1, reserve.choices)
+        )
+        self.engine.admit(Sequence(reserve, request.seq_id, samplers[0], plan.num_tokens, others=others), plan)
         return Ticket(
             request_id=reserve.request_id,
             ticket=ticket,
@@ -381,8 +390,31 @@ class Worker:
             reused_tokens=plan.num_tokens,
         )
 
+    def _admit(self, reserve: Reserve, plan: Plan) -> list[int]:
+        """Promise cells for the prompt and for each choice's answer; returns a sequence id for each choice."""
+        max_tokens = reserve.sampling.max_tokens
+        num_tokens = len(reserve.prompt) + max_tokens
+        self._admission.require(num_tokens + (reserve.choices - 1) * max_tokens)
+        seq_ids = [self._admission.admit(num_tokens, plan.donor, plan.shared_tokens)]
+        try:
+            while len(seq_ids) < reserve.choices:
+                seq_ids.append(self._admission.admit(max_tokens))
+        except CapacityError:
+            self._release(seq_ids)
+            raise
+        return seq_ids
+
+    def _release(self, seq_ids: list[int]) -> None:
+        for seq_id in seq_ids:
+            self._admission.release(seq_id)
+
     def _start(self, start: Start) -> None:
         request = self._requests[start.request_id]
+        if start.first_token is not None:
+            if not 0 <= start.first_token < self._model.vocab_size:
+                raise ProtocolError(f"first_token {start.first_token} is outside 0..{self._model.vocab_size - 1}")
+            if request.constrained:
+                raise ProtocolError("a first token cannot obey a grammar that only the worker knows; start without it")
         if start.local and request.landing is not None:
             self._receiver.cancel(request.ticket, "the rest of the prompt is computed by the decode worker")
             request.landing.release()
@@ -391,11 +423,7 @@ class Worker:
     def _check_request(self, reserve: Reserve) -> None:
         if reserve.request_id in self._requests:
             raise RequestError(f"request id {reserve.request_id!r} is in use", "request_id")
-        if not reserve.prompt or reserve.sampling.max_tokens < 1:
-            raise RequestError("prompt and max_tokens must be at least 1 token", "max_tokens")
-        for param, tokens in (("prompt", reserve.prompt), ("logit_bias", list(reserve.sampling.logit_bias))):
-            if not 0 <= min(tokens, default=0) <= max(tokens, default=0) < self._model.vocab_size:
-                raise RequestError(f"{param} has token ids outside 0..{self._model.vocab_size - 1}", param)
+        check(reserve, self._model.vocab_size, self._admission.max_sequences)
 
     def _expect_kv(self, request: Admitted, ticket: str, reserve: Reserve, plan: Plan) -> None:
         codecs.for_cells(reserve.codec, self._decode.cell_type, self._geometry)

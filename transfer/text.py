@@ -14,18 +14,21 @@ class TextStream:
         self._held = ""
         self.stopped = False
 
-    def push(self, piece: bytes) -> str:
-        """Text that ``piece`` completes. Sets ``stopped`` when a stop string has appeared; it is not given out."""
+    def push(self, piece: bytes, *, may_stop: bool = True) -> str:
+        """Text that ``piece`` completes. Sets ``stopped`` when a stop string has appeared; it is not given out.
+
+        Where it may not stop yet, a stop string is text like any other.
+        """
         self._held += self._decoder.decode(piece)
-        return self._give(final=False)
+        return self._give(final=False, may_stop=may_stop)
 
     def flush(self) -> str:
         """What is still held at the end; bytes that complete no character become U+FFFD."""
         self._held += self._decoder.decode(b"", final=True)
-        return self._give(final=True)
+        return self._give(final=True, may_stop=True)
 
-    def _give(self, *, final: bool) -> str:
-        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+    def _give(self, *, final: bool, may_stop: bool) -> str:
+        found = [at for stop in self._stop if may_stop and (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
             text, self._held = self._held[: min(found)], ""

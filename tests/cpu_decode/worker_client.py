@@ -73,14 +73,19 @@ class WorkerClient:
         ids: list[int] = []
         text = ""
         while True:
-            message = self._wait_for(lambda message: getattr(message, "request_id", None) == ticket.request_id)
-            if isinstance(message, Failure):
-                raise from_wire(message.code, message.message)
-            assert isinstance(message, Tokens)
+            message = self.next_tokens(ticket)
             ids += message.token_ids
             text += message.text
             if message.finish_reason:
                 return ids, text, message
+
+    def next_tokens(self, ticket: Ticket) -> Tokens:
+        """The next tokens of a request; raises what the worker reports instead."""
+        message = self._wait_for(lambda message: getattr(message, "request_id", None) == ticket.request_id)
+        if isinstance(message, Failure):
+            raise from_wire(message.code, message.message)
+        assert isinstance(message, Tokens)
+        return message
 
     def close(self) -> None:
         self._socket.close()

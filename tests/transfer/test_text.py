@@ -50,3 +50,10 @@ def test_any_split_gives_the_text_up_to_the_first_stop(text: str, sizes: list[in
     cuts = [at for s in stop if (at := text.find(s)) >= 0]
     # With several stops the first to be completed wins, which may lie behind one that begins earlier.
     assert whole in {text[:at] for at in cuts} if cuts else whole == text
+
+
+def test_a_stop_string_that_comes_too_early_is_text():
+    stream = TextStream(("END",))
+    assert stream.push(b"END of EN", may_stop=False) == "END of "
+    assert stream.push(b"D.") == ""
+    assert stream.stopped
