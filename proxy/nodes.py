@@ -121,9 +121,17 @@ class DecodePool:
         oldest_ns = time.monotonic_ns() - int(EXPIRE_S * 1e9)
         for name, heard_ns in list(self._heard_ns.items()):
             node = self.nodes[name]
-            if heard_ns < oldest_ns and not node.up:
+            gone = heard_ns < oldest_ns and not node.up
+            if gone or self._is_pinned_twice(node):
                 del self._heard_ns[name]
                 if node is not self.pinned:
-                    log.warning("a decode worker is gone", worker=name, reason=node.down_reason)
+                    log.warning("forgets a decode worker", worker=name, reason=node.down_reason)
                     del self.nodes[name]
                     self._sessions.pop(name).cancel()
+
+    def _is_pinned_twice(self, node: DecodeNode) -> bool:
+        """Whether it is the pinned one under another address, as its welcome shows, and serves nothing now."""
+        pinned, welcome = self.pinned, node.welcome
+        if pinned is None or node is pinned or welcome is None or node.conversations:
+            return False
+        return pinned.up and pinned.calls_itself(welcome.worker)

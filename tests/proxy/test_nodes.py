@@ -114,6 +114,16 @@ def test_the_pinned_worker_stays_and_is_not_known_twice(hf_dir, monkeypatch):
         assert list(stack.gateway.workers.nodes) == [pinned.name]
 
 
+def test_the_pinned_worker_under_another_address_is_found_out(hf_dir):
+    with running(make_cluster(hf_dir)) as stack:
+        pinned = stack.gateway.workers.pinned
+        announce(stack, Announce(worker="alias", control_endpoint=pinned.endpoint))
+        wait_until(lambda: "alias" in stack.gateway.workers.nodes)
+        wait_until(lambda: "alias" not in stack.gateway.workers.nodes)
+        assert pinned.up
+        assert stack.complete(CPU).status_code == 200
+
+
 @pytest.mark.parametrize(
     "said",
     [
