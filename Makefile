@@ -3,6 +3,8 @@
 #   make demo COMPARE=1   the same question by every route, five times each
 #   make demo KEEP=1      leave the stack up and say how to talk to it
 #   make test             every check: style, types, imports, unit and end-to-end tests
+#   make ansible          Ansible and its linter, in an environment of their own
+#   make testbed          bare hosts to a serving stack and back, on two systemd hosts in namespaces; as root
 
 BIN := .venv/bin
 UV ?= uv
@@ -10,7 +12,7 @@ COMPILE := $(UV) pip compile pyproject.toml --extra decode --extra proxy --extra
 	--universal --no-annotate --no-header --python-version 3.11
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lock clean
+.PHONY: help install demo test ansible testbed lock clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -28,6 +30,16 @@ test: install
 	$(BIN)/lint-imports
 	$(BIN)/pytest
 	$(BIN)/pytest -m own_process
+
+ansible: .venv-ansible/bin/ansible-lint
+
+.venv-ansible/bin/ansible-lint: ansible/requirements.txt
+	python3 -m venv .venv-ansible
+	.venv-ansible/bin/python -m pip --disable-pip-version-check install --quiet -r ansible/requirements.txt
+	touch $@
+
+testbed: install ansible
+	ansible/testbed/run.sh
 
 lock:
 	$(COMPILE) --extra prefill-cpu --overrides requirements/overrides-cpu.txt -o requirements/cpu.txt

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+ANSIBLE = ROOT / "ansible"
+BIN = ROOT / ".venv-ansible" / "bin"
+PLAYBOOKS = sorted(path.name for path in ANSIBLE.glob("*.yml"))
+
+pytestmark = pytest.mark.skipif(
+    not (BIN / "ansible-playbook").exists(), reason="Ansible is not installed: `make ansible` makes .venv-ansible"
+)
+
+
+def ansible(tool: str, *arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "ANSIBLE_CONFIG": str(ANSIBLE / "ansible.cfg"),
+        "ANSIBLE_HOME": str(home),
+        "ANSIBLE_NOCOLOR": "1",
+        "NO_COLOR": "1",
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+    }
+    return subprocess.run(
+        [str(BIN / tool), *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+
+
+@pytest.fixture(scope="module")
+def pair() -> dict[str, str]:
+    from isthmus.pair import default_pair
+
+    made = default_pair()
+    return {"isthmus_pair_hf_dir": made.hf_dir, "isthmus_pair_gguf": made.gguf}
+
+
+def preflight(folder: Path, groups: dict[str, list[str]] | None = None, **variables: Any) -> str:
+    """Everything that preflight.yml says of an inventory on this machine; "" if it has nothing against it."""
+    groups = groups or {"gpu_prefill": ["gpu"], "cpu_decode": ["xeon"], "proxy": ["xeon"]}
+    inventory = {
+        "all": {
+            "vars": {
+                "ansible_connection": "local",
+                "isthmus_pair_name": "SmolLM2",
+                "isthmus_prefill_device": "cpu",
+                "isthmus_num_cells": 4096,
+                "isthmus_landing_mib": 64,
+                "isthmus_pool_mib": 64,
+                "isthmus_command": str(ROOT / ".venv" / "bin" / "isthmus"),
+                "isthmus_keys_dir": str(folder / "keys"),
+            }
+            | variables,
+            "children": {group: {"hosts": {host: {} for host in hosts}} for group, hosts in groups.items()},
+        }
+    }
+    (folder / "hosts.yml").write_text(yaml.safe_dump(inventory))
+    done = ansible("ansible-playbook", "-i", str(folder / "hosts.yml"), str(ANSIBLE / "preflight.yml"), home=folder)
+    return "" if done.returncode == 0 else re.sub(r"\s+", " ", done.stdout + done.stderr)
+
+
+@pytest.mark.parametrize("playbook", PLAYBOOKS)
+def test_syntax(playbook: str, tmp_path: Path) -> None:
+    done = ansible("ansible-playbook", "--syntax-check", str(ANSIBLE / playbook), home=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_ansible_lint_finds_nothing(tmp_path: Path) -> None:
+    done = ansible("ansible-lint", "--offline", "-q", "--profile", "production", str(ANSIBLE), home=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_default_is_specified() -> None:
+    for defaults in ANSIBLE.glob("roles/*/defaults/main.yml"):
+        specs = yaml.safe_load((defaults.parents[1] / "meta" / "argument_specs.yml").read_text())["argument_specs"]
+        assert yaml.safe_load(defaults.read_text()).keys() == specs["main"]["options"].keys(), defaults
+
+
+def test_the_codecs_of_the_inventory_are_ours() -> None:
+    from transfer.codecs import CODECS
+
+    specs = yaml.safe_load((ANSIBLE / "roles/isthmus/meta/argument_specs.yml").read_text())
+    assert set(specs["argument_specs"]["main"]["options"]["isthmus_codec"]["choices"]) == {"auto", *CODECS}
+
+
+def test_a_right_inventory_is_not_refused(pair: dict[str, str], tmp_path: Path) -> None:
+    assert preflight(tmp_path, **pair) == ""
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"isthmus_codec": "gzip"}, "isthmus_codec must be one of"),
+        ({"isthmus_codec": "rows_q8_0"}, "does not fit isthmus_cell_type f16; choose auto"),
+        ({"isthmus_pair_gguf": "/nowhere.gguf"}, "isthmus_pair_gguf is /nowhere.gguf, which does not exist"),
+        ({"isthmus_num_cells": 2**30}, "lower isthmus_num_cells"),
+        ({"cpu_decode_numa_nodes": [77]}, "cpu_decode_numa_nodes names [77]"),
+        ({"isthmus_num_cells": "many"}, "isthmus_num_cells"),
+    ],
+)
+def test_a_wrong_value_is_refused(
+    pair: dict[str, str], variables: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    assert sentence in preflight(tmp_path, **(pair | variables))
+
+
+def test_a_missing_pair_is_refused(tmp_path: Path) -> None:
+    assert "isthmus_pair_hf_dir" in preflight(tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine may have a GPU")
+def test_a_prefill_host_without_a_gpu_is_refused(pair: dict[str, str], tmp_path: Path) -> None:
+    said = preflight(tmp_path, **pair, isthmus_prefill_device="cuda")
+    assert "finds no GPU there; install NVIDIA's driver, or set isthmus_prefill_device to cpu" in said
+
+
+def test_halves_of_different_models_are_refused(pair: dict[str, str], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(pair["isthmus_pair_hf_dir"], other)
+    config = (other / "config.json").read_text()
+    changed = re.sub(r'"rope_theta": *[0-9.]+', '"rope_theta": 12345.0', config)
+    assert changed != config
+    (other / "config.json").write_text(changed)
+    said = preflight(tmp_path, **(pair | {"isthmus_pair_hf_dir": str(other)}))
+    assert "isthmus_pair_hf_dir and isthmus_pair_gguf are not one model" in said
+
+
+def test_a_lost_secret_is_refused(pair: dict[str, str], tmp_path: Path) -> None:
+    from transfer import keys
+
+    keys.make(tmp_path / "keys")
+    (tmp_path / "keys" / "decode.key_secret").unlink()
+    assert "decode.key_secret is missing" in preflight(tmp_path, **pair)
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {"gpu_prefill": ["one", "two"], "cpu_decode": ["xeon"], "proxy": ["xeon"]},
+        {"gpu_prefill": ["one"], "cpu_decode": ["xeon"], "proxy": ["xeon", "one"]},
+    ],
+)
+def test_groups_of_a_wrong_size_are_refused(pair: dict[str, str], groups: dict[str, list[str]], tmp_path: Path) -> None:
+    assert "put exactly one there" in preflight(tmp_path, groups, **pair)
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)")
+def test_promtool_takes_the_alerts() -> None:
+    rules = ANSIBLE / "roles/monitoring/files/alerts.yml"
+    done = subprocess.run(["promtool", "check", "rules", str(rules)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_dashboard_and_alerts_ask_for_metrics_that_exist() -> None:
+    from transfer.messages import Status
+
+    sources = (ROOT / "proxy" / "metrics.py").read_text()
+    known = set(re.findall(r'"(isthmus_\w+)"', sources)) | {f"isthmus_worker_{f}" for f in Status.__struct_fields__}
+    files = ANSIBLE / "roles/monitoring/files"
+    text = (files / "alerts.yml").read_text() + (files / "dashboard.json").read_text()
+    asked = set(re.findall(r"\bisthmus_\w+", text))
+    assert len(asked) > 10
+    assert {re.sub(r"_(total|bucket|sum|count)$", "", name) for name in asked} - known == set()
