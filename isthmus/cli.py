@@ -316,6 +316,7 @@ def measure_decode(
     """
     from measurements import decode
 
+    decode.stay_on_one_node()
     setting = decode.setting(gguf, sequences, context, tokens)
     if tune is not None:
         from measurements.decode_tune import run
@@ -389,6 +390,29 @@ def measure_ledger(
     from measurements.ledger import run
 
     run(source, request_id, json, plot, trace)
+
+
+@measure.command("fidelity")
+@click.option(
+    "--config", type=click.Path(path_type=Path), help="The cluster file with the pair; the default pair if not."
+)
+@click.option("--codec", "names", multiple=True, type=click.Choice(tuple(CODECS)), help="Only this one. Repeatable.")
+@click.option("--text", type=click.Path(path_type=Path), help="A text file to use instead of our prompts.")
+@click.option("--json", type=click.Path(path_type=Path), help="Write samples, summary and environment to this file.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the summary into this file: .png, .svg or .pdf.")
+def measure_fidelity(
+    config: Path | None, names: tuple[str, ...], text: Path | None, json: Path | None, plot: Path | None
+) -> None:
+    """Decoding from transplanted KV, by codec, and from native prefill, both against the fp32 model.
+
+    KL and top-1 of the next token, tokens until greedy decoding differs, and perplexity of the true text. Needs memory
+    for the weights in fp32.
+    """
+    cluster = load(config) if config else None
+    from isthmus.pair import default_pair
+    from measurements.fidelity import run
+
+    run(cluster.pair if cluster else default_pair(), names or tuple(CODECS), text, json, plot)
 
 
 @measure.command("report")

@@ -58,6 +58,14 @@ def setting(gguf: Path | None, sequences: str, context_tokens: int, new_tokens: 
     )
 
 
+def stay_on_one_node() -> None:
+    """Bind this process, and the programs that it starts, to one NUMA node where there are several, as a worker is."""
+    from cpu_decode import binding, numa
+
+    if nodes := numa.choose("auto", numa.read_topology()):
+        binding.bind(nodes[0])
+
+
 def run(json: Path | None, plot: Path | None, rounds: int, setting: Setting, profile: str) -> None:
     """Measure; print a table, write ``json`` and draw ``plot`` if given. ``profile`` is for the tuned worker.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 import subprocess
 import sys
@@ -215,7 +216,13 @@ def live_worker(gguf: Path, decode: Decode) -> Iterator[LiveWorker]:
         command = [sys.executable, "-P", "-m", "isthmus", "decode", "--config", str(folder / "isthmus.toml")]
         with (folder / "log").open("w+") as said:
             process = subprocess.Popen(  # noqa: S603 ours
-                command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, preexec_fn=die_with_parent
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                # Not ours: the worker's own setting is what counts.
+                env={key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"},
+                preexec_fn=die_with_parent,
             )
             try:
                 worker = LiveWorker(psutil.Process(process.pid), decode.control_port)

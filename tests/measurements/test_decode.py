@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cpu_decode import profile
+from cpu_decode import binding, numa, profile
 from cpu_decode.profile import Profile, Tuned
 from measurements import bandwidth, decode, decode_tune
 from measurements.decode_latency import Load, gaps_ns
@@ -111,6 +111,18 @@ def test_cells_suffice_for_both_parts(default_pair) -> None:
     assert few.max_sequences == 9
     many = decode.setting(default_pair.gguf, "32", 900, 64)
     assert (many.num_cells, many.max_sequences) == (32 * 964, 33)
+
+
+def test_on_one_node_nothing_is_bound_and_on_several_the_first_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound: list[numa.Node] = []
+    nodes = [numa.Node(number, ((number,),), 1, 1, {0: 10, 1: 10}) for number in (0, 1)]
+    monkeypatch.setattr(binding, "bind", bound.append)
+    monkeypatch.setattr(numa, "read_topology", lambda: nodes[:1])
+    decode.stay_on_one_node()
+    assert bound == []
+    monkeypatch.setattr(numa, "read_topology", lambda: nodes)
+    decode.stay_on_one_node()
+    assert bound == [nodes[0]]
 
 
 def test_bandwidth_is_measured() -> None:
