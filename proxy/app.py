@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import uuid
 from collections.abc import AsyncIterator
@@ -17,21 +16,19 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-from proxy import api_keys, openapi, tokenization
+from proxy import api_keys, openapi, request_body, tokenization
 from proxy.answer import REQUEST_ID_HEADER, Answer
 from proxy.decode_node import DecodeNode
-from proxy.failures import BodySizeError, NotServedError, describe, error_body
+from proxy.failures import NotServedError, describe, error_body
 from proxy.gateway import Call, Gateway
 from proxy.guard import Guard
-from proxy.openai import B, ChatBody, CompletionBody, parse, require_model
+from proxy.openai import B, ChatBody, CompletionBody, require_model
 from proxy.rates import Rates
 from proxy.router import CODEC_HEADER, parse_codec, parse_route
 from proxy.router import HEADER as ROUTE_HEADER
 from transfer.config import Cluster
 from transfer.errors import IsthmusError, RequestError
 
-MAX_BODY_BYTES = 8 << 20
-BODY_S = 30.0
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 log = structlog.get_logger()
@@ -184,18 +181,7 @@ async def _read_call(request: Request, kind: type[B], gateway: Gateway) -> Call:
         raise RequestError("the request id is 1 to 64 letters, digits, or . _ : -", REQUEST_ID_HEADER)
     codec = parse_codec(request.headers.get(CODEC_HEADER))
     forced_route = parse_route(request.headers.get(ROUTE_HEADER))
-    body = parse(kind, await _read_body(request), gateway.model)
+    body = await request_body.read(request, kind)
+    require_model(body.model, gateway.model)
+    body.check()
     return Call(request_id, body, forced_route, codec)
-
-
-async def _read_body(request: Request) -> bytes:
-    data = bytearray()
-    try:
-        async with asyncio.timeout(BODY_S):
-            async for part in request.stream():
-                data += part
-                if len(data) > MAX_BODY_BYTES:
-                    raise BodySizeError(f"the request body is over {MAX_BODY_BYTES} bytes")
-    except TimeoutError:
-        raise RequestError(f"the request body did not arrive within {BODY_S:g} s") from None
-    return bytes(data)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from proxy import constraints
 from proxy.constraints import ResponseFormat, Schema, StructuredOutputs
@@ -306,34 +306,10 @@ B = TypeVar("B", ChatBody, CompletionBody)
 V = TypeVar("V")
 
 
-def parse(kind: type[B], data: bytes, model: str) -> B:
-    """Read a request body for ``model``, the one that is served.
-
-    Raises :class:`RequestError` naming the field that is wrong, and :class:`UnknownModelError`.
-    """
-    try:
-        body = kind.model_validate_json(data)
-    except ValidationError as error:
-        raise _first_error(error) from None
-    require_model(body.model, model)
-    body.check()
-    return body
-
-
 def require_model(asked: str, served: str) -> None:
     """Raise :class:`UnknownModelError` unless the two are the same."""
     if asked != served:
         raise UnknownModelError(f"the model {asked!r} does not exist; this cluster serves {served!r}", "model")
-
-
-def _first_error(error: ValidationError) -> RequestError:
-    first = error.errors(include_url=False, include_input=False)[0]
-    if first["type"] == "json_invalid":
-        return RequestError(f"the request body is not JSON: {first['msg']}")
-    if not first["loc"]:
-        return RequestError(f"the request body is not a JSON object: {first['msg']}")
-    where = ".".join(str(part) for part in first["loc"])
-    return RequestError(f"{where}: {first['msg']}", str(first["loc"][0]))
 
 
 def _or(value: V | None, default: V) -> V:

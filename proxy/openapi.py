@@ -9,9 +9,15 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
 from proxy.openai import ChatBody, CompletionBody
+from proxy.tokenization import DetokenizeBody, TokenizeBody
 
 _REFERENCE = "#/components/schemas/{model}"
-_BODIES: dict[str, type[BaseModel]] = {"/v1/chat/completions": ChatBody, "/v1/completions": CompletionBody}
+_BODIES: dict[str, type[BaseModel]] = {
+    "/v1/chat/completions": ChatBody,
+    "/v1/completions": CompletionBody,
+    "/tokenize": TokenizeBody,
+    "/detokenize": DetokenizeBody,
+}
 _ERROR = {
     "type": "object",
     "required": ["error"],
@@ -78,6 +84,8 @@ def _document(app: FastAPI) -> dict[str, Any]:
             "required": True,
             "content": {"application/json": {"schema": {"$ref": _REFERENCE.format(model=body.__name__)}}},
         }
+        if body not in (ChatBody, CompletionBody):
+            continue
         operation["parameters"] = [
             {"name": name, "in": "header", "required": False, "description": text, "schema": {"type": "string"}}
             for name, text in _HEADERS.items()

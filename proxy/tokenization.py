@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from proxy import request_body
 from proxy.gateway import Gateway
 from proxy.tools import Tool
 from proxy.turns import TemplateFields, Turn, for_template
@@ -40,7 +41,8 @@ def add(app: FastAPI, gateway: Gateway) -> None:
     renderer = gateway.renderer
 
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeBody) -> dict[str, Any]:
+    async def tokenize(request: Request) -> dict[str, Any]:
+        body = await request_body.read(request, TokenizeBody)
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("give either prompt or messages", "prompt")
         if body.messages is not None:
@@ -54,6 +56,7 @@ def add(app: FastAPI, gateway: Gateway) -> None:
         return found
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeBody) -> dict[str, str]:
+    async def detokenize(request: Request) -> dict[str, str]:
+        body = await request_body.read(request, DetokenizeBody)
         renderer.require_known(body.tokens, "tokens")
         return {"prompt": renderer.vocabulary.text(body.tokens)}

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from proxy import answer, app, decode_node
+from proxy import answer, decode_node, request_body
 from proxy.failures import describe
 from tests.proxy.conftest import Stack, make_cluster, running, wait_until
 from transfer.errors import CapacityError, EngineError, LinkError
@@ -95,6 +95,7 @@ def test_a_wrong_completion_field_is_named(stack, field, value):
 
 def test_fields_that_mean_nothing_here_are_ignored(stack):
     assert stack.chat(user="me", store=True, metadata={}, tools=[], n=1, logprobs=False, seed=None).status_code == 200
+    assert stack.chat(service_tier="auto", prompt_cache_key="a", reasoning_effort="low").status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -115,8 +116,9 @@ def test_a_body_that_is_no_request(stack, body):
 
 
 def test_a_body_without_end(stack, monkeypatch):
-    monkeypatch.setattr(app, "MAX_BODY_BYTES", 100)
+    monkeypatch.setattr(request_body, "MAX_BODY_BYTES", 100)
     assert error_of(stack.complete(prompt="x" * 200), 413)["code"] == "request_too_large"
+    assert error_of(stack.http.post("/tokenize", json={"prompt": "x" * 200}), 413)["code"] == "request_too_large"
 
 
 def test_unknown_model_path_method_and_query(stack):
