@@ -56,5 +56,6 @@ def _exposed(axes: Any, rows: Summary) -> None:
         axes.annotate(f"{row['ms']['median']:.1f} ms", (at, percent), ha="center", va="bottom")
     axes.axhline(3, color="grey", linestyle="--", label="3%")
     axes.set_xticks(range(len(rows)), list(rows), rotation=35, ha="right")
+    axes.margins(y=0.2)
     axes.set(yscale="log", ylabel="% of the prefill's time", title="exposed after the prefill")
     axes.legend()

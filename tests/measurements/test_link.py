@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from rich.progress import Progress
 
+from isthmus.cli import cli
 from measurements import link, link_inject, link_namespaces
 from measurements.link_sender import Peer
 from measurements.link_summary import IPERF3, MEMCPY, ZMQ, ZMQ_COPIED, ZMQ_KEPT, summarize
@@ -129,3 +130,11 @@ def test_an_endpoint_must_be_one(endpoint: str) -> None:
 
 def test_a_good_endpoint_is_taken_apart() -> None:
     assert link.parse_endpoint("tcp://192.168.1.7:7311", "--serve") == ("192.168.1.7", 7311)
+
+
+@pytest.mark.parametrize(
+    "options", [["--shaped", "--peer", "tcp://h:1"], ["--serve", "tcp://h:1", "--peer", "tcp://h:1"]]
+)
+def test_different_runs_do_not_mix(options: list[str]) -> None:
+    with pytest.raises(ConfigError, match="different runs"):
+        cli.main(["measure", "link", *options], standalone_mode=False)
