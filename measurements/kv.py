@@ -159,6 +159,27 @@ def own_predictions(context: Context, kv: PromptKV) -> Logits:
     return _continue(context, kv)
 
 
+def greedy(context: Context, kv: PromptKV, chunks: Sequence[ChunkState], count: int) -> list[int]:
+    """The ``count`` most likely tokens after the prompt, one after another, given ``chunks``; its own KV if none."""
+    batch = Batch(len(kv.prompt))
+    if chunks:
+        for chunk in chunks:
+            context.inject(chunk, 0)
+        context.trim(0, len(kv.prompt) - 1)
+        row = batch.add(0, len(kv.prompt) - 1, kv.prompt[-1:], want_logits=True)
+    else:
+        row = batch.add(0, 0, kv.prompt, want_logits=True)
+    made: list[int] = []
+    while True:
+        context.decode(batch)
+        made.append(int(context.logits(row).argmax()))
+        if len(made) == count:
+            context.trim(0, 0)
+            return made
+        batch.clear()
+        row = batch.add(0, len(kv.prompt) + len(made) - 1, made[-1:], want_logits=True)
+
+
 def _continue(context: Context, kv: PromptKV) -> Logits:
     last = len(kv.prompt) - 1
     context.trim(0, last)
@@ -173,12 +194,13 @@ def _continue(context: Context, kv: PromptKV) -> Logits:
 
 def divergence(expected: Logits, got: Logits) -> tuple[float, float]:
     """Mean KL(expected || got) in nats, and the share of rows whose most likely token is the same."""
-    p, q = _log_softmax(expected.astype(np.float64)), _log_softmax(got.astype(np.float64))
+    p, q = log_softmax(expected.astype(np.float64)), log_softmax(got.astype(np.float64))
     kl = (np.exp(p) * (p - q)).sum(axis=1)
     return float(kl.mean()), float((expected.argmax(axis=1) == got.argmax(axis=1)).mean())
 
 
-def _log_softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def log_softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Log probabilities of rows of logits."""
     shifted = logits - logits.max(axis=1, keepdims=True)
     normal: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return normal

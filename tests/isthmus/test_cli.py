@@ -57,6 +57,7 @@ def test_subcommands_are_those_that_are_documented() -> None:
         "demo",
         "doctor",
         "measure",
+        "measure fidelity",
         "measure report",
         "measure ledger",
         "measure advise",
