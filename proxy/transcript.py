@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 
 import msgspec
 
@@ -44,6 +44,7 @@ class Transcript:
     def take(self, piece: Piece) -> Piece:
         """``piece`` as the client gets it. After a seam it may end the answer before the engine knows."""
         self._begun = True
+        before = len(self._ids)
         self._ids += piece.token_ids
         if self._stream is None:
             self._text += piece.text
@@ -51,7 +52,7 @@ class Transcript:
         shown = piece.token_ids
         if piece.finish_reason == "stop" and shown and shown[-1] in self._job.sampling.stop_token_ids:
             shown = shown[:-1]
-        self._push(self._stream, shown)
+        self._push(self._stream, shown, before)
         if piece.finish_reason and not self._stream.stopped:
             self._whole += self._stream.flush()
         text, self._text = self._whole[len(self._text) :], max(self._text, self._whole, key=len)
@@ -88,10 +89,12 @@ class Transcript:
     def _cut(self) -> bool:
         """Begin to make the text here; False if what is known does not add up."""
         self._whole, self._stream = "", TextStream(self._job.sampling.stop)
-        self._push(self._stream, self._ids)
+        self._push(self._stream, self._ids, 0)
         return self._whole.startswith(self._text) and not self._stream.stopped
 
-    def _push(self, stream: TextStream, token_ids: Collection[int]) -> None:
-        for token in token_ids:
+    def _push(self, stream: TextStream, token_ids: Sequence[int], before: int) -> None:
+        """Take in the tokens that follow the first ``before`` ones of the answer."""
+        for number, token in enumerate(token_ids, before + 1):
             if not stream.stopped:
-                self._whole += stream.push(self._vocabulary.shown(token))
+                may_stop = number > self._job.sampling.min_tokens
+                self._whole += stream.push(self._vocabulary.shown(token), may_stop=may_stop)

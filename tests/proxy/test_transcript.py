@@ -36,12 +36,14 @@ def job(max_tokens: int, **sampling: object) -> Job:
 class Engine:
     """Says tokens as both engines do: text as soon as it is certain."""
 
-    def __init__(self, vocabulary: Vocabulary, stop: tuple[str, ...]) -> None:
+    def __init__(self, vocabulary: Vocabulary, sampling: Sampling) -> None:
         self._vocabulary = vocabulary
-        self._stream = TextStream(stop)
+        self._stream = TextStream(sampling.stop)
+        self._min_tokens = sampling.min_tokens
 
     def say(self, token: int, *, last: bool) -> Piece:
-        text = self._stream.push(self._vocabulary.shown(token))
+        self._min_tokens -= 1
+        text = self._stream.push(self._vocabulary.shown(token), may_stop=self._min_tokens < 0)
         if self._stream.stopped:
             return Piece(text, "stop", 0, (token,))
         if token == EOS:
@@ -49,10 +51,10 @@ class Engine:
         return Piece(text + (self._stream.flush() if last else ""), "length" if last else None, 0, (token,))
 
 
-def answered(vocabulary: Vocabulary, ids: list[int], stop: tuple[str, ...], seams: set[int]) -> tuple[str, str | None]:
+def answered(vocabulary: Vocabulary, ids: list[int], seams: set[int], **sampling: object) -> tuple[str, str | None]:
     """The text that a client gets of ``ids``, where a new engine says each token whose number is in ``seams``."""
-    whole = job(len(ids), stop=stop)
-    transcript, engine = Transcript(whole, vocabulary), Engine(vocabulary, stop)
+    whole = job(len(ids), **sampling)
+    transcript, engine = Transcript(whole, vocabulary), Engine(vocabulary, whole.sampling)
     text = ""
     for number, token in enumerate(ids):
         if number in seams:
@@ -60,7 +62,7 @@ def answered(vocabulary: Vocabulary, ids: list[int], stop: tuple[str, ...], seam
             assert rest is not None
             assert rest.prompt == whole.prompt + ids[:number]
             assert (rest.prior_output, rest.sampling.max_tokens) == (number, len(ids) - number)
-            engine = Engine(vocabulary, stop)
+            engine = Engine(vocabulary, rest.sampling)
         said = transcript.take(engine.say(token, last=number == len(ids) - 1))
         text += said.text
         if said.finish_reason:
@@ -75,11 +77,13 @@ def answered(vocabulary: Vocabulary, ids: list[int], stop: tuple[str, ...], seam
     stop=st.lists(st.text(alphabet="ab\u00e9\u20ac", min_size=1, max_size=3), max_size=2),
     broken=st.binary(max_size=2),
     ends=st.booleans(),
+    min_tokens=st.integers(0, 4),
     seams=st.sets(st.integers(0, 40), max_size=4),
 )
-def test_a_seam_is_not_seen(vocabulary, token_of, text, stop, broken, ends, seams):
+def test_a_seam_is_not_seen(vocabulary, token_of, text, stop, broken, ends, min_tokens, seams):
     ids = [token_of[byte] for byte in text.encode() + broken] + [EOS] * ends
-    assert answered(vocabulary, ids, tuple(stop), seams) == answered(vocabulary, ids, tuple(stop), set())
+    asked = {"stop": tuple(stop), "min_tokens": min_tokens}
+    assert answered(vocabulary, ids, seams, **asked) == answered(vocabulary, ids, set(), **asked)
 
 
 def test_before_a_seam_pieces_pass_as_they_are(vocabulary):
