@@ -151,7 +151,7 @@ def _rates(rows: Summary, part: str) -> Table:
         title=f"{part}: GB/s of 16-bit KV, median (quartiles); seconds a GB: CPU of both processes, stages",
         title_justify="left",
     )
-    shown.add_column("way", no_wrap=True)
+    shown.add_column("way")
     for column in ("GB/s", "tx", "rx", "enc", "seal", "open", "dec"):
         shown.add_column(column, justify="right", no_wrap=True)
     keys = ("sender_cpu", "receiver_cpu", "encode", "seal", "open", "decode_frame")
