@@ -66,6 +66,7 @@ def cluster_file(cluster: Cluster) -> Iterator[Finding]:
         "[decode] kv_port": (cluster.decode.host, cluster.decode.kv_port),
         "[decode] kv_control_port": (cluster.decode.host, cluster.decode.kv_control_port),
         "[proxy] port": (cluster.proxy.host, cluster.proxy.port),
+        "[proxy] registry_port": (cluster.proxy.host, cluster.proxy.registry_port),
     }
     found = list(network.ports({key: address for key, address in addresses.items() if address[1]}))
     yield from found

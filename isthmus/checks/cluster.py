@@ -96,20 +96,17 @@ def fetch_nodes(cluster: Cluster) -> dict[str, Any] | str:
 def nodes(view: Mapping[str, Any] | str, ours: KVGeometry | None) -> Iterator[Finding]:
     """Whether every node is up and speaks this version's protocol about this host's model.
 
-    ``view`` is the proxy's ``/nodes``: ``prefill`` is one node, ``decode`` one or a list of them; ``ours`` the geometry
-    of the pair in this host's cluster file.
+    ``view`` is the proxy's ``/nodes``, ``ours`` the geometry of the pair in this host's cluster file.
     """
     why = "a node that differs refuses to talk, request by request"
     if isinstance(view, str):
         yield Finding("other nodes", "unknown", view, why)
         return
-    decode = view.get("decode") or []
-    workers = decode if isinstance(decode, list) else [decode]
     yield _reachable("prefill node", view.get("prefill") or {}, why)
-    for worker in workers:
-        name = f"decode worker {worker.get('endpoint', '')}".strip()
-        yield _reachable(name, worker, why)
-        if welcome := worker.get("welcome"):
+    for worker, about in (view.get("workers") or {}).items():
+        name = f"decode worker {worker}"
+        yield _reachable(name, about, why)
+        if welcome := about.get("welcome"):
             yield _same_protocol(name, welcome, why)
             if ours:
                 yield _same_model(name, welcome, ours, why)

@@ -236,11 +236,7 @@ def view(**welcome: object) -> dict:
     geometry = msgspec.to_builtins(GEOMETRY)
     return {
         "prefill": {"up": False, "down_reason": "connection refused"},
-        "decode": {
-            "endpoint": "tcp://h:1",
-            "up": True,
-            "welcome": {"protocol": PROTOCOL, "geometry": geometry} | welcome,
-        },
+        "workers": {"h:1": {"up": True, "welcome": {"protocol": PROTOCOL, "geometry": geometry} | welcome}},
     }
 
 
@@ -251,25 +247,27 @@ def levels(view: dict | str) -> dict[str, str]:
 def test_nodes_that_agree_and_one_that_is_down() -> None:
     assert levels(view()) == {
         "prefill node": "warn",
-        "decode worker tcp://h:1": "ok",
-        "protocol of decode worker tcp://h:1": "ok",
-        "model of decode worker tcp://h:1": "ok",
+        "decode worker h:1": "ok",
+        "protocol of decode worker h:1": "ok",
+        "model of decode worker h:1": "ok",
     }
 
 
 def test_nodes_that_differ() -> None:
-    assert levels(view(protocol=PROTOCOL + 1))["protocol of decode worker tcp://h:1"] == "fail"
+    assert levels(view(protocol=PROTOCOL + 1))["protocol of decode worker h:1"] == "fail"
     other = msgspec.to_builtins(msgspec.structs.replace(GEOMETRY, num_layers=4))
     (found,) = (f for f in cluster_checks.nodes(view(geometry=other), GEOMETRY) if f.check.startswith("model"))
     assert found.level == "fail"
     assert "num_layers: 3 here, 4 there" in found.seen
-    assert levels(view(geometry={"depth": 3}))["model of decode worker tcp://h:1"] == "fail"
+    assert levels(view(geometry={"depth": 3}))["model of decode worker h:1"] == "fail"
 
 
 def test_several_workers() -> None:
-    one = view()["decode"]
-    several = {"prefill": {"up": True}, "decode": [one, one | {"endpoint": "tcp://h:2", "up": False, "welcome": None}]}
-    assert levels(several)["decode worker tcp://h:2"] == "warn"
+    (one,) = view()["workers"].values()
+    several = {"prefill": {"up": True}, "workers": {"h:1": one, "h:2": {"up": False, "down_reason": "silent"}}}
+    found = levels(several)
+    assert (found["decode worker h:1"], found["decode worker h:2"]) == ("ok", "warn")
+    assert levels({}) == {"prefill node": "warn"}
 
 
 @pytest.fixture
@@ -279,7 +277,7 @@ def cluster() -> Cluster:
         pair=default_pair(),
         prefill=Prefill(port=free_port()),
         decode=Decode(control_port=0, kv_port=0, kv_control_port=0, num_cells=512, landing_mib=16),
-        proxy=Proxy(port=free_port()),
+        proxy=Proxy(port=free_port(), registry_port=0),
     )
 
 
