@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import zmq
 
@@ -24,20 +25,23 @@ from transfer.messages import (
     encode,
 )
 
+PING_S = 2.0
 _ids = itertools.count()
 
 
 class WorkerClient:
     """Speaks the control protocol to one worker; every wait is bounded."""
 
-    def __init__(self, port: int, keys: ClientKeys, timeout_s: float = 60.0) -> None:
+    def __init__(self, port: int, keys: ClientKeys, patience_s: int = 60) -> None:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger = 0
-        self._socket.rcvtimeo = int(timeout_s * 1000)
         secure_client(self._socket, keys)
         self._socket.connect(f"tcp://127.0.0.1:{port}")
         self._early: list[FromWorker] = []
+        self._patience_s = patience_s
+        self._pinged_s = time.monotonic()
+        self._unasked = 0
 
     def ask(self, message: Message) -> FromWorker:
         """Send and return the next message that is not about another request."""
@@ -87,6 +91,10 @@ class WorkerClient:
         assert isinstance(message, Tokens)
         return message
 
+    def listen(self) -> FromWorker:
+        """The next message about any request."""
+        return self._next()
+
     def close(self) -> None:
         self._socket.close()
         self._context.term()
@@ -103,4 +111,16 @@ class WorkerClient:
         return self._early.pop(0) if self._early else self._next_from_socket()
 
     def _next_from_socket(self) -> FromWorker:
-        return decode_from_worker(self._socket.recv())
+        """The next message; meanwhile the worker hears that somebody listens, and its answers to that are dropped."""
+        for _ in range(self._patience_s):
+            if time.monotonic() > self._pinged_s + PING_S:
+                self._pinged_s = time.monotonic()
+                self.send(Ping())
+                self._unasked += 1
+            if not self._socket.poll(1000):
+                continue
+            message = decode_from_worker(self._socket.recv())
+            if not self._unasked or not isinstance(message, Status):
+                return message
+            self._unasked -= 1
+        raise TimeoutError("the worker says nothing")
