@@ -129,7 +129,8 @@ async def split(job: Job, vllm: Vllm, workers: DecodePool, account: Account) -> 
             yield Piece(first.text, None, 0, (first.token,), first.logprobs)
         # The worker knows no log probabilities of a token that it did not sample.
         held = first.logprobs if keep and not sent else ()
-        async with aclosing(_decoded(conversation, account, job, job.deadline_s)) as pieces:
+        decoded = _decoded(conversation, account, job, job.deadline_s, repeated=int(sent))
+        async with aclosing(decoded) as pieces:
             async for piece in pieces:
                 yield piece._replace(logprobs=held + piece.logprobs)
                 held = ()
@@ -259,20 +260,26 @@ async def _ask(conversation: Conversation, reserve: Reserve, deadline_ns: int) -
         return None
 
 
-async def _decoded(conversation: Conversation, account: Account, job: Job, first_wait_s: float) -> Pieces:
-    """What the worker streams until all choices end; ``first_wait_s`` bounds the wait for KV or a local prefill."""
+async def _decoded(
+    conversation: Conversation, account: Account, job: Job, first_wait_s: float, *, repeated: int = 0
+) -> Pieces:
+    """What the worker streams until all choices end; ``first_wait_s`` bounds the wait for KV or a local prefill.
+
+    It says the first token's id even if that is out already: the first ``repeated`` ids are left out.
+    """
     wait_s = first_wait_s
     open_choices = job.choices
     while open_choices:
         tokens = await conversation.tokens(wait_s)
         wait_s = STREAM_SILENCE_S
-        account.route_tokens += len(tokens.token_ids)
+        token_ids, repeated = tokens.token_ids[repeated:], max(0, repeated - len(tokens.token_ids))
+        account.route_tokens += len(token_ids)
         if tokens.report:
             account.report = tokens.report
             account.route_tokens = tokens.report.completion_tokens
             account.cached_tokens = max(account.cached_tokens, tokens.report.kv_reused_tokens)
         open_choices -= tokens.finish_reason is not None
-        yield Piece(tokens.text, tokens.finish_reason, tokens.choice, tuple(tokens.token_ids), tokens.logprobs)
+        yield Piece(tokens.text, tokens.finish_reason, tokens.choice, tuple(token_ids), tokens.logprobs)
 
 
 def _decoder_samples(job: Job) -> bool:

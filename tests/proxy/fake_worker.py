@@ -213,6 +213,9 @@ class FakeWorker:
             for choice in range(self._prompts[request_id].choices):
                 logprobs = () if known else self._logprobs(request_id, number, choice)
                 ids = self.script.spelling.get(text, [number])
+                if number == 0 and start.first_text_sent and start.first_token is not None:
+                    # Like the real one: the client has the text, but the token is this worker's to count.
+                    ids = [start.first_token, *ids]
                 tokens = Tokens(request_id=request_id, token_ids=ids, text=text, choice=choice, logprobs=logprobs)
                 self._say(client, tokens)
         self.open.pop(request_id)
