@@ -18,6 +18,7 @@ MEASURES = ("codec", "link", "prefill", "decode", "fidelity", "crossover", "advi
 REQUIRED = {
     "codec": ("memcpy_gb_per_s", "raw", "q8"),
     "link": ("loopback_raw_gb_per_s", "loopback_raw_vs_zmq"),
+    "prefill": ("export_on_vs_off_900", "export_on_vs_off_3500", "tokens_per_s"),
     "decode": ("vs_batched_bench", "vs_llama_server", "itl_p99_handoff_ratio", "bandwidth_vs_stream"),
     "fidelity": ("kl_native",),
     "crossover": ("verdict",),
