@@ -1,8 +1,8 @@
 """The step loop: one thread owns the llama.cpp context; between two batches it admits, injects, starts and aborts.
 
 Every sequence is its tokens so far and how many of them have KV in cells. A sequence that misses one decodes; one that
-misses more prefills (a local prompt). Both share one batch. KV is copied in and out between steps, in the order of asking, a
-few milliseconds of it at a time.
+misses more prefills (a local prompt). Both share one batch. Between steps, KV is copied in and out in the order
+of asking, a few milliseconds of it at a time.
 """
 
 from __future__ import annotations
@@ -332,6 +332,11 @@ class Engine:
             logprobs, sequence.unsent_logprobs = sequence.unsent_logprobs, []
             sequence.finished = finish_reason is not None
             report = sequence.choices[0].report() if all(choice.finished for choice in sequence.choices) else None
+            if report is not None:
+                # Before the last words: whoever hears them may send the next prompt, which is to find free cells.
+                self._release(sequence.choices[0])
+            elif sequence.finished:
+                self._pause(sequence)
             self._emit(
                 Tokens(
                     request_id=sequence.request_id,
@@ -343,10 +348,6 @@ class Engine:
                     logprobs=tuple(logprobs),
                 )
             )
-            if report is not None:
-                self._release(sequence.choices[0])
-            elif sequence.finished:
-                self._pause(sequence)
 
     def _fail(self, request_id: str, error: IsthmusError) -> None:
         if sequence := self._sequences.get(request_id):
@@ -369,7 +370,7 @@ class Engine:
             self._ended[sequence.request_id] = sequence
             self._emit(Ended(sequence.request_id, sequence.tokens[: sequence.num_cached]))
         else:
-            self._free(sequence)
+            self._copies.append(lambda: self._free(sequence))
 
     def _pause(self, choice: Sequence) -> None:
         """Take a choice out of the batch; the first one keeps the prompt's cells for the others."""
