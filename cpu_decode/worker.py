@@ -334,7 +334,8 @@ class Worker:
                             self.engine.abort(request_id)
             except IsthmusError as error:
                 log.warning("refused a control message", request_id=request_id, reason=str(error))
-                self._send(client, Failure(code=error.code, message=str(error), request_id=request_id))
+                param = getattr(error, "param", None)
+                self._send(client, Failure(code=error.code, message=str(error), request_id=request_id, param=param))
 
     def _welcome(self, hello: Hello) -> Welcome:
         require_protocol(hello.protocol)

@@ -283,7 +283,7 @@ class DecodeNode:
         if conversation is None:
             log.debug("message about a closed request", request_id=message.request_id, kind=type(message).__name__)
         elif isinstance(message, Failure):
-            conversation.fail(from_wire(message.code, message.message))
+            conversation.fail(from_wire(message.code, message.message, message.param))
         else:
             conversation.deliver(message)
 

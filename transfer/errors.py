@@ -80,9 +80,11 @@ class EngineError(IsthmusError):
     code = "engine_error"
 
 
-def from_wire(code: str, message: str) -> IsthmusError:
-    """Rebuild the error that a peer reported as ``code`` and ``message``."""
-    for kind in (ConfigError, RequestError, LinkError, ProtocolError, CodecError, CapacityError, EngineError):
+def from_wire(code: str, message: str, param: str | None = None) -> IsthmusError:
+    """Rebuild the error that a peer reported as ``code`` and ``message``, about the request's field ``param``."""
+    if code == RequestError.code:
+        return RequestError(message, param)
+    for kind in (ConfigError, LinkError, ProtocolError, CodecError, CapacityError, EngineError):
         if kind.code == code:
             return kind(message)
     return EngineError(f"{code}: {message}")

@@ -188,11 +188,12 @@ class Tokens(Message, frozen=True, kw_only=True):
 
 
 class Failure(Message, frozen=True, kw_only=True):
-    """A request or handshake failed; ``code`` is an error class's code (``transfer/errors.py``)."""
+    """A request or handshake failed; ``code`` is an error class's code (``transfer/errors.py``), ``param`` a field."""
 
     code: str
     message: str
     request_id: str = ""
+    param: str | None = None
 
 
 class Ping(Message, frozen=True, kw_only=True):

@@ -171,7 +171,7 @@ class FakeWorker:
     def _reserve(self, client: bytes, reserve: Reserve) -> None:
         if self.script.refuse_reserve:
             refusal = self.script.refuse_reserve
-            self._say(client, Failure(code=refusal.code, message=refusal.message, request_id=reserve.request_id))
+            self._say(client, msgspec.structs.replace(refusal, request_id=reserve.request_id))
             return
         self.open[reserve.request_id] = client
         self._prompts[reserve.request_id] = reserve

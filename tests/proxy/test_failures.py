@@ -157,6 +157,11 @@ def test_the_worker_refuses(stack, code, status):
     assert not stack.prefill.bodies
 
 
+def test_the_field_that_the_worker_refuses_is_named(stack):
+    stack.worker.script.refuse_reserve = Failure(code="invalid_request", message="no such rule", param="grammar")
+    assert error_of(stack.chat(SPLIT), 400)["param"] == "grammar"
+
+
 def test_a_full_worker_is_asked_again_until_it_has_room(stack):
     stack.worker.script.refuse_reserve = Failure(code="capacity_exceeded", message="no room")
     timer = threading.Timer(0.3, lambda: setattr(stack.worker.script, "refuse_reserve", None))

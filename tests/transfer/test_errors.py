@@ -40,6 +40,10 @@ def test_a_request_error_names_its_field():
     assert errors.RequestError("too long").param is None
 
 
+def test_the_field_of_a_request_error_survives_the_wire():
+    assert errors.from_wire("invalid_request", "too long", "prompt").param == "prompt"
+
+
 def test_a_geometry_error_names_the_field_and_both_values():
     error = errors.GeometryError("num_layers", 30, 32)
     assert error.field == "num_layers"
