@@ -31,6 +31,7 @@ def run(*, compare: bool, keep: bool, runs: int, codec: str) -> None:
         link=msgspec.structs.replace(cluster.link, codec=codec),
         # A comparison must pay for every prefill.
         prefill=msgspec.structs.replace(cluster.prefill, prefix_caching=not compare),
+        decode=msgspec.structs.replace(cluster.decode, pool_mib=0) if compare else cluster.decode,
     )
     log_dir = Path(tempfile.mkdtemp(prefix="isthmus-logs-"))
     console.print(f"starting vLLM, llama.cpp and the proxy; logs in {log_dir}", highlight=False)

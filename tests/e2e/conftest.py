@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,19 +28,29 @@ class Running:
     prefill_url: str
 
 
-@pytest.fixture(scope="session")
-def stack(default_pair: ModelPair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+@contextmanager
+def running_stack(
+    default_pair: ModelPair, tmp_path_factory: pytest.TempPathFactory, pool_mib: int
+) -> Iterator[Running]:
+    """The stack for the body; its worker keeps ``pool_mib`` of KV for prompts that begin the same."""
     pair = Pair(name=default_pair.name, hf_dir=str(default_pair.hf_dir), gguf=str(default_pair.gguf))
     cluster = cluster_on_free_ports(pair)
     cluster = msgspec.structs.replace(
         cluster,
         prefill=msgspec.structs.replace(cluster.prefill, max_step_tokens=STEP_TOKENS),
-        decode=msgspec.structs.replace(cluster.decode, cell_type="bf16"),
+        decode=msgspec.structs.replace(cluster.decode, cell_type="bf16", pool_mib=pool_mib),
         link=msgspec.structs.replace(cluster.link, chunk_tokens=256),
     )
     cluster = with_keys(cluster, tmp_path_factory.mktemp("keys"))
     with Stack(cluster, tmp_path_factory.mktemp("logs")) as stack:
         yield Running(cluster, stack.proxy_url, f"http://127.0.0.1:{cluster.prefill.port}")
+
+
+@pytest.fixture(scope="session")
+def stack(default_pair: ModelPair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """All KV of every prompt is sent: nothing is reused."""
+    with running_stack(default_pair, tmp_path_factory, 0) as running:
+        yield running
 
 
 @pytest.fixture
