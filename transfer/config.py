@@ -99,8 +99,8 @@ class Proxy(Section, frozen=True, kw_only=True):
     With port 0 nobody does, and the one in ``[decode]`` is the only one.
 
     ``api_keys_file`` holds the hashes of the keys that are let in, each for ``requests_per_minute`` and
-    ``tokens_per_minute`` (0: any number). ``tls_cert`` and ``tls_key`` are PEM files; without them HTTP is in the clear.
-    A proxy that is asked to end (SIGTERM) gives open requests ``drain_s``.
+    ``tokens_per_minute`` (0: any number). ``tls_cert`` and ``tls_key`` are PEM files; without them HTTP is plain. A
+    proxy that is asked to end (SIGTERM) gives open requests ``drain_s``.
     """
 
     host: str = "127.0.0.1"
