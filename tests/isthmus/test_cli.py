@@ -44,6 +44,8 @@ def run(*arguments: str, cwd: Path | None = None, **env: str) -> subprocess.Comp
 def test_subcommands_are_those_that_are_documented() -> None:
     assert {" ".join(path) for path in subcommands(cli)} == {
         "",
+        "api-key",
+        "api-key make",
         "up",
         "prefill",
         "decode",
@@ -51,6 +53,7 @@ def test_subcommands_are_those_that_are_documented() -> None:
         "pair",
         "pair make",
         "pair check",
+        "pair plan",
         "keys",
         "keys make",
         "keys list",
@@ -64,6 +67,7 @@ def test_subcommands_are_those_that_are_documented() -> None:
         "measure codec",
         "measure decode",
         "measure link",
+        "measure prefill",
         "version",
     }
 
