@@ -49,7 +49,7 @@ def read(grammars: Grammars, prompt: list[int] | None = None, prior_output: int 
 
 @pytest.mark.parametrize(
     ("schema", "temperature", "seed"),
-    # Hotter, the model fills every gap with as many spaces as it may.
+    # A hotter model may run out of tokens before it closes its object.
     [(PERSON, 0.0, None), (PERSON, 1.0, 1), (PERSON, 1.0, 2), (CHOICE, 0.0, None), (CHOICE, 1.5, 1), (CHOICE, 3.0, 2)],
 )
 def test_output_parses_and_obeys_its_schema(running, schema, temperature, seed):
