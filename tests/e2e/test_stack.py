@@ -188,7 +188,7 @@ def test_bad_requests_get_openai_errors(http: httpx.Client):
         (400, "messages", {"model": model}),
         (400, "max_tokens", {"model": model, "messages": messages, "max_tokens": -1}),
         (400, "temperature", {"model": model, "messages": messages, "temperature": 9}),
-        (400, "n", {"model": model, "messages": messages, "n": 3}),
+        (400, "n", {"model": model, "messages": messages, "n": 17}),
     ]
     for status, param, body in cases:
         response = http.post("/v1/chat/completions", json=body)
@@ -211,7 +211,9 @@ def test_without_a_decode_worker_split_is_refused_and_the_rest_goes_on(stack: Ru
 
     # Port 9 (discard) answers nothing; the prefill node is the real one.
     lonely = msgspec.structs.replace(
-        stack.cluster, decode=msgspec.structs.replace(stack.cluster.decode, control_port=9)
+        stack.cluster,
+        decode=msgspec.structs.replace(stack.cluster.decode, control_port=9),
+        proxy=msgspec.structs.replace(stack.cluster.proxy, registry_port=0),
     )
     with TestClient(create_app(lonely)) as client:
         deadline = time.monotonic() + 20
