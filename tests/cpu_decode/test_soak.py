@@ -14,7 +14,7 @@ from tests.cpu_decode.serving import MAX_SEQUENCES, Running, serving
 from transfer.errors import CapacityError
 from transfer.messages import Failure, Sampling, Start, Ticket, Tokens
 
-REQUESTS = int(os.environ.get("ISTHMUS_SOAK_REQUESTS", "80"))
+REQUESTS = int(os.environ.get("ISTHMUS_SOAK_REQUESTS", "40"))
 IN_FLIGHT = 5
 SCHEMA = json.dumps({"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]})
 OPTIONS: list[dict[str, object]] = [
