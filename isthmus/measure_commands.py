@@ -1,0 +1,230 @@
+"""``isthmus measure``: one subcommand a question; each imports what answers it when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from transfer.codecs import CODECS
+from transfer.config import load
+from transfer.errors import ConfigError
+
+json_option = click.option(
+    "--json", type=click.Path(path_type=Path), help="Write samples, summary and environment to this file."
+)
+plot_option = click.option(
+    "--plot", type=click.Path(path_type=Path), help="Draw the summary into this file: .png, .svg or .pdf."
+)
+
+
+@click.group()
+def measure() -> None:
+    """Measure something on this host; results hold every sample, the machine and the command."""
+
+
+@measure.command("codec")
+@json_option
+@plot_option
+@click.option("--rounds", type=click.IntRange(1, 1000), default=9, show_default=True, help="Rounds of the speed part.")
+def measure_codec(json: Path | None, plot: Path | None, rounds: int) -> None:
+    """Size, speed and fidelity of every codec, on KV of real prompts through the default model."""
+    from measurements.codec import run
+
+    run(json, plot, rounds)
+
+
+@measure.command("prefill")
+@json_option
+@plot_option
+@click.option("--rounds", type=click.IntRange(1, 1000), default=7, show_default=True, help="Rounds, interleaved.")
+def measure_prefill(json: Path | None, plot: Path | None, rounds: int) -> None:
+    """Prefill in vLLM by prompt length and cached prefix; with and without exporting the KV.
+
+    Starts two servers with the default model.
+    """
+    from measurements.prefill import run
+
+    run(json, plot, rounds)
+
+
+@measure.command("link")
+@json_option
+@plot_option
+@click.option("--rounds", type=click.IntRange(1, 1000), default=9, show_default=True, help="Rounds, interleaved.")
+@click.option("--tokens", type=click.IntRange(1, 8192), help="Tokens a transfer: 2048 on loopback, else 8192.")
+@click.option(
+    "--shaped", is_flag=True, help="Also over a veth shaped to 10 Gbit/s between two network namespaces; as root."
+)
+@click.option(
+    "--peer", metavar="tcp://HOST:PORT", help="Measure the path to the process that serves there, nothing else."
+)
+@click.option("--serve", metavar="tcp://HOST:PORT", help="Be that process, at this address of this host, for one run.")
+def measure_link(
+    json: Path | None,
+    plot: Path | None,
+    rounds: int,
+    tokens: int | None,
+    shaped: bool,
+    peer: str | None,
+    serve: str | None,
+) -> None:
+    """KV from one process's blocks to another's landing buffers, against bare ZeroMQ and iperf3.
+
+    Alone: over loopback, by every codec; then injection into llama.cpp's cells against memcpy. With --shaped also over
+    a link of 10 Gbit/s, and what a simulated prefill leaves exposed there. Between two hosts: --serve on the one that
+    would decode, then --peer with the same address on the other. Serve on a trusted network only: orders need no key.
+    """
+    if sum(map(bool, (shaped, peer, serve))) > 1:
+        raise ConfigError("--shaped, --peer and --serve are different runs; give one of them")
+    from measurements import link
+
+    if serve is not None:
+        link.run_serve(serve)
+    elif peer is not None:
+        link.run_peer(json, plot, rounds, tokens, peer)
+    else:
+        link.run(json, plot, rounds, tokens, shaped=shaped)
+
+
+@measure.command("decode")
+@json_option
+@plot_option
+@click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Rounds, interleaved.")
+@click.option("--gguf", type=click.Path(path_type=Path), help="The model; the default pair's if left out.")
+@click.option("--sequences", default="1,2,4,8,16", show_default=True, help="Numbers of sequences, ascending.")
+@click.option("--context", type=click.IntRange(1, 1 << 20), default=900, show_default=True, help="Tokens of a prompt.")
+@click.option("--tokens", type=click.IntRange(8, 4096), default=64, show_default=True, help="New tokens a sequence.")
+@click.option("--profile", type=click.Path(path_type=Path), help="Settings for the tuned worker, made with --tune.")
+@click.option("--tune", type=click.Path(path_type=Path), metavar="FILE", help="Find this host's settings instead.")
+def measure_decode(
+    json: Path | None,
+    plot: Path | None,
+    rounds: int,
+    gguf: Path | None,
+    sequences: str,
+    context: int,
+    tokens: int,
+    profile: Path | None,
+    tune: Path | None,
+) -> None:
+    """The decode worker against llama.cpp's own programs and the memory's bandwidth, and what disturbs its tokens.
+
+    llama-batched-bench and llama-server are built from the installed version's source first, once, in some minutes.
+    With --tune: tries threads, waiting, pages and cells, and writes the best to FILE, for `profile` in [decode].
+    """
+    from measurements import decode
+
+    decode.stay_on_one_node()
+    setting = decode.setting(gguf, sequences, context, tokens)
+    if tune is not None:
+        from measurements.decode_tune import run
+
+        run(setting, tune, rounds)
+    else:
+        decode.run(json, plot, rounds, setting, str(profile.resolve()) if profile else "")
+
+
+@measure.command("advise")
+@json_option
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the curves into this file: .png, .svg or .pdf.")
+@click.option("--gpu", default="rtx4070s", show_default=True, help="The prefill node: a shipped profile, or a file.")
+@click.option("--cpu", default="dual-e5-2680v4", show_default=True, help="The decode node: the same.")
+@click.option("--link", default="10gbe", show_default=True, help="What joins them: the same.")
+@click.option("--model", default="llama-3.1-8b-q4", show_default=True, help="The model pair's shape: the same.")
+@click.option("--codec", "names", multiple=True, default=("raw", "q8"), show_default=True, help="Codec. Repeatable.")
+@click.option("--workload", "workloads", multiple=True, help="Only this workload. Repeatable.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="A number, as gpu.memory_gb_per_s=600.")
+@click.option("--results", type=click.Path(path_type=Path), help="Folder whose codec.json and link.json to go by.")
+@click.option("--validate", is_flag=True, help="Only compare the simulation with published measurements.")
+def measure_advise(
+    json: Path | None,
+    plot: Path | None,
+    gpu: str,
+    cpu: str,
+    link: str,
+    model: str,
+    names: tuple[str, ...],
+    workloads: tuple[str, ...],
+    assignments: tuple[str, ...],
+    results: Path | None,
+    validate: bool,
+) -> None:
+    """Simulate the architectures gpu, cpu, replicated and split on hardware given by numbers, and say which pays.
+
+    Profiles of hardware and models are TOML or JSON; those that ship name the sources of their numbers.
+    """
+    from measurements import advise, profiles
+
+    if validate:
+        advise.validate(json)
+        return
+    setup = profiles.Setup(
+        gpu=profiles.read(gpu, profiles.Device),
+        cpu=profiles.read(cpu, profiles.Device),
+        link=profiles.read(link, profiles.LinkSpeed),
+        model=profiles.read(model, profiles.ModelShape),
+        codecs=profiles.codecs(names),
+    )
+    if results is not None:
+        setup = profiles.with_results(setup, results)
+    advise.run(profiles.changed(setup, assignments), workloads, json, plot)
+
+
+@measure.command("ledger")
+@click.argument("source")
+@click.option("--json", type=click.Path(path_type=Path), help="Write entries, summary and environment to this file.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the waterfall and the medians into this file.")
+@click.option("--trace", type=click.Path(path_type=Path), help="Write a trace for ui.perfetto.dev to this file.")
+@click.option(
+    "--request", "request_id", help="The request whose waterfall to show; the last answered one if not given."
+)
+def measure_ledger(
+    source: str, json: Path | None, plot: Path | None, trace: Path | None, request_id: str | None
+) -> None:
+    """Where time and bytes went, by route and codec, and what splitting has gained or lost.
+
+    SOURCE is a proxy's address, such as http://127.0.0.1:8100, or a file with what its /ledger answered.
+    """
+    from measurements.ledger import run
+
+    run(source, request_id, json, plot, trace)
+
+
+@measure.command("fidelity")
+@click.option(
+    "--config", type=click.Path(path_type=Path), help="The cluster file with the pair; the default pair if not."
+)
+@click.option("--codec", "names", multiple=True, type=click.Choice(tuple(CODECS)), help="Only this one. Repeatable.")
+@click.option("--text", type=click.Path(path_type=Path), help="A text file to use instead of our prompts.")
+@json_option
+@plot_option
+def measure_fidelity(
+    config: Path | None, names: tuple[str, ...], text: Path | None, json: Path | None, plot: Path | None
+) -> None:
+    """Decoding from transplanted KV, by codec, and from native prefill, both against the fp32 model.
+
+    KL and top-1 of the next token, tokens until greedy decoding differs, and perplexity of the true text. Needs memory
+    for the weights in fp32.
+    """
+    cluster = load(config) if config else None
+    from isthmus.pair import default_pair
+    from measurements.fidelity import run
+
+    run(cluster.pair if cluster else default_pair(), names or tuple(CODECS), text, json, plot)
+
+
+@measure.command("report")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--html", type=click.Path(path_type=Path), help="Where to write the HTML; FOLDER/report.html if not given."
+)
+@click.option("--markdown", type=click.Path(path_type=Path), help="The Markdown; FOLDER/report.md if not given.")
+def measure_report(folder: Path, html: Path | None, markdown: Path | None) -> None:
+    """One page to publish, from the result files and pictures in FOLDER.
+
+    Says what is wrong with them: mixed commits, NaN, busy machines, missing parts. Averages nothing.
+    """
+    from measurements.report import run
+
+    run(folder, html, markdown)
