@@ -28,6 +28,7 @@ from transfer.messages import (
     Hello,
     Message,
     Ping,
+    Queued,
     Reserve,
     Start,
     Status,
@@ -267,6 +268,8 @@ class DecodeNode:
                     await self.send(Ping())
                 case Status():
                     self.status = message
+                case Queued():
+                    log.debug("waits for cells", request_id=message.request_id, position=message.position)
                 case Failure(request_id=""):
                     raise from_wire(message.code, message.message)
                 case _:

@@ -20,6 +20,8 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 NumaSetting = Literal["auto", "off"] | Annotated[int, msgspec.Meta(ge=0)]
 AUTO_CODEC = "auto"
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+PolicyName = Literal["min_ttft", "min_e2e", "max_goodput", "round_robin"]
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -68,6 +70,11 @@ class Decode(Section, frozen=True, kw_only=True):
     they are read into memory of the worker's own, as a bound worker always does. ``batch_threads`` compute batches of
     more than one token, 0: as many as ``threads``. Threads at barriers look ``spin_count`` times before they sleep.
     ``profile`` names a file of ``isthmus measure decode --tune``, whose settings take the place of those here.
+
+    At most ``max_queued`` requests wait for cells. ``speculate`` has tokens guessed, at most ``speculate_tokens`` at a
+    time, from the text so far or by the model in ``draft_gguf``: ``auto`` where that is measured to be faster. KV that
+    leaves RAM goes to ``disk_pool_mib`` of files in ``disk_pool_dir``, and to the Redis-protocol server at
+    ``shared_pool_url``; neither is used where its name is empty.
     """
 
     host: str = "127.0.0.1"
@@ -90,6 +97,13 @@ class Decode(Section, frozen=True, kw_only=True):
     batch_threads: Annotated[int, msgspec.Meta(ge=0)] = 0
     spin_count: Annotated[int, msgspec.Meta(ge=0)] = 1000
     profile: str = ""
+    max_queued: Annotated[int, msgspec.Meta(ge=0)] = 64
+    speculate: Literal["auto", "off", "always"] = "auto"
+    speculate_tokens: Annotated[int, msgspec.Meta(ge=1, le=64)] = 8
+    draft_gguf: str = ""
+    disk_pool_dir: str = ""
+    disk_pool_mib: Annotated[int, msgspec.Meta(ge=0)] = 0
+    shared_pool_url: str = ""
 
 
 class Proxy(Section, frozen=True, kw_only=True):
@@ -101,6 +115,13 @@ class Proxy(Section, frozen=True, kw_only=True):
     ``api_keys_file`` holds the hashes of the keys that are let in, each for ``requests_per_minute`` and
     ``tokens_per_minute`` (0: any number). ``tls_cert`` and ``tls_key`` are PEM files; without them HTTP is plain. A
     proxy that is asked to end (SIGTERM) gives open requests ``drain_s``.
+
+    The last ``ledger_entries`` requests are in memory, ``ledger_rows`` in the SQLite file ``ledger_file``; spans go to
+    ``otlp_endpoint``. ``policy`` chooses routes, within the objectives ``slo_ttft_ms`` and ``slo_tpot_ms`` (0: none).
+    When the nodes are idle, a ``shadow_share`` of requests is run again on another route to test the estimates, and
+    after a ``parity_share`` of split answers the worker computes the prompt itself: a codec whose KV changes the next
+    token's distribution by more than ``parity_max_kl`` nats is switched off. KV prefixes serve the API key that brought
+    them, or, with ``share_prefixes``, all. Logs and dashboard show text only with ``show_prompts``.
     """
 
     host: str = "127.0.0.1"
@@ -116,6 +137,17 @@ class Proxy(Section, frozen=True, kw_only=True):
     tls_cert: str = ""
     tls_key: str = ""
     ledger_entries: Count = 1000
+    ledger_file: str = ""
+    ledger_rows: Count = 1_000_000
+    otlp_endpoint: str = ""
+    policy: PolicyName = "min_e2e"
+    slo_ttft_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    slo_tpot_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    shadow_share: Share = 0.0
+    parity_share: Share = 0.02
+    parity_max_kl: Annotated[float, msgspec.Meta(gt=0)] = 0.1
+    share_prefixes: bool = False
+    show_prompts: bool = False
 
 
 class Link(Section, frozen=True, kw_only=True):
@@ -177,8 +209,8 @@ def load(path: Path) -> Cluster:
             raise ConfigError(f"{path}: {getattr(pair, key)} does not exist - at `$.pair.{key}`")
     keys = Keys(dir=str(base / cluster.keys.dir)) if cluster.keys.dir else cluster.keys
     decode = cluster.decode
-    if decode.profile:
-        decode = msgspec.structs.replace(decode, profile=str(base / decode.profile))
+    named = {key: getattr(decode, key) for key in ("profile", "draft_gguf", "disk_pool_dir") if getattr(decode, key)}
+    decode = msgspec.structs.replace(decode, **{key: str(base / name) for key, name in named.items()})
     return msgspec.structs.replace(cluster, pair=pair, decode=decode, keys=keys, proxy=_with_files(cluster.proxy, path))
 
 
@@ -190,6 +222,8 @@ def _with_files(proxy: Proxy, path: Path) -> Proxy:
     for key, file in found.items():
         if not file.is_file():
             raise ConfigError(f"{path}: {file} does not exist - at `$.proxy.{key}`")
+    if proxy.ledger_file:
+        found["ledger_file"] = path.resolve().parent / proxy.ledger_file
     return msgspec.structs.replace(proxy, **{key: str(file) for key, file in found.items()})
 
 

@@ -6,7 +6,7 @@ the ROUTER and the others are its clients:
 ============  ======================================  ====================================================
 conversation  client to worker                        worker to client
 ============  ======================================  ====================================================
-control       Hello, Reserve, Start, Abort, Ping      Welcome, Ticket, Tokens, Failure, Status
+control       Hello, Reserve, Start, Abort, Ping      Welcome, Queued, Ticket, Tokens, Failure, Status
 KV control    SenderHello                             SenderWelcome, Credit, Resend, Landed, Cancel, Failure
 ============  ======================================  ====================================================
 
@@ -119,7 +119,8 @@ class Reserve(Message, frozen=True, kw_only=True):
 
     ``choices`` answers share the prompt's cells, each with ``max_tokens`` of its own. The last ``prior_output`` tokens
     of the prompt are the beginning of the answer, made elsewhere: what looks at output counts them in;
-    ``max_tokens`` and ``min_tokens`` are of what is still to come.
+    ``max_tokens`` and ``min_tokens`` are of what is still to come. Without ``reuse`` no KV of another request
+    serves this one, nor its KV others. Prefixes are shared within a ``tenant`` (an opaque name) only.
     """
 
     request_id: str
@@ -130,6 +131,8 @@ class Reserve(Message, frozen=True, kw_only=True):
     deadline_ms: int = 60_000
     choices: int = 1
     prior_output: int = 0
+    reuse: bool = True
+    tenant: str = ""
 
 
 class Ticket(Message, frozen=True, kw_only=True):
@@ -149,6 +152,17 @@ class Ticket(Message, frozen=True, kw_only=True):
     credit_chunks: int
     deadline_ms: int
     reused_tokens: int = 0
+
+
+class Queued(Message, frozen=True, kw_only=True):
+    """A Reserve waits for cells, ``position`` requests before it; ``wait_ms`` is the worker's guess, 0 if it has none.
+
+    A Ticket or a Failure follows.
+    """
+
+    request_id: str
+    position: int
+    wait_ms: int = 0
 
 
 class Start(Message, frozen=True, kw_only=True):
@@ -197,7 +211,38 @@ class Failure(Message, frozen=True, kw_only=True):
 
 
 class Ping(Message, frozen=True, kw_only=True):
-    """Asks for a Status; doubles as the heartbeat."""
+    """Asks for a Status; doubles as the heartbeat.
+
+    ``index_version`` is the version of the worker's prefix index that the client knows, 0 if none, -1 if it wants none.
+    """
+
+    index_version: int = -1
+
+
+class TierStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One place for KV below the cells: what it holds, what it has given back, and how fast it was."""
+
+    name: str
+    used_bytes: int
+    capacity_bytes: int
+    blocks: int
+    hits: int = 0
+    hit_tokens: int = 0
+    evictions: int = 0
+    corrupt_blocks: int = 0
+    read_bytes_per_s: float = 0.0
+
+
+class IndexUpdate(msgspec.Struct, frozen=True, kw_only=True):
+    """What has changed in a worker's prefix index since ``base_version``; 0: this is all of it.
+
+    Blocks are named by the first 8 bytes of their chained hash; ``added`` has those that a tier now holds, by tier.
+    """
+
+    base_version: int
+    version: int
+    added: dict[str, list[bytes]] = {}
+    removed: list[bytes] = []
 
 
 class Status(Message, frozen=True, kw_only=True):
@@ -206,6 +251,12 @@ class Status(Message, frozen=True, kw_only=True):
     A ``draining`` worker takes no new requests. ``remote_memory_fraction`` is the share of a bound worker's memory that
     lies outside its NUMA node. ``retained_bytes`` of KV of ``retained_sequences`` prefixes are kept for prompts that
     begin the same: so far ``prefix_hits`` requests have reused ``reused_tokens`` tokens of it, or of running sequences.
+
+    ``queued_requests`` wait for cells, ``preempted_sequences`` have lost theirs and wait in RAM. ``decode_tokens_per_s``
+    is of the last second; ``step_ns`` is how long its steps without prefill took, with ``step_sequences`` sequences
+    that had ``step_context_tokens`` tokens in all, and ``step_read_bytes_per_s`` the weights and KV that such a step
+    reads; ``memory_bytes_per_s`` is what the memory can do (all 0 where unknown). ``drafted_tokens`` and
+    ``accepted_tokens`` count speculation so far.
     """
 
     worker: str
@@ -223,6 +274,18 @@ class Status(Message, frozen=True, kw_only=True):
     retained_sequences: int = 0
     prefix_hits: int = 0
     reused_tokens: int = 0
+    queued_requests: int = 0
+    preempted_sequences: int = 0
+    decode_tokens_per_s: float = 0.0
+    step_ns: int = 0
+    step_sequences: float = 0.0
+    step_context_tokens: float = 0.0
+    step_read_bytes_per_s: float = 0.0
+    memory_bytes_per_s: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    tiers: tuple[TierStatus, ...] = ()
+    index: IndexUpdate | None = None
 
 
 class Announce(Message, frozen=True, kw_only=True):
@@ -290,7 +353,7 @@ class Cancel(Message, frozen=True, kw_only=True):
 
 
 ToWorker = Hello | Reserve | Start | Abort | Ping
-FromWorker = Welcome | Ticket | Tokens | Failure | Status
+FromWorker = Welcome | Queued | Ticket | Tokens | Failure | Status
 ToRegistry = Announce
 ToReceiver = SenderHello
 FromReceiver = SenderWelcome | Credit | Resend | Landed | Cancel | Failure

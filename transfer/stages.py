@@ -33,7 +33,9 @@ class DecodeReport(msgspec.Struct, frozen=True, kw_only=True):
     """What the decode worker knows about one finished request; travels with its last tokens.
 
     ``wire_ns`` spans the first frame to the END frame as they arrived; where prefill runs in several steps it contains
-    the computing between them. ``transfer_exposed_ns`` is how long the sequence stood still for KV after Start.
+    the computing between them. ``transfer_exposed_ns`` is how long the sequence stood still for KV after Start. Of the
+    reused tokens, ``restored_tokens`` came from a tier below the cells in ``restore_ns``. ``worker_queue_ns`` was the
+    wait for cells. Speculation drafted and accepted so many tokens.
     """
 
     prompt_tokens: int
@@ -52,6 +54,12 @@ class DecodeReport(msgspec.Struct, frozen=True, kw_only=True):
     local_prefill_ns: int = 0
     first_decode_ns: int = 0
     decode_ns: int = 0
+    restored_tokens: int = 0
+    restore_ns: int = 0
+    worker_queue_ns: int = 0
+    preemptions: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Meter:

@@ -96,6 +96,7 @@ MESSAGES: tuple[messages.Message, ...] = (
         deadline_ms=60_000,
         reused_tokens=64,
     ),
+    messages.Queued(request_id="r-1", position=3, wait_ms=250),
     messages.Start(request_id="r-1", first_token=42, first_text_sent=True),
     messages.Abort(request_id="r-1"),
     messages.Tokens(request_id="r-1", token_ids=[42, 7], text="é", finish_reason="stop", report=DECODE_REPORT),
