@@ -253,10 +253,10 @@ class Status(Message, frozen=True, kw_only=True):
     begin the same: so far ``prefix_hits`` requests have reused ``reused_tokens`` tokens of it, or of running sequences.
 
     ``queued_requests`` wait for cells, ``preempted_sequences`` have lost theirs and wait in RAM.
-    ``decode_tokens_per_s`` is of the last second; ``step_ns`` is how long its steps without prefill took, with ``step_sequences`` sequences
-    that had ``step_context_tokens`` tokens in all, and ``step_read_bytes_per_s`` the weights and KV that such a step
-    reads; ``memory_bytes_per_s`` is what the memory can do (all 0 where unknown). ``drafted_tokens`` and
-    ``accepted_tokens`` count speculation so far.
+    ``decode_tokens_per_s`` is of the last second; ``step_ns`` is how long its steps without prefill took, with
+    ``step_sequences`` sequences that had ``step_context_tokens`` tokens in all, and ``step_read_bytes_per_s`` the
+    weights and KV that such a step reads; ``memory_bytes_per_s`` is what the memory can do (all 0 where unknown).
+    ``drafted_tokens`` and ``accepted_tokens`` count speculation so far.
     """
 
     worker: str
