@@ -10,72 +10,29 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 import structlog
 
+from cpu_decode import calibration
 from cpu_decode.budget import PrefillBudget
+from cpu_decode.copies import Copies
+from cpu_decode.events import Ended, Event, Injected, Prompted, Released, Restored
 from cpu_decode.landing import LandingReport
 from cpu_decode.llama import Batch, Context
 from cpu_decode.prefix import Block
 from cpu_decode.reuse import Plan
 from cpu_decode.sequence import Sequence
-from cpu_decode.state import ChunkState, StateBlob, cut
+from cpu_decode.state import ChunkState
 from transfer.errors import EngineError, IsthmusError, LinkError, RequestError
 from transfer.messages import Failure, Tokens
 
 log = structlog.get_logger()
 
-CALIBRATION_TOKENS = 256
 # Shorter prefills, or ones that shared their batches, say little about the machine's rate.
 MIN_OBSERVED_TOKENS = 64
 IDLE_POLL_S = 0.25
-# Between two steps, KV is copied for about as long as this: other sequences wait for it.
-COPY_NS = 2_500_000
-
-
-class Prompted:
-    """The cells of a request hold its whole prompt."""
-
-    def __init__(self, request_id: str) -> None:
-        self.request_id = request_id
-
-
-class Ended:
-    """A request that was :class:`Prompted` has ended; its cells hold ``tokens`` until :meth:`Engine.leave`."""
-
-    def __init__(self, request_id: str, tokens: list[int]) -> None:
-        self.request_id = request_id
-        self.tokens = tokens
-
-
-class Released:
-    """The engine has let go of a request: its cells are free."""
-
-    def __init__(self, request_id: str) -> None:
-        self.request_id = request_id
-
-
-class Restored:
-    """What ``plan`` says is in the cells of a request, or the request has ended."""
-
-    def __init__(self, request_id: str, plan: Plan) -> None:
-        self.request_id = request_id
-        self.plan = plan
-
-
-class Injected:
-    """A chunk is in the cells: its buffer is free."""
-
-    def __init__(self, request_id: str, chunk: ChunkState) -> None:
-        self.request_id = request_id
-        self.chunk = chunk
-
-
-Event = Tokens | Failure | Prompted | Ended | Released | Restored | Injected
 
 
 class Engine:
@@ -91,8 +48,7 @@ class Engine:
         self._batch_tokens = batch_tokens
         self._emit = emit
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        # Copies of KV, and the words that they are complete, in the order in which they came.
-        self._copies: deque[Callable[[], None]] = deque()
+        self._copies = Copies(context)
         self._sequences: dict[str, Sequence] = {}
         self._ended: dict[str, Sequence] = {}
         self._running: list[Sequence] = []
@@ -115,11 +71,11 @@ class Engine:
 
     def land(self, request_id: str, chunk: ChunkState) -> None:
         """Inject ``chunk`` between two steps; :class:`Injected` gives the buffer back, whatever happens."""
-        self._inbox.put(lambda: self._copies.append(lambda: self._land(request_id, chunk)))
+        self._inbox.put(lambda: self._copies.then(lambda: self._land(request_id, chunk)))
 
     def complete(self, request_id: str, report: LandingReport) -> None:
         """All chunks of a request have been handed over."""
-        self._inbox.put(lambda: self._copies.append(lambda: self._complete(request_id, report)))
+        self._inbox.put(lambda: self._copies.then(lambda: self._complete(request_id, report)))
 
     def begin(self, request_id: str, first_token: int | None, *, first_text_sent: bool, local: bool = False) -> None:
         """Start decoding when the KV is there; see :class:`~transfer.messages.Start`."""
@@ -127,7 +83,7 @@ class Engine:
         self._inbox.put(lambda: self._begin(request_id, first_token, first_text_sent, now))
         if local:
             # Behind the chunks that were handed over before.
-            self._inbox.put(lambda: self._copies.append(lambda: self._compute_the_rest(request_id)))
+            self._inbox.put(lambda: self._copies.then(lambda: self._compute_the_rest(request_id)))
 
     def leave(self, request_id: str, blocks: list[Block]) -> None:
         """Copy the KV of an :class:`Ended` request into those ``blocks`` that are not saved, then let go of it."""
@@ -149,12 +105,10 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            # On this thread and no other: OpenMP keeps a team for each thread that has computed, and stops spinning
-            # at barriers once the teams outnumber the cores, which nearly doubles the time of a token.
             self._calibrate()
             self._calibrated.set()
             while self._drain():
-                self._copy()
+                self._copies.run()
                 self._expire()
                 if self._running:
                     self._step()
@@ -177,34 +131,22 @@ class Engine:
         except queue.Empty:
             return True
 
-    def _copy(self) -> None:
-        """Copy what is due, at least one piece, and stop before a piece as long as the last would make it too long."""
-        began = piece_began = time.monotonic_ns()
-        while self._copies:
-            self._copies.popleft()()
-            now = time.monotonic_ns()
-            if 2 * now - piece_began - began > COPY_NS:
-                return
-            piece_began = now
-
     def _admit(self, sequence: Sequence, plan: Plan) -> None:
         self._sequences[sequence.request_id] = sequence
         if plan.donor is not None:
             self._context.share(plan.donor, sequence.seq_id, plan.shared_tokens)
             sequence.num_cached = plan.shared_tokens
         for block, tokens in plan.pieces:
-            self._copies.append(partial(self._restore, sequence, block, tokens))
+            self._copies.then(partial(self._restore, sequence, block, tokens))
         if plan.num_tokens:
-            self._copies.append(lambda: self._restored(sequence, plan))
+            self._copies.then(lambda: self._restored(sequence, plan))
 
     def _restore(self, sequence: Sequence, block: Block, tokens: range) -> None:
-        if self._sequences.get(sequence.request_id) is not sequence:
-            return
-        if not block.saved:
-            self._fail(sequence.request_id, EngineError("the KV that this prompt was to reuse could not be kept"))
-            return
-        blob = StateBlob(block.buffer, block.num_bytes, block.start_token, len(block.tokens))
-        self._inject(sequence, blob if len(tokens) == len(block.tokens) else cut(blob, tokens))
+        if self._sequences.get(sequence.request_id) is sequence:
+            try:
+                self._copies.restore(sequence, block, tokens)
+            except EngineError as error:
+                self._fail(sequence.request_id, error)
 
     def _restored(self, sequence: Sequence, plan: Plan) -> None:
         if self._sequences.get(sequence.request_id) is sequence:
@@ -213,17 +155,11 @@ class Engine:
 
     def _land(self, request_id: str, chunk: ChunkState) -> None:
         if sequence := self._sequences.get(request_id):
-            self._inject(sequence, chunk)
+            try:
+                self._copies.inject(sequence, chunk)
+            except EngineError as error:
+                self._fail(request_id, error)
         self._emit(Injected(request_id, chunk))
-
-    def _inject(self, sequence: Sequence, chunk: ChunkState | StateBlob) -> None:
-        began = time.monotonic_ns()
-        try:
-            self._context.inject(chunk, sequence.seq_id)
-            sequence.inject_ns += time.monotonic_ns() - began
-            sequence.num_cached += chunk.num_tokens
-        except EngineError as error:
-            self._fail(sequence.request_id, error)
 
     def _complete(self, request_id: str, report: LandingReport) -> None:
         if sequence := self._sequences.get(request_id):
@@ -370,7 +306,7 @@ class Engine:
             self._ended[sequence.request_id] = sequence
             self._emit(Ended(sequence.request_id, sequence.tokens[: sequence.num_cached]))
         else:
-            self._copies.append(lambda: self._free(sequence))
+            self._copies.then(lambda: self._free(sequence))
 
     def _pause(self, choice: Sequence) -> None:
         """Take a choice out of the batch; the first one keeps the prompt's cells for the others."""
@@ -383,17 +319,8 @@ class Engine:
     def _leave(self, request_id: str, blocks: list[Block]) -> None:
         sequence = self._ended.pop(request_id)
         for block in blocks:
-            self._copies.append(partial(self._save, sequence, block))
-        self._copies.append(lambda: self._free(sequence))
-
-    def _save(self, sequence: Sequence, block: Block) -> None:
-        if block.saved:
-            return
-        try:
-            self._context.save(sequence.seq_id, range(block.start_token, block.end_token), block.buffer)
-            block.saved = True
-        except EngineError as error:
-            log.info("KV is not kept", request_id=sequence.request_id, reason=str(error))
+            self._copies.then(partial(self._copies.save, sequence, block))
+        self._copies.then(lambda: self._free(sequence))
 
     def _free(self, sequence: Sequence) -> None:
         self._context.trim(sequence.seq_id, 0)
@@ -415,21 +342,6 @@ class Engine:
             self.prefill_basis = f"last local prefill: {computed} tokens in {seconds:.2f} s"
 
     def _calibrate(self) -> None:
-        """Time one prefill and one injection, after one that warms the machine up; cells are left as they were."""
-        count = min(CALIBRATION_TOKENS, self._batch_tokens, self._context.num_cells)
-        for _ in range(2):
-            began = time.monotonic_ns()
-            self._batch.clear()
-            self._batch.add(0, 0, [token % self._context.model.vocab_size for token in range(count)], want_logits=True)
-            self._context.decode(self._batch)
-            self._context.logits(count - 1)
-            seconds = (time.monotonic_ns() - began) / 1e9
-            state = np.frombuffer(self._context.state(0), np.uint8)
-            self._context.trim(0, 0)
-            began = time.monotonic_ns()
-            self._context.inject(StateBlob(state, state.size, 0, count), 0)
-            self.inject_tokens_per_s = count * 1e9 / (time.monotonic_ns() - began)
-            self._context.trim(0, 0)
-        self.prefill_tokens_per_s = count / seconds
-        self._budget.calibrate(self.prefill_tokens_per_s)
-        self.prefill_basis = f"calibration at start: {count} tokens in {seconds:.2f} s"
+        speed = calibration.measure(self._context, self._batch)
+        self.prefill_tokens_per_s, self.prefill_basis, self.inject_tokens_per_s = speed
+        self._budget.calibrate(speed.prefill_tokens_per_s)

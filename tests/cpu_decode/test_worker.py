@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from cpu_decode.worker import even_chunk_tokens
+from cpu_decode.reservations import even_chunk_tokens
 from tests.cpu_decode.native_kv import elements_of, prefill
 from tests.cpu_decode.serving import MAX_SEQUENCES
 from tests.cpu_decode.worker_client import WorkerClient

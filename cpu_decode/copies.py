@@ -1,0 +1,70 @@
+"""KV into cells and out of them, between two steps, in the order of asking, a few milliseconds of it at a time."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+import structlog
+
+from cpu_decode.llama import Context
+from cpu_decode.prefix import Block
+from cpu_decode.sequence import Sequence
+from cpu_decode.state import ChunkState, StateBlob, cut
+from transfer.errors import EngineError
+
+log = structlog.get_logger()
+
+# Between two steps, KV is copied for about as long as this: other sequences wait for it.
+COPY_NS = 2_500_000
+
+
+class Copies:
+    """Copies of KV, and the words that they are complete, in the order in which they came. Engine thread only."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._waiting: deque[Callable[[], None]] = deque()
+
+    def __bool__(self) -> bool:
+        """Whether something is to be copied, or to be said behind what was."""
+        return bool(self._waiting)
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Do ``action``, one copy or a word that some are complete, behind everything that was asked for before."""
+        self._waiting.append(action)
+
+    def run(self) -> None:
+        """Copy what is due, at least one piece, and stop before a piece as long as the last would make it too long."""
+        began = piece_began = time.monotonic_ns()
+        while self._waiting:
+            self._waiting.popleft()()
+            now = time.monotonic_ns()
+            if 2 * now - piece_began - began > COPY_NS:
+                return
+            piece_began = now
+
+    def restore(self, sequence: Sequence, block: Block, tokens: range) -> None:
+        """Append the positions ``tokens`` of a kept ``block`` to ``sequence``; raises :class:`EngineError`."""
+        if not block.saved:
+            raise EngineError("the KV that this prompt was to reuse could not be kept")
+        blob = StateBlob(block.buffer, block.num_bytes, block.start_token, len(block.tokens))
+        self.inject(sequence, blob if len(tokens) == len(block.tokens) else cut(blob, tokens))
+
+    def inject(self, sequence: Sequence, chunk: ChunkState | StateBlob) -> None:
+        """Append ``chunk`` to the cells of ``sequence``; raises :class:`EngineError`."""
+        began = time.monotonic_ns()
+        self._context.inject(chunk, sequence.seq_id)
+        sequence.inject_ns += time.monotonic_ns() - began
+        sequence.num_cached += chunk.num_tokens
+
+    def save(self, sequence: Sequence, block: Block) -> None:
+        """Copy what ``block`` is to keep out of the cells of ``sequence``; it stays unsaved if that cannot be."""
+        if block.saved:
+            return
+        try:
+            self._context.save(sequence.seq_id, range(block.start_token, block.end_token), block.buffer)
+            block.saved = True
+        except EngineError as error:
+            log.info("KV is not kept", request_id=sequence.request_id, reason=str(error))

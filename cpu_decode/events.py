@@ -1,0 +1,48 @@
+"""What the engine tells the I/O thread besides a request's tokens and its failure."""
+
+from __future__ import annotations
+
+from cpu_decode.reuse import Plan
+from cpu_decode.state import ChunkState
+from transfer.messages import Failure, Tokens
+
+
+class Prompted:
+    """The cells of a request hold its whole prompt."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+
+
+class Ended:
+    """A request that was :class:`Prompted` has ended; its cells hold ``tokens`` until :meth:`Engine.leave`."""
+
+    def __init__(self, request_id: str, tokens: list[int]) -> None:
+        self.request_id = request_id
+        self.tokens = tokens
+
+
+class Released:
+    """The engine has let go of a request: its cells are free."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+
+
+class Restored:
+    """What ``plan`` says is in the cells of a request, or the request has ended."""
+
+    def __init__(self, request_id: str, plan: Plan) -> None:
+        self.request_id = request_id
+        self.plan = plan
+
+
+class Injected:
+    """A chunk is in the cells: its buffer is free."""
+
+    def __init__(self, request_id: str, chunk: ChunkState) -> None:
+        self.request_id = request_id
+        self.chunk = chunk
+
+
+Event = Tokens | Failure | Prompted | Ended | Released | Restored | Injected

@@ -1,0 +1,243 @@
+"""What requests have been promised: cells and sequence ids, prefixes that they reuse, landing buffers.
+
+Owned by the I/O thread. A record is dropped at exactly one place: when the engine says that it has let go.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+
+from cpu_decode.admission import Admission
+from cpu_decode.asked import check
+from cpu_decode.engine import Engine
+from cpu_decode.events import Ended, Injected, Prompted, Released, Restored
+from cpu_decode.grammar import Grammars
+from cpu_decode.landing import LandingPlace, LandingPool
+from cpu_decode.llama import Model
+from cpu_decode.prefix import Block
+from cpu_decode.reuse import Plan, PrefixCache
+from cpu_decode.sampling import Sampler
+from cpu_decode.sequence import Sequence
+from transfer import codecs
+from transfer.config import Decode, Link
+from transfer.errors import CapacityError, IsthmusError, ProtocolError, RequestError
+from transfer.geometry import KVGeometry
+from transfer.messages import Landing, Reserve, Start, Ticket
+from transfer.receiver import KVReceiver
+
+# Injecting what has just been computed is faster than injecting what comes from the link: half of 5 ms, to be safe.
+INJECT_S = 0.0025
+CHUNK_STEP_TOKENS = 32
+
+
+class Admitted:
+    """A request between Reserve and Released: whose it is and what was promised to it."""
+
+    def __init__(self, client: bytes, seq_ids: list[int], reserve: Reserve, fidelity: str) -> None:
+        self.client = client
+        # The first one's cells get the prompt; there is one for each choice.
+        self.seq_ids = seq_ids
+        self.seq_id = seq_ids[0]
+        self.constrained = bool(reserve.sampling.json_schema or reserve.sampling.grammar)
+        self.prompt = reserve.prompt
+        self.fidelity = fidelity
+        # The blocks that the engine copies its KV into when it has ended.
+        self.keeping: list[Block] = []
+        # These three are for KV from the wire; a local prefill has no landing.
+        self.ticket = ""
+        self.landing: LandingPlace | None = None
+        self.reserved_buffers = 0
+
+
+class Reservations:
+    """Makes promises, hands requests to the engine, and takes promises back as the engine says."""
+
+    def __init__(
+        self, model: Model, geometry: KVGeometry, decode: Decode, link: Link, engine: Engine, receiver: KVReceiver
+    ) -> None:
+        self._model = model
+        self._geometry = geometry
+        self._decode = decode
+        self._link = link
+        self._engine = engine
+        self._receiver = receiver
+        self.form = Landing(cell_type=decode.cell_type, rope_order=model.rope_order)
+        self.admission = Admission(decode.num_cells, decode.max_sequences)
+        self.prefixes = PrefixCache(geometry, decode.cell_type, decode.pool_mib << 20)
+        self.chunk_tokens = link.chunk_tokens
+        self.pool = self._new_pool()
+        self._grammars = Grammars(model)
+        self._requests: dict[str, Admitted] = {}
+
+    def __len__(self) -> int:
+        """Requests that hold something."""
+        return len(self._requests)
+
+    def even_chunks(self, inject_tokens_per_s: float) -> None:
+        """Before anything is promised: make chunks small enough for their injection to take a few ms."""
+        self.chunk_tokens = even_chunk_tokens(self._link.chunk_tokens, inject_tokens_per_s)
+        self.pool = self._new_pool()
+
+    @property
+    def kv_endpoint(self) -> str:
+        """Where prefill nodes introduce themselves."""
+        return f"tcp://{self._decode.advertise_host}:{self._receiver.port}"
+
+    def client(self, request_id: str) -> bytes | None:
+        """Who asked for ``request_id``; None if it holds nothing here."""
+        request = self._requests.get(request_id)
+        return request.client if request else None
+
+    def of(self, client: bytes) -> Iterator[str]:
+        """The requests of ``client``."""
+        return (request_id for request_id, request in self._requests.items() if request.client == client)
+
+    def reserve(self, client: bytes, reserve: Reserve) -> Ticket:
+        """Promise everything that the request will need, or nothing.
+
+        Raises :class:`CapacityError` if it cannot be had now, what :func:`~cpu_decode.asked.check` raises if never.
+        """
+        self._check(reserve)
+        grammar = self._grammars.read(reserve)
+        fidelity = self.prefixes.fidelity(reserve)
+        plan = self.prefixes.find(reserve.prompt, fidelity)
+        request = Admitted(client, self._admit(reserve, plan), reserve, fidelity)
+        ticket = secrets.token_hex(16)
+        try:
+            if reserve.source == "kv":
+                self._expect_kv(request, ticket, reserve, plan)
+        except IsthmusError:
+            self._release(request.seq_ids)
+            raise
+        self._requests[reserve.request_id] = request
+        self.prefixes.use(plan)
+        samplers = [Sampler(self._model, reserve, choice, grammar) for choice in range(reserve.choices)]
+        others = tuple(
+            Sequence(reserve, request.seq_ids[choice], samplers[choice], choice=choice)
+            for choice in range(1, reserve.choices)
+        )
+        self._engine.admit(Sequence(reserve, request.seq_id, samplers[0], plan.num_tokens, others=others), plan)
+        return Ticket(
+            request_id=reserve.request_id,
+            ticket=ticket,
+            kv_endpoint=self.kv_endpoint,
+            codec=reserve.codec,
+            landing=self.form,
+            chunk_tokens=self.chunk_tokens,
+            credit_chunks=request.reserved_buffers,
+            deadline_ms=reserve.deadline_ms,
+            reused_tokens=plan.num_tokens,
+        )
+
+    def start(self, start: Start) -> None:
+        """Have the engine begin; raises :class:`ProtocolError` if the first token cannot be one."""
+        request = self._requests[start.request_id]
+        if start.first_token is not None:
+            if not 0 <= start.first_token < self._model.vocab_size:
+                raise ProtocolError(f"first_token {start.first_token} is outside 0..{self._model.vocab_size - 1}")
+            if request.constrained:
+                raise ProtocolError("a first token cannot obey a grammar that only the worker knows; start without it")
+        if start.local and request.landing is not None:
+            self._receiver.cancel(request.ticket, "the rest of the prompt is computed by the decode worker")
+            request.landing.release()
+        self._engine.begin(start.request_id, start.first_token, first_text_sent=start.first_text_sent, local=start.local)
+
+    def handle(self, event: Prompted | Ended | Released | Restored | Injected) -> None:
+        """Take in what the engine has done."""
+        request = self._requests.get(event.request_id)
+        match event:
+            case Injected():
+                self.pool.give_back(event.chunk.buffer)
+                if request is not None and request.landing is not None:
+                    request.landing.credit_chunks += 1
+                    self._receiver.grant(request.ticket, request.landing.credit_chunks)
+            case Prompted():
+                if request is not None:
+                    self.prefixes.lend(request.seq_id, request.prompt, request.fidelity)
+            case Restored():
+                self.prefixes.used(event.plan)
+            case Ended():
+                self._part(event)
+            case Released():
+                self._forget(event.request_id)
+
+    def _check(self, reserve: Reserve) -> None:
+        if reserve.request_id in self._requests:
+            raise RequestError(f"request id {reserve.request_id!r} is in use", "request_id")
+        check(reserve, self._model.vocab_size, self.admission.max_sequences)
+
+    def _admit(self, reserve: Reserve, plan: Plan) -> list[int]:
+        """Promise cells for the prompt and for each choice's answer; returns a sequence id for each choice."""
+        max_tokens = reserve.sampling.max_tokens
+        num_tokens = len(reserve.prompt) + max_tokens
+        self.admission.require(num_tokens + (reserve.choices - 1) * max_tokens)
+        seq_ids = [self.admission.admit(num_tokens, plan.donor, plan.shared_tokens)]
+        try:
+            while len(seq_ids) < reserve.choices:
+                seq_ids.append(self.admission.admit(max_tokens))
+        except CapacityError:
+            self._release(seq_ids)
+            raise
+        return seq_ids
+
+    def _expect_kv(self, request: Admitted, ticket: str, reserve: Reserve, plan: Plan) -> None:
+        codecs.for_cells(reserve.codec, self._decode.cell_type, self._geometry)
+        request.reserved_buffers = self.pool.reserve(
+            # As many tokens as the configuration says, in chunks of the size that injects evenly.
+            self._link.credit_chunks * self._link.chunk_tokens // self.chunk_tokens
+        )
+        request.ticket = ticket
+        request_id = reserve.request_id
+        request.landing = LandingPlace(
+            self._geometry,
+            self._decode.cell_type,
+            reserve.codec,
+            self.pool,
+            num_tokens=len(reserve.prompt),
+            start_token=plan.num_tokens,
+            chunk_tokens=self.chunk_tokens,
+            credit_chunks=request.reserved_buffers,
+            on_chunk=lambda chunk: self._engine.land(request_id, chunk),
+            on_end=lambda report: self._engine.complete(request_id, report),
+            on_fail=lambda error: self._engine.fail(request_id, error),
+        )
+        self._receiver.expect(ticket, request.landing, request.reserved_buffers)
+
+    def _part(self, ended: Ended) -> None:
+        """Have the engine keep the KV of an ended request and then free its cells.
+
+        Whoever was admitted to share them before this was told to the engine before, too.
+        """
+        request = self._requests[ended.request_id]
+        self.prefixes.take_back(request.seq_id)
+        request.keeping = self.prefixes.keep(ended.tokens, request.fidelity)
+        self._engine.leave(ended.request_id, request.keeping)
+
+    def _forget(self, request_id: str) -> None:
+        request = self._requests.pop(request_id)
+        self.prefixes.kept(request.keeping)
+        self._release(request.seq_ids)
+        self.pool.unreserve(request.reserved_buffers)
+        if request.landing is not None:
+            self._receiver.cancel(request.ticket, "the request has ended")
+            request.landing.release()
+
+    def _release(self, seq_ids: list[int]) -> None:
+        for seq_id in seq_ids:
+            self.admission.release(seq_id)
+
+    def _new_pool(self) -> LandingPool:
+        decode = self._decode
+        return LandingPool(self._geometry, decode.cell_type, self.chunk_tokens, decode.landing_mib << 20)
+
+
+def even_chunk_tokens(most_tokens: int, inject_tokens_per_s: float) -> int:
+    """The largest chunk, at most ``most_tokens``, whose injection holds the other sequences up for a few ms only.
+
+    Quantizing codecs work in blocks of 32, hence multiples of that.
+    """
+    return min(
+        most_tokens,
+        max(CHUNK_STEP_TOKENS, int(INJECT_S * inject_tokens_per_s) // CHUNK_STEP_TOKENS * CHUNK_STEP_TOKENS),
+    )
