@@ -20,6 +20,7 @@ from cpu_decode.engine import Engine
 from cpu_decode.events import Event
 from cpu_decode.llama import Context, Model
 from cpu_decode.reservations import Reservations
+from transfer import codecs
 from transfer.config import Decode, Link
 from transfer.doorkeeper import Doorkeeper
 from transfer.errors import CapacityError, IsthmusError, ProtocolError
