@@ -144,6 +144,8 @@ class DecodeNode:
         self.breaker = Breaker()
         # What it says where it announces itself; its status may not have come yet, or come no more.
         self.announced_draining = False
+        # Codecs whose KV was found to be wrong in its cells, each with what was found (``parity.py``).
+        self.distrusted: dict[str, str] = {}
         self._keys = keys
         self.up = False
         self.welcome: Welcome | None = None
@@ -172,6 +174,12 @@ class DecodeNode:
         if self.draining:
             return "draining"
         return "failing" if self.breaker.failing(time.monotonic_ns()) else "up"
+
+    @property
+    def codecs(self) -> tuple[str, ...]:
+        """How KV may travel there, the preferred codec first; none before it is up, and where no KV can be trusted."""
+        possible = self.welcome.codecs if self.welcome else ()
+        return tuple(codec for codec in possible if codec not in self.distrusted)
 
     @property
     def away_reason(self) -> str:

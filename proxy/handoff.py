@@ -123,6 +123,7 @@ async def split(job: Job, vllm: Vllm, workers: DecodePool, account: Account) -> 
             yield Piece(first.text, first.finish_reason, 0, (first.token,), first.logprobs)
             return
         sent = keep and _can_send(first, job.sampling)
+        account.witness.transplanted([*job.prompt, first.token] if keep else job.prompt)
         await conversation.start(first.token if keep else None, first_text_sent=sent)
         if sent:
             account.route_tokens = 1
@@ -234,13 +235,15 @@ def _placed(job: Job, workers: DecodePool, account: Account, *, kv: bool) -> tup
         node = workers.place(job.prompt, job.cells, job.choices, avoid=job.avoid, last_resort=not kv)
     codec = None
     if kv and node.welcome:
-        codec = choose_codec(job.codec, job.default_codec, node.welcome.codecs)
+        codec = choose_codec(job.codec, job.default_codec, node.welcome.codecs, node.distrusted)
     account.worker, account.codec = node.name, codec
     account.alternative = costs.cpu_prefill(account.prompt_tokens, node.status)
     reserve = Reserve(
         request_id=job.request_id,
         prompt=job.prompt,
-        sampling=job.sampling,
+        sampling=account.witness.ask(job.sampling, node.name, codec),
+        # What was kept of wrong KV would be as wrong.
+        reuse=bool(node.codecs) or not node.distrusted,
         source="kv" if kv else "local",
         codec=codec or "raw",
         deadline_ms=round((job.deadline_s + RESERVED_LONGER_S) * 1000),
@@ -279,7 +282,8 @@ async def _decoded(
             account.route_tokens = tokens.report.completion_tokens
             account.cached_tokens = max(account.cached_tokens, tokens.report.kv_reused_tokens)
         open_choices -= tokens.finish_reason is not None
-        yield Piece(tokens.text, tokens.finish_reason, tokens.choice, tuple(token_ids), tokens.logprobs)
+        logprobs = account.witness.take(tokens.logprobs)
+        yield Piece(tokens.text, tokens.finish_reason, tokens.choice, tuple(token_ids), logprobs)
 
 
 def _decoder_samples(job: Job) -> bool:

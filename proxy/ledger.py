@@ -9,6 +9,7 @@ import msgspec
 
 from proxy.costs import Estimate
 from proxy.router import Reason, Route
+from proxy.witness import Witness
 from transfer.stages import DecodeReport, Meter
 
 
@@ -29,6 +30,9 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     for ``gpu``. ``specialization_gain_ns`` is what prefill on the other node saved; only ``split`` has one.
     ``status`` is ``ok``, ``cancelled`` or an error code. ``failed_over`` is the code with which the first node failed
     the request; ``route``, ``worker`` and ``codec`` are then of the last of ``attempts``.
+
+    ``seq`` counts entries as they are closed; ``closed_at`` is the proxy's wall clock then, for people. ``parity_kl``
+    is what the parity guard found afterwards, if it looked (``parity.py``).
     """
 
     request_id: str
@@ -64,6 +68,9 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     failed_over: str | None
     attempts: list[Attempt]
     status: str
+    seq: int = 0
+    closed_at: str = ""
+    parity_kl: float | None = None
 
     def server_timing(self) -> str:
         """The stages as a ``Server-Timing`` header, in milliseconds (https://www.w3.org/TR/server-timing/)."""
@@ -107,6 +114,7 @@ class Account:
         self.cached_tokens = 0
         self.alternative: Estimate | None = None
         self.report: DecodeReport | None = None
+        self.witness = Witness()
         self._began_ns = time.monotonic_ns()
         self._first_text_ns: int | None = None
         self._last_text_ns = 0

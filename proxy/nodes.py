@@ -46,6 +46,11 @@ class DecodePool:
         return any(node.takes_requests for node in self)
 
     @property
+    def take_kv(self) -> bool:
+        """Whether KV may be sent to some worker that takes requests."""
+        return any(node.takes_requests and (node.codecs or not node.distrusted) for node in self)
+
+    @property
     def down_reason(self) -> str:
         """Why none does."""
         if not self.nodes:
@@ -72,11 +77,11 @@ class DecodePool:
     ) -> DecodeNode:
         """The worker for a request that needs ``cells`` and ``sequences``, not one of ``avoid``.
 
-        Workers that fail again and again are left out while there are others; with ``last_resort`` so are those in
-        ``avoid``. Raises :class:`LinkError` if none is left.
+        Workers that fail again and again are left out while there are others; with ``last_resort``, which is for
+        requests without KV, so are those in ``avoid``. Workers that no KV can be sent to get none. Raises :class:`LinkError` if none is left.
         """
         up = [node for node in self if node.takes_requests]
-        wanted = [node for node in up if node.name not in avoid]
+        wanted = [node for node in up if node.name not in avoid and (last_resort or node.codecs or not node.distrusted)]
         now_ns = time.monotonic_ns()
         left = [node for node in wanted if not node.breaker.failing(now_ns)] or wanted or (up if last_resort else [])
         if not left:

@@ -59,13 +59,20 @@ def parse_codec(header: str | None) -> str | None:
     raise RequestError(f"{CODEC_HEADER} is {header!r}; use one of {', '.join(CODECS)}, auto", CODEC_HEADER)
 
 
-def choose_codec(asked: str | None, configured: str, possible: Sequence[str]) -> str:
+def choose_codec(
+    asked: str | None, configured: str, possible: Sequence[str], distrusted: Mapping[str, str] | None = None
+) -> str:
     """How KV travels to a worker that takes the codecs ``possible``, the preferred one first.
 
+    Those in ``distrusted`` are left out, for the reason given there; if that is the configured one, another is taken.
     Raises :class:`RequestError` if the one ``asked`` for is not possible, :class:`CodecError` if the ``configured`` one
     is not, or none is.
     """
-    wanted = asked or configured
+    distrusted = distrusted or {}
+    if asked in distrusted:
+        raise RequestError(f"{CODEC_HEADER}: {asked} is switched off: {distrusted[asked]}", CODEC_HEADER)
+    possible = [codec for codec in possible if codec not in distrusted]
+    wanted = asked or (AUTO_CODEC if configured in distrusted else configured)
     if wanted in possible:
         return wanted
     if not possible:
