@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 from proxy import api_keys, openapi, request_body, tokenization
 from proxy.answer import REQUEST_ID_HEADER, Answer
+from proxy.dashboard import serve as dashboard
 from proxy.decode_node import DecodeNode
 from proxy.failures import NotServedError, describe, error_body
 from proxy.gateway import Call, Gateway
@@ -50,6 +51,7 @@ def create_app(cluster: Cluster) -> FastAPI:
     _add_inference(app, gateway, rates)
     tokenization.add(app, gateway)
     _add_views(app, gateway)
+    dashboard.add(app)
     _add_errors(app, gateway)
     openapi.install(app)
     return app

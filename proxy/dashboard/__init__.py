@@ -1,0 +1,1 @@
+"""The page that the proxy serves at ``/``: where the time of requests goes, live."""

@@ -1,0 +1,91 @@
+// A ledger entry in full: stages, KV, and what the router predicted next to what happened.
+
+import { find, make, table } from "./dom.js";
+import * as format from "./format.js";
+import { MEANING, grossGainNs, name, nanoseconds, way } from "./stages.js";
+
+export function openEntry(entry) {
+  find("entry-title").textContent = `${entry.request_id}: ${way(entry)}`;
+  const parts = [facts(entry), stagesOf(entry), predictions(entry), attempts(entry), whole(entry)];
+  find("entry-body").replaceChildren(...parts.filter(Boolean));
+  if (!find("entry").open) find("entry").showModal();
+}
+
+function facts(entry) {
+  const rows = [
+    ["status", entry.status],
+    ["why this route", entry.reason],
+    ["model", entry.model],
+    ["worker", entry.worker],
+    ["closed", entry.closed_at],
+    ["prompt", `${format.count(entry.prompt_tokens)} tokens, ${format.count(entry.kv_reused_tokens)} of them reused`],
+    ["answer", `${format.count(entry.completion_tokens)} tokens`],
+    ["time to first token", format.duration(entry.ttft_ns)],
+    ["end to end", format.duration(entry.total_ns)],
+  ];
+  if (entry.kv_raw_bytes) {
+    const rate = format.bytesPerSecond(format.over(entry.kv_wire_bytes, entry.wire_ns));
+    const share = format.percent(entry.kv_wire_bytes / entry.kv_raw_bytes);
+    rows.push(["KV sent", `${format.bytes(entry.kv_wire_bytes)}, ${share} of ${format.bytes(entry.kv_raw_bytes)}, ${rate}`]);
+  }
+  return make("dl", {}, ...rows.filter(([, value]) => value).flatMap(([term, value]) => [make("dt", {}, term), make("dd", {}, value)]));
+}
+
+function stagesOf(entry) {
+  const rows = Object.keys(MEANING)
+    .filter((stage) => nanoseconds(entry, stage))
+    .map((stage) => {
+      const ns = nanoseconds(entry, stage);
+      const cell = make("span", { "data-stage-ns": stage, "data-ns": ns }, format.duration(ns));
+      return [name(stage), cell, format.percent(ns / entry.total_ns), MEANING[stage]];
+    });
+  return make("section", {}, make("h3", {}, "Stages"), table(["stage", "took", "of all", "what"], rows));
+}
+
+// `predicted` maps routes to {ttft_ns, e2e_ns}, as the router saw them before it chose.
+function predictions(entry) {
+  const rows = Object.entries(entry.predicted ?? {}).map(([route, seen]) => {
+    const taken = route === entry.route;
+    return [
+      taken ? `${route}, taken` : route,
+      format.duration(seen.ttft_ns),
+      taken ? format.duration(entry.ttft_ns) : null,
+      format.duration(seen.e2e_ns),
+      taken ? format.duration(entry.total_ns) : null,
+    ];
+  });
+  const heads = ["route", "first token, predicted", "it was", "end to end, predicted", "it was"];
+  const parts = [make("h3", {}, "Predicted, and what happened")];
+  if (rows.length) parts.push(table(heads, rows));
+  if (entry.prefill_alternative_ns) {
+    const basis = entry.prefill_alternative_basis ? ` (${entry.prefill_alternative_basis})` : "";
+    parts.push(make("p", {}, `The CPU's own prefill would have taken ${format.duration(entry.prefill_alternative_ns)}${basis}.`));
+  }
+  if (grossGainNs(entry) !== null) {
+    parts.push(
+      make(
+        "p",
+        {},
+        `Prefill on the other node saved ${format.duration(grossGainNs(entry))}, KV cost ${format.duration(entry.transfer_exposed_ns)}: net `,
+        make(entry.specialization_gain_ns < 0 ? "strong.bad" : "strong.good", {}, format.duration(entry.specialization_gain_ns, true)),
+        ".",
+      ),
+    );
+  }
+  return parts.length > 1 ? make("section", {}, ...parts) : null;
+}
+
+function attempts(entry) {
+  if (!entry.attempts || entry.attempts.length < 2) return null;
+  const rows = entry.attempts.map((each) => [
+    [each.route, each.codec].filter(Boolean).join(" "),
+    each.worker,
+    format.count(each.completion_tokens),
+    each.error,
+  ]);
+  return make("section", {}, make("h3", {}, "Attempts"), table(["route", "worker", "tokens", "ended by"], rows));
+}
+
+function whole(entry) {
+  return make("details", {}, make("summary", {}, "As the ledger has it"), make("pre", {}, JSON.stringify(entry, null, 1)));
+}
