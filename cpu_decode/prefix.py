@@ -1,34 +1,30 @@
 """Which token prefixes have KV in RAM: a radix tree of token blocks, bounded in bytes.
 
 A block stands for the tokens of its ancestors and its own; only blocks of full length have children. Every prompt that
-begins with the same tokens finds the same blocks, so what conversations share is kept once. Plain bookkeeping, owned by
-the worker's I/O thread; the engine fills and reads the blocks' buffers.
+begins with the same tokens finds the same blocks, so what conversations share is kept once; tenants share nothing. Plain
+bookkeeping, owned by the worker's I/O thread; the engine fills and reads the blocks' buffers.
 
-Eviction is a segmented LRU (Karedla, Love, Wherry: Caching strategies to improve disk system performance, IEEE Computer
-27(3), 1994), which a scan does not empty: new blocks are on probation, a second use protects them, and only what is on
-probation goes. Protected blocks come back on probation when others have taken their share. A block is used before its
-ancestors are, so in the order of eviction it comes before them, and whatever goes is a leaf.
+Eviction is a segmented LRU (``segmented.py``). A block is used before its ancestors are, so in the order of eviction it
+comes before them, and whatever goes is a leaf.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-# The share of the bytes that blocks in second use may keep from new ones.
-PROTECTED_SHARE = 0.8
-# KV that is as good as the worker's own; lossy codecs are classes of their own.
-EXACT = ""
+from cpu_decode.segmented import SegmentedLru
+from transfer.blocks import EXACT
 
 
 class Block:
     """KV of ``tokens`` at positions from ``start_token`` on, as llama.cpp's state in ``buffer``, once ``saved``.
 
-    ``fidelity`` is the lossy codec that it, or KV before it, came by, or ``EXACT``.
+    ``fidelity`` is the lossy codec that it, or KV before it, came by, or ``EXACT``. ``name`` is what the lower tiers and
+    the proxy's index call it (``transfer/blocks.py``), once it is known to them.
     """
 
     def __init__(self, parent: Block | None, tokens: tuple[int, ...], fidelity: str, num_bytes: int) -> None:
@@ -39,6 +35,7 @@ class Block:
         self.num_bytes = num_bytes
         self.buffer: npt.NDArray[np.uint8] = np.empty(num_bytes, np.uint8)
         self.saved = False
+        self.name = b""
         self.children: dict[tuple[tuple[int, ...], str], Block] = {}
         self.pins = 0
 
@@ -68,28 +65,43 @@ class Match(NamedTuple):
 class PrefixTree:
     """Blocks of ``block_tokens`` tokens, or fewer at a prefix's end, in ``max_bytes`` at most.
 
-    ``block_bytes(n)`` is the size of a block of n tokens.
+    ``block_bytes(n)`` is the size of a block of n tokens; ``on_gone`` is told of every block that is forgotten.
     """
 
-    def __init__(self, block_tokens: int, max_bytes: int, block_bytes: Callable[[int], int]) -> None:
+    def __init__(
+        self,
+        block_tokens: int,
+        max_bytes: int,
+        block_bytes: Callable[[int], int],
+        on_gone: Callable[[Block], None] = lambda _: None,
+    ) -> None:
         self._block_tokens = block_tokens
         self._max_bytes = max_bytes
         self._block_bytes = block_bytes
-        self._root = Block(None, (), EXACT, 0)
-        # The block that goes first comes first.
-        self._probation: OrderedDict[Block, None] = OrderedDict()
-        self._protected: OrderedDict[Block, None] = OrderedDict()
-        self._protected_bytes = 0
-        self.used_bytes = 0
+        self._on_gone = on_gone
+        self._roots: dict[str, Block] = {}
+        self._blocks: SegmentedLru[Block] = SegmentedLru(max_bytes)
+        self.evictions = 0
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    @property
+    def used_bytes(self) -> int:
+        """Size of all blocks."""
+        return self._blocks.used_bytes
 
     @property
     def num_prefixes(self) -> int:
         """Prefixes that are not part of a longer one."""
-        return sum(not block.children for segment in (self._probation, self._protected) for block in segment)
+        return sum(not block.children for block in self._blocks)
 
-    def match(self, tokens: Sequence[int], fidelity: str) -> Match:
+    def match(self, tokens: Sequence[int], fidelity: str, tenant: str = "") -> Match:
         """The longest known prefix of ``tokens``, of ``fidelity`` or exact; counts as a use of its blocks."""
-        at, level, deeper = 0, [self._root], [self._root]
+        root = self._roots.get(tenant)
+        if root is None:
+            return Match([], 0)
+        at, level, deeper = 0, [root], [root]
         while deeper:
             level = deeper
             due = tuple(tokens[at : at + self._block_tokens])
@@ -102,13 +114,13 @@ class PrefixTree:
                 if block.fidelity in (EXACT, fidelity) and (common := _common_tokens(block.tokens, due)) > same:
                     best, same = block, common
         blocks = best.path
-        self._protect(blocks)
+        self._blocks.use(reversed(blocks))
         return Match(blocks, at + same)
 
-    def extend(self, tokens: Sequence[int], fidelity: str) -> list[Block]:
+    def extend(self, tokens: Sequence[int], fidelity: str, tenant: str = "") -> list[Block]:
         """Take ``tokens`` in as far as there is room; returns their blocks, pinned. New ones are not ``saved``."""
         path: list[Block] = []
-        parent = self._root
+        root = parent = self._roots.get(tenant) or Block(None, (), EXACT, 0)
         for at in range(0, len(tokens), self._block_tokens):
             due = tuple(tokens[at : at + self._block_tokens])
             block = _child(parent, due, fidelity) or self._add(parent, due, fidelity)
@@ -117,8 +129,10 @@ class PrefixTree:
             block.pins += 1
             path.append(block)
             parent = block
-        for block in reversed(path):
-            self._segment(block).move_to_end(block)
+        # The last block of others under this root may have made room.
+        if root.children:
+            self._roots[tenant] = root
+        self._blocks.renew(reversed(path))
         return path
 
     def pin(self, blocks: Iterable[Block]) -> None:
@@ -135,13 +149,14 @@ class PrefixTree:
         """Forget ``block`` and all that continue it, pinned or not."""
         for child in list(block.children.values()):
             self.discard(child)
-        segment = self._segment(block)
-        if block in segment:
-            del segment[block]
-            self.used_bytes -= block.num_bytes
-            self._protected_bytes -= block.num_bytes if segment is self._protected else 0
-            if block.parent is not None:
-                del block.parent.children[block.tokens, block.fidelity]
+        if block in self._blocks:
+            self._blocks.remove(block)
+            parent = block.parent
+            if parent is not None:
+                del parent.children[block.tokens, block.fidelity]
+                if parent.parent is None and not parent.children:
+                    self._roots = {tenant: root for tenant, root in self._roots.items() if root is not parent}
+            self._on_gone(block)
 
     def _add(self, parent: Block, tokens: tuple[int, ...], fidelity: str) -> Block | None:
         """A new block on probation, in the place of what it continues; None if there is no room for it."""
@@ -150,30 +165,15 @@ class PrefixTree:
                 self.discard(block)
         num_bytes = self._block_bytes(len(tokens))
         while self.used_bytes + num_bytes > self._max_bytes:
-            victim = next((block for block in self._probation if not block.pins), None)
+            victim = next((block for block in self._blocks if not block.pins), None)
             if victim is None:
                 return None
+            self.evictions += 1
             self.discard(victim)
         block = Block(parent, tokens, fidelity, num_bytes)
         parent.children[tokens, fidelity] = block
-        self._probation[block] = None
-        self.used_bytes += num_bytes
+        self._blocks.add(block, num_bytes)
         return block
-
-    def _protect(self, blocks: list[Block]) -> None:
-        for block in reversed(blocks):
-            if block in self._probation:
-                del self._probation[block]
-                self._protected[block] = None
-                self._protected_bytes += block.num_bytes
-            self._protected.move_to_end(block)
-        while self._protected_bytes > PROTECTED_SHARE * self._max_bytes:
-            block, _ = self._protected.popitem(last=False)
-            self._protected_bytes -= block.num_bytes
-            self._probation[block] = None
-
-    def _segment(self, block: Block) -> OrderedDict[Block, None]:
-        return self._protected if block in self._protected else self._probation
 
 
 def _child(parent: Block, due: tuple[int, ...], fidelity: str) -> Block | None:

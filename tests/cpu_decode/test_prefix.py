@@ -132,7 +132,7 @@ class Bounded(RuleBasedStateMachine):
 
     @invariant()
     def children_go_before_their_parents(self):
-        order = [*self.tree._probation, *self.tree._protected]
+        order = list(self.tree._blocks)
         assert set(order) == set(walk(self.tree))
         place = {block: at for at, block in enumerate(order)}
         assert all(place[child] < place[block] for block in order for child in block.children.values())
@@ -143,7 +143,7 @@ TestBounded.settings = settings(max_examples=25, stateful_step_count=25, deadlin
 
 
 def walk(tree: PrefixTree) -> Iterator[Block]:
-    waiting = list(tree._root.children.values())
+    waiting = [child for root in tree._roots.values() for child in root.children.values()]
     while waiting:
         block = waiting.pop()
         yield block

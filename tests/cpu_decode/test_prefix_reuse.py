@@ -54,8 +54,7 @@ def no_cell_is_left(running):
 
 
 def blocks(running):
-    tree = running.worker._promised.prefixes._tree
-    return [*tree._probation, *tree._protected]
+    return list(running.worker._promised.prefixes._tree._blocks)
 
 
 class Prefilled:
