@@ -198,14 +198,32 @@ def api_key_group() -> None:
 @api_key_group.command("make")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("name")
-def api_key_make(file: Path, name: str) -> None:
+@click.option("--weight", type=click.FloatRange(0, 1000, min_open=True), default=1.0, help="Its share, where keys compete.")
+@click.option("--requests-per-minute", type=click.IntRange(0), help="In place of what [proxy] says; 0: any number.")
+@click.option("--tokens-per-minute", type=click.IntRange(0), help="The same, for prompts and answers together.")
+@click.option("--max-running", type=click.IntRange(0), default=0, help="Requests that may run at once; 0: any number.")
+def api_key_make(
+    file: Path,
+    name: str,
+    weight: float,
+    requests_per_minute: int | None,
+    tokens_per_minute: int | None,
+    max_running: int,
+) -> None:
     """Add a key called NAME to FILE, which `api_keys_file` in [proxy] names, and print it.
 
-    FILE holds a hash only: note the key now. A running proxy lets it in after a restart.
+    FILE holds a hash only: note the key now. Limits stand behind it, as in `weight=2`, and may be edited. A running
+    proxy takes changes in after a restart.
     """
-    from proxy.api_keys import make
+    from proxy.api_keys import Limits, make
 
-    click.echo(make(file, name))
+    limits = Limits(
+        weight=weight,
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        max_running=max_running,
+    )
+    click.echo(make(file, name, limits))
 
 
 @cli.command()
@@ -226,8 +244,9 @@ cli.add_command(measure)
 @cli.command()
 @click.option("--config", type=click.Path(path_type=Path), help="The cluster file; isthmus.toml if it is here.")
 @click.option("--peer", metavar="HOST", help="Also find the path MTU to this node, with packets not to be fragmented.")
+@click.option("--alone", is_flag=True, help="Do not ask the other nodes, which may not be there yet.")
 @click.option("--json", "as_json", is_flag=True, help="Print findings as JSON.")
-def doctor(config: Path | None, peer: str | None, as_json: bool) -> None:
+def doctor(config: Path | None, peer: str | None, alone: bool, as_json: bool) -> None:
     """Look for what ruins results on this host, with the fix for each; exits 1 if anything fails.
 
     With a cluster file also: memory for its worker, ports, and whether the nodes agree, as far as its proxy answers.
@@ -236,7 +255,7 @@ def doctor(config: Path | None, peer: str | None, as_json: bool) -> None:
     cluster = load(config) if config else load(default) if default.exists() else None
     from isthmus.doctor import run
 
-    sys.exit(0 if run(cluster, peer, as_json) else 1)
+    sys.exit(0 if run(cluster, peer, as_json, alone=alone) else 1)
 
 
 @cli.command()

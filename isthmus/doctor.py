@@ -24,16 +24,19 @@ _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red", "unknown": "dim"
 ROOT = Path("/")
 
 
-def run(cluster: Cluster | None, peer: str | None, as_json: bool) -> bool:
+def run(cluster: Cluster | None, peer: str | None, as_json: bool, alone: bool = False) -> bool:
     """Check, print a table or JSON, and say whether nothing failed.
 
-    Without ``cluster`` only the host is looked at. Raises :class:`ConfigError` if ``peer`` cannot be resolved.
+    Without ``cluster`` only the host is looked at; ``alone``, the other nodes are not asked. Raises
+    :class:`ConfigError` if ``peer`` cannot be resolved.
     """
     findings = [*host(cluster)]
     if peer:
         findings.append(network.path_mtu(peer))
     if cluster:
         findings += cluster_file(cluster)
+        if not alone:
+            findings += cluster_checks.nodes(cluster_checks.fetch_nodes(cluster), _geometry(cluster))
     if as_json:
         print(json.dumps({"findings": [finding._asdict() for finding in findings]}, indent=1))  # noqa: T201
     else:
@@ -59,7 +62,7 @@ def host(cluster: Cluster | None) -> Iterator[Finding]:
 
 
 def cluster_file(cluster: Cluster) -> Iterator[Finding]:
-    """What ``cluster`` asks of this host, and what the other nodes say."""
+    """What ``cluster`` asks of this host."""
     addresses = {
         "[prefill] port": (cluster.prefill.host, cluster.prefill.port),
         "[decode] control_port": (cluster.decode.host, cluster.decode.control_port),
@@ -73,7 +76,6 @@ def cluster_file(cluster: Cluster) -> Iterator[Finding]:
     # A worker that runs has taken its memory already.
     if not any(each.check.endswith("control_port)") and each.seen != "free" for each in found):
         yield from cluster_checks.memory_of(cluster)
-    yield from cluster_checks.nodes(cluster_checks.fetch_nodes(cluster), _geometry(cluster))
 
 
 def table(findings: list[Finding]) -> Table:

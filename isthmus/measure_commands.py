@@ -125,6 +125,16 @@ def measure_decode(
         decode.run(json, plot, rounds, setting, str(profile.resolve()) if profile else "")
 
 
+@measure.command("memory")
+@json_option
+@click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Rounds for each node.")
+def measure_memory(json: Path | None, rounds: int) -> None:
+    """STREAM's triad and plain reading on each NUMA node, by its own cores: decoding runs at that speed at most."""
+    from measurements.memory import run
+
+    run(json, rounds)
+
+
 @measure.command("advise")
 @json_option
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the curves into this file: .png, .svg or .pdf.")

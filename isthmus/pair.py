@@ -68,11 +68,16 @@ def default_pair() -> Pair:
 
     Raises :class:`ConfigError` when the distribution that carries the GGUF is not installed.
     """
-    gguf = _packaged_gguf(DEFAULT_DISTRIBUTION)
+    gguf = default_gguf()
     name = model_name(gguf)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     sha256 = _sha256_of_gguf(gguf)
     return _make(gguf, cache / "isthmus" / "pairs" / f"{name}-{sha256[:12]}", sha256)
+
+
+def default_gguf() -> Path:
+    """llama.cpp's half of it, which needs no conversion; raises as :func:`default_pair` does."""
+    return _packaged_gguf(DEFAULT_DISTRIBUTION)
 
 
 def model_name(gguf: Path) -> str:

@@ -56,10 +56,10 @@ def measure(rounds: int, console: Console) -> list[Sample]:
     from cpu_decode.geometry import read_geometry
     from cpu_decode.llama import Model
     from cpu_decode.service import usable_cores
-    from isthmus.pair import default_pair
+    from isthmus.pair import default_gguf
     from measurements import kv, prompts
 
-    gguf = Path(default_pair().gguf)
+    gguf = default_gguf()
     geometry, model, link = read_geometry(gguf), Model(gguf), Link()
     threads, texts = usable_cores(), prompts.texts()
     samples: list[Sample] = []

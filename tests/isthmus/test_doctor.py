@@ -329,6 +329,17 @@ def test_this_host_with_a_cluster_file(cluster: Cluster, tmp_path: Path) -> None
     assert result.exit_code == int(any(finding["level"] == "fail" for finding in found.values()))
 
 
+def test_alone_no_other_node_is_asked(cluster: Cluster, answering: dict, tmp_path: Path) -> None:
+    answering["body"] = json.dumps(view()).encode()
+    (tmp_path / "c.toml").write_bytes(dump(cluster))
+    checks = []
+    for options in ([], ["--alone"]):
+        done = CliRunner().invoke(cli, ["doctor", "--config", str(tmp_path / "c.toml"), "--json", *options])
+        checks.append({finding["check"] for finding in json.loads(done.output)["findings"]})
+    assert any(check.startswith("protocol of ") for check in checks[0] - checks[1])
+    assert "swap" in checks[1]
+
+
 def test_more_memory_than_there_is_fails(cluster: Cluster, tmp_path: Path) -> None:
     greedy = msgspec.structs.replace(cluster, decode=msgspec.structs.replace(cluster.decode, num_cells=10**12))
     (tmp_path / "c.toml").write_bytes(dump(greedy))
