@@ -1,4 +1,4 @@
-"""Output that must match a JSON schema or a GBNF grammar: which tokens may come next.
+"""Output that must match a JSON schema, a grammar or a regular expression: which tokens may come next.
 
 llguidance does it, as llama.cpp itself can be built to. llama.cpp's own grammars end the process on some inputs (an
 exception or an assertion that ctypes cannot catch), and their cost has no bound; llguidance's work a token has one, and
@@ -19,6 +19,8 @@ from transfer.errors import RequestError
 from transfer.messages import Reserve
 
 MAX_SCHEMA_BYTES = 64 << 10
+# What every rule of GBNF has, and no Lark.
+_GBNF_RULE = "::="
 # Reading a GBNF grammar takes time that grows with the square of its rules.
 MAX_GRAMMAR_BYTES = 16 << 10
 # As much as people write, or a model could pad its answer with spaces until it runs out of tokens.
@@ -92,14 +94,16 @@ class Grammars:
         Raises :class:`RequestError`, which names the field and the reason.
         """
         sampling = reserve.sampling
-        if not (sampling.json_schema or sampling.grammar):
+        if not sampling.constrained:
             return None
-        if sampling.json_schema and sampling.grammar:
-            raise RequestError("only one of response_format and grammar can constrain the output", "grammar")
+        if sum(map(bool, (sampling.json_schema, sampling.grammar, sampling.regex))) > 1:
+            raise RequestError("only one of response_format, grammar and regex can constrain the output", "grammar")
         if sampling.json_schema:
             grammar = self._match(_from_schema(sampling.json_schema), "response_format")
+        elif sampling.regex:
+            grammar = self._match(_from_regex(sampling.regex), "structured_outputs")
         else:
-            grammar = self._match(_from_gbnf(sampling.grammar), "grammar")
+            grammar = self._match(_from_text(sampling.grammar), "grammar")
         for token in reserve.prompt[len(reserve.prompt) - reserve.prior_output :]:
             grammar.accept(token)
         return grammar
@@ -126,11 +130,16 @@ def _from_schema(schema: str) -> str:
     return LLMatcher.grammar_from_json_schema({**parsed, "x-guidance": _JSON_OPTIONS})
 
 
-def _from_gbnf(text: str) -> str:
+def _from_regex(regex: str) -> str:
+    _limit(regex, MAX_GRAMMAR_BYTES, "structured_outputs")
+    return LLMatcher.grammar_from_regex(regex)
+
+
+def _from_text(text: str) -> str:
     param = "grammar"
     _limit(text, MAX_GRAMMAR_BYTES, param)
     try:
-        return LLMatcher.grammar_from_lark(gbnf_to_lark(text))
+        return LLMatcher.grammar_from_lark(gbnf_to_lark(text) if _GBNF_RULE in text else text)
     except Exception as error:  # noqa: BLE001 - it raises this very class
         raise RequestError(f"{param} cannot be read: {error}", param) from None
 

@@ -39,7 +39,7 @@ class Admitted:
         # The first one's cells get the prompt; there is one for each choice.
         self.seq_ids = seq_ids
         self.seq_id = seq_ids[0]
-        self.constrained = bool(reserve.sampling.json_schema or reserve.sampling.grammar)
+        self.constrained = reserve.sampling.constrained
         self.prompt = reserve.prompt
         self.fidelity = fidelity
         # The blocks that the engine copies its KV into when it has ended.

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 from proxy import api_keys, openapi, request_body, tokenization
 from proxy.answer import REQUEST_ID_HEADER, Answer
+from proxy.api_keys import ApiKey
 from proxy.dashboard import serve as dashboard
 from proxy.decode_node import DecodeNode
 from proxy.failures import NotServedError, describe, error_body
@@ -59,10 +60,12 @@ def create_app(cluster: Cluster) -> FastAPI:
 
 def _add_inference(app: FastAPI, gateway: Gateway, rates: Rates) -> None:
     async def answer(request: Request, kind: type[B]) -> Response:
-        api_key: str = request.state.api_key
+        api_key: ApiKey = request.state.api_key
         rates.admit(api_key)
         call = await _read_call(request, kind, gateway)
-        return Answer(gateway, call, lambda tokens: rates.spend(api_key, tokens))
+        guessed_tokens = call.body.guessed_prompt_tokens
+        rates.spend(api_key, guessed_tokens)
+        return Answer(gateway, call, lambda tokens: rates.spend(api_key, tokens - guessed_tokens))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
@@ -186,4 +189,4 @@ async def _read_call(request: Request, kind: type[B], gateway: Gateway) -> Call:
     body = await request_body.read(request, kind)
     require_model(body.model, gateway.model)
     body.check()
-    return Call(request_id, body, forced_route, codec)
+    return Call(request_id, body, forced_route, codec, request.state.api_key)

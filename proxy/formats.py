@@ -17,6 +17,7 @@ from proxy.calls import Call, Part, Reader
 from proxy.handoff import Piece
 from proxy.ledger import Account
 from proxy.openai import B, ChatBody, CompletionBody
+from proxy.prefill_node import PromptLogprobs
 from proxy.vocabulary import Vocabulary
 from transfer.errors import EngineError
 from transfer.messages import FinishReason, TokenLogprob
@@ -50,6 +51,7 @@ class Choice:
         self.texts: list[str] = []
         self.logprobs: list[TokenLogprob] = []
         self.reason: FinishReason | None = None
+        self.prompt_logprobs: PromptLogprobs | None = None
         # Where, in the answer's text, the next token with log probabilities begins.
         self.offset = 0
 
@@ -88,6 +90,7 @@ class Format(ABC, Generic[B]):
         choice = self._choices[piece.choice]
         choice.reason = piece.finish_reason or choice.reason
         choice.logprobs += piece.logprobs
+        choice.prompt_logprobs = piece.prompt_logprobs or choice.prompt_logprobs
         return [self._chunk([delta]) for delta in self._deltas(choice, piece)]
 
     def closing(self, accounts: Sequence[Account]) -> list[Chunk]:
@@ -148,6 +151,8 @@ class ChatFormat(Format[ChatBody]):
     ) -> None:
         super().__init__(request_id, body, vocabulary)
         self._new_reader = new_reader
+        # OpenAI's older form, in which an answer has one call at most.
+        self._functions = bool(body.functions)
         self._readers: dict[int, Reader] = {}
         self._calls: list[list[Call]] = [[] for _ in self._choices]
 
@@ -157,12 +162,19 @@ class ChatFormat(Format[ChatBody]):
             self._chunk([_chat_choice(choice.index, {"role": "assistant", "content": ""})]) for choice in self._choices
         ]
 
+    def whole(self, accounts: Sequence[Account]) -> Chunk:
+        """As for all; chat has one prompt, whose log probabilities stand beside the choices, where vLLM has them."""
+        found = super().whole(accounts)
+        if self._body.prompt_logprobs is not None:
+            found["prompt_logprobs"] = self._choices[0].prompt_logprobs
+        return found
+
     def _deltas(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
         deltas = []
         for part in self._read(choice, piece):
             if isinstance(part, Call):
                 self._take_call(choice, part)
-                deltas.append(_chat_choice(choice.index, {"tool_calls": [_call_delta(part)]}))
+                deltas.append(_chat_choice(choice.index, self._call_delta(part)))
             else:
                 choice.texts.append(part)
                 deltas.append(_chat_choice(choice.index, {"content": part}))
@@ -192,13 +204,23 @@ class ChatFormat(Format[ChatBody]):
     def _end_of(self, choice: Choice) -> str:
         # OpenAI ends a call that the client has named itself with "stop".
         called = self._calls[choice.index] and self._body.tool_use and self._body.tool_use.choice != "named"
-        return "tool_calls" if called and choice.finish_reason == "stop" else choice.finish_reason
+        if not called or choice.finish_reason != "stop":
+            return choice.finish_reason
+        return "function_call" if self._functions else "tool_calls"
+
+    def _call_delta(self, call: Call) -> dict[str, Any]:
+        if self._functions:
+            return {"function_call": _function(call)}
+        return {"tool_calls": [{"index": call.number, **_identity(call), "function": _function(call)}]}
 
     def _message(self, choice: Choice) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
         if calls := self._calls[choice.index]:
             message["content"] = choice.text or None
-            message["tool_calls"] = [_whole_call(call) for call in calls]
+            if self._functions:
+                message["function_call"] = _function(calls[0])
+            else:
+                message["tool_calls"] = [{**_identity(call), "function": _function(call)} for call in calls]
         return {"message": message, "logprobs": self._logprobs(choice.logprobs)}
 
     def _logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
@@ -224,7 +246,10 @@ class CompletionFormat(Format[CompletionBody]):
         return {"index": choice.index, "text": "", "logprobs": None, "finish_reason": choice.finish_reason}
 
     def _message(self, choice: Choice) -> dict[str, Any]:
-        return {"text": choice.text, "logprobs": self._logprobs(choice.logprobs, 0)}
+        message = {"text": choice.text, "logprobs": self._logprobs(choice.logprobs, 0)}
+        if self._body.prompt_logprobs is not None:
+            message["prompt_logprobs"] = choice.prompt_logprobs
+        return message
 
     def _logprobs(self, entries: Sequence[TokenLogprob], offset: int) -> dict[str, Any] | None:
         # Not those that only best_of needs.
@@ -235,11 +260,10 @@ def _chat_choice(index: int, delta: dict[str, Any], reason: str | None = None) -
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
 
 
-def _call_delta(call: Call) -> dict[str, Any]:
-    if call.name is None:
-        return {"index": call.number, "function": {"arguments": call.arguments}}
-    return {"index": call.number, **_whole_call(call)}
+def _identity(call: Call) -> dict[str, Any]:
+    """What is told of a call once: nothing where only more of its arguments comes."""
+    return {} if call.name is None else {"id": call.id, "type": "function"}
 
 
-def _whole_call(call: Call) -> dict[str, Any]:
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+def _function(call: Call) -> dict[str, Any]:
+    return {"arguments": call.arguments} if call.name is None else {"name": call.name, "arguments": call.arguments}

@@ -11,16 +11,17 @@ from typing import NamedTuple
 import structlog
 
 from proxy import costs, handoff, router
+from proxy.api_keys import NOBODY, ApiKey
 from proxy.breaker import Breaker
 from proxy.costs import PrefillTime
 from proxy.decode_node import DecodeNode
-from proxy.handoff import PREFILL, Job, NodeFailedError, Pieces, Vllm
+from proxy.handoff import PREFILL, Job, NodeFailedError, Piece, Pieces, Vllm
 from proxy.ledger import Account, Entry, Ledger
 from proxy.limits import Admission
 from proxy.metrics import Metrics
 from proxy.nodes import DecodePool
 from proxy.openai import Body, ChatBody
-from proxy.prefill_node import PrefillNode
+from proxy.prefill_node import PrefillNode, PromptLogprobs
 from proxy.registry import Registry
 from proxy.render import Renderer
 from proxy.router import Route
@@ -41,6 +42,7 @@ class Call(NamedTuple):
     body: Body
     forced_route: Route | None
     codec: str | None
+    api_key: ApiKey = NOBODY
 
 
 class Gateway:
@@ -93,11 +95,17 @@ class Gateway:
         """
         async with AsyncExitStack() as held:
             with account.meter.stage("queue"):
-                await held.enter_async_context(self.admission.slot(call.request_id))
+                slot = self.admission.slot(call.request_id, call.api_key, call.body.guessed_prompt_tokens)
+                share = await held.enter_async_context(slot)
+                held.callback(lambda: share.settle(account.prompt_tokens + account.completion_tokens))
             with account.meter.stage("tokenize"):
                 prompt = await self._tokenize(call.body)
             with account.meter.stage("route"):
                 job = self._plan(call, prompt, account)
+            if call.body.prompt_logprobs is not None:
+                scored = await self._scored(job, call.body.prompt_logprobs)
+                for choice in range(job.choices):
+                    yield Piece("", choice=choice, prompt_logprobs=scored)
             async with aclosing(self._served(call, job, account)) as pieces:
                 async for piece in pieces:
                     yield piece
@@ -155,7 +163,12 @@ class Gateway:
             body.choices,
             body.echoes_logprobs,
             forced=call.forced_route is not None,
+            tenant="" if self.cluster.proxy.share_prefixes else call.api_key.tenant,
         )
+
+    async def _scored(self, job: Job, num_top: int) -> PromptLogprobs:
+        """What only vLLM gives, whichever route the answer takes: the log probabilities of the prompt's tokens."""
+        return await self.prefill.prompt_logprobs(f"{job.request_id}-prompt", job.prompt, num_top, tenant=job.tenant)
 
     async def _served(self, call: Call, job: Job, account: Account) -> Pieces:
         """The answer to ``job``, by as many nodes as it takes; what nodes fail with is raised if no other may go on."""

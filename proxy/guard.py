@@ -1,4 +1,4 @@
-"""The door in front of the application: who presents no API key gets no further than ``/health``."""
+"""The door in front of the application: who presents no API key gets no further than ``/health`` and an empty page."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from proxy.api_keys import ApiKeys
+from proxy.api_keys import NOBODY, ApiKey, ApiKeys
 from proxy.failures import AuthenticationError, describe
 
-NOBODY = ""
-_OPEN_PATHS = ("/health", "/health/live", "/health/ready")
+# The dashboard's page and what it consists of hold no data.
+_OPEN_PATHS = ("/", "/health", "/health/live", "/health/ready")
+_OPEN_FILES = "/static/"
 
 
 class Guard:
-    """ASGI middleware; whoever passes is named in ``scope["state"]["api_key"]``."""
+    """ASGI middleware; whose key it is stands in ``scope["state"]["api_key"]``."""
 
     def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
         self._app = app
@@ -31,8 +32,9 @@ class Guard:
             scope.setdefault("state", {})["api_key"] = holder
         await self._app(scope, receive, send)
 
-    def _holder(self, scope: Scope) -> str | None:
-        if not self._keys or scope["path"] in _OPEN_PATHS:
+    def _holder(self, scope: Scope) -> ApiKey | None:
+        path: str = scope["path"]
+        if not self._keys or path in _OPEN_PATHS or path.startswith(_OPEN_FILES):
             return NOBODY
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         return self._keys.holder(key.strip()) if scheme.lower() == "bearer" else None

@@ -19,7 +19,7 @@ from proxy.costs import PrefillTime
 from proxy.decode_node import Conversation, DecodeNode
 from proxy.ledger import Account
 from proxy.nodes import DecodePool
-from proxy.prefill_node import STREAM_SILENCE_S, Counts, FirstToken, PrefillNode
+from proxy.prefill_node import STREAM_SILENCE_S, Counts, FirstToken, PrefillNode, PromptLogprobs
 from proxy.router import choose_codec, computes_the_rest, unknown_to_vllm
 from transfer.errors import CapacityError, CodecError, EngineError, IsthmusError, LinkError, ProtocolError
 from transfer.messages import FinishReason, Reserve, Sampling, Ticket, TokenLogprob
@@ -36,7 +36,8 @@ log = structlog.get_logger()
 class Piece(NamedTuple):
     """Text of one choice for the client, and what was sampled; a choice's last piece has its ``finish_reason``.
 
-    Text may lag behind tokens: ``token_ids`` and ``logprobs`` come as soon as they are known.
+    Text may lag behind tokens: ``token_ids`` and ``logprobs`` come as soon as they are known. ``prompt_logprobs``, where
+    they are asked for, come before everything else.
     """
 
     text: str
@@ -44,6 +45,7 @@ class Piece(NamedTuple):
     choice: int = 0
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 Pieces = AsyncGenerator[Piece, None]
@@ -55,7 +57,7 @@ class Job(NamedTuple):
     ``codec`` is the one the client asks for, ``default_codec`` the one where it asks for none. ``choices`` answers are
     made. ``echo`` repeats the prompt, with log probabilities, in front of them (route ``gpu``). The last
     ``prior_output`` tokens of the prompt are output of nodes that failed; workers in ``avoid`` are among those. A
-    ``forced`` route is kept.
+    ``forced`` route is kept. KV is shared with requests of the same ``tenant`` only.
     """
 
     request_id: str
@@ -69,6 +71,7 @@ class Job(NamedTuple):
     prior_output: int = 0
     avoid: frozenset[str] = frozenset()
     forced: bool = False
+    tenant: str = ""
 
     @property
     def cells(self) -> int:
@@ -149,7 +152,9 @@ async def cpu(job: Job, workers: DecodePool, account: Account) -> Pieces:
 
 async def gpu(job: Job, prefill: PrefillNode, account: Account) -> Pieces:
     """Prefill and decode in vLLM."""
-    stream = prefill.stream(job.request_id, job.prompt, job.sampling, choices=job.choices, echo=job.echo)
+    stream = prefill.stream(
+        job.request_id, job.prompt, job.sampling, choices=job.choices, echo=job.echo, tenant=job.tenant
+    )
     with _blaming(PREFILL):
         async with aclosing(stream) as deltas:
             with account.meter.stage("prefill"):
@@ -170,7 +175,9 @@ async def _prefilled(
 
     async def ask() -> FirstToken:
         with _blaming(PREFILL):
-            first = await vllm.node.prefill(job.request_id, job.prompt, job.sampling, ticket, job.deadline_s)
+            first = await vllm.node.prefill(
+                job.request_id, job.prompt, job.sampling, ticket, job.deadline_s, tenant=job.tenant
+            )
             if first.export_error and not _is_all(first, job):
                 raise EngineError(f"the KV was not exported: {first.export_error}")
             return first
@@ -249,6 +256,7 @@ def _placed(job: Job, workers: DecodePool, account: Account, *, kv: bool) -> tup
         deadline_ms=round((job.deadline_s + RESERVED_LONGER_S) * 1000),
         choices=job.choices,
         prior_output=job.prior_output,
+        tenant=job.tenant,
     )
     return node, reserve
 
@@ -294,8 +302,7 @@ def _decoder_samples(job: Job) -> bool:
     """
     sampling = job.sampling
     seeded = sampling.seed is not None and sampling.temperature > 0
-    constrained = bool(sampling.json_schema or sampling.grammar)
-    return seeded or constrained or job.choices > 1 or unknown_to_vllm(sampling, job.prior_output) is not None
+    return seeded or sampling.constrained or job.choices > 1 or unknown_to_vllm(sampling, job.prior_output) is not None
 
 
 def _can_send(first: FirstToken, sampling: Sampling) -> bool:

@@ -8,15 +8,15 @@ by name. ``top_k``, ``min_p``, ``repetition_penalty``, ``ignore_eos``, ``min_tok
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from proxy import constraints
-from proxy.constraints import ResponseFormat, Schema, StructuredOutputs
+from proxy.constraints import Choices, Constraint, Grammar, Regex, ResponseFormat, Schema, StructuredOutputs
 from proxy.failures import UnknownModelError
 from proxy.logprobs import MAX_TOP
-from proxy.tools import MAX_TOOLS, Tool, ToolChoice, ToolUse, use
+from proxy.tools import MAX_TOOLS, Function, FunctionChoice, Tool, ToolChoice, ToolUse, use, use_of_functions
 from proxy.turns import TemplateFields, Turn, for_template
 from transfer.errors import RequestError
 from transfer.messages import Sampling
@@ -25,6 +25,8 @@ MAX_STOPS = 16
 MAX_CHOICES = 16
 MAX_PROMPTS = 64
 COMPLETION_MAX_TOKENS = 16
+# Before a text is tokenized: what English takes.
+CHARACTERS_PER_TOKEN = 4
 _INT64 = 2**63
 
 Prompt = str | list[int]
@@ -46,7 +48,6 @@ _SAMPLING_FIELDS = (
     "dry_base",
     "dry_allowed_length",
     "dry_penalty_last_n",
-    "grammar",
 )
 
 
@@ -116,12 +117,14 @@ class _Body(_Schema):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Schema | str | None = None
+    guided_regex: Regex | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Grammar | None = None
     json_schema: Schema | None = None
-    grammar: Annotated[str, Field(max_length=constraints.MAX_SCHEMA_BYTES)] | None = None
+    grammar: Grammar | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
     timings_per_token: bool | None = None
     isthmus: bool | None = None
-
-    prompt_logprobs: int | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -167,33 +170,35 @@ class _Body(_Schema):
             stop=tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             logprobs=self.num_top,
-            json_schema=self.answer_schema,
+            **self.constraint._asdict(),
             **fields,
         )
 
     @cached_property
-    def answer_schema(self) -> str:
-        """The JSON schema that the answer must match, as JSON; empty for free text."""
-        found = {param: schema for param, schema in self._schemas().items() if schema is not None}
-        if len(found) + bool(self.grammar) > 1:
-            names = " and ".join([*found, *(["grammar"] if self.grammar else [])])
-            raise RequestError(f"{names} cannot be combined; keep one of them", next(iter(found)))
-        return "".join(constraints.encoded(schema, param) for param, schema in found.items())
+    def constraint(self) -> Constraint:
+        """What the answer must match; nothing for free text."""
+        return constraints.only(self._constraints()) or Constraint()
 
     def check(self) -> None:
         """Raise :class:`RequestError` about fields that contradict each other or whose effect we lack."""
-        if self.prompt_logprobs is not None:
-            raise RequestError("prompt_logprobs: use echo with logprobs on /v1/completions", "prompt_logprobs")
+        if self.stream and self.prompt_logprobs is not None:
+            raise RequestError("prompt_logprobs cannot be streamed; leave it or stream out", "prompt_logprobs")
         # A bad schema is found here, before anything is reserved.
-        _ = self.answer_schema
+        _ = self.constraint
 
-    def _schemas(self) -> dict[str, Schema | None]:
-        """The fields that ask for a schema, with what they ask for."""
-        return {
+    def _constraints(self) -> dict[str, Constraint | None]:
+        """The fields that constrain the answer, with what they ask for."""
+        schemas = {
             "response_format": constraints.of_format(self.response_format),
-            "structured_outputs": constraints.of_outputs(self.structured_outputs),
             "guided_json": constraints.parsed(self.guided_json, "guided_json"),
             "json_schema": self.json_schema,
+        }
+        return {param: constraints.of_schema(schema, param) for param, schema in schemas.items()} | {
+            "structured_outputs": constraints.of_outputs(self.structured_outputs),
+            "guided_regex": constraints.of_regex(self.guided_regex),
+            "guided_choice": constraints.of_choices(self.guided_choice),
+            "guided_grammar": constraints.of_grammar(self.guided_grammar),
+            "grammar": constraints.of_grammar(self.grammar),
         }
 
 
@@ -207,9 +212,8 @@ class ChatBody(_Body, TemplateFields):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-
-    functions: list[Any] | None = None
-    function_call: Any = None
+    functions: Annotated[list[Function], Field(max_length=MAX_TOOLS)] | None = None
+    function_call: FunctionChoice | None = None
 
     @property
     def token_limit(self) -> int | None:
@@ -221,30 +225,40 @@ class ChatBody(_Body, TemplateFields):
         """``logprobs`` turns them on, ``top_logprobs`` says how many."""
         return _or(self.top_logprobs, 0) if self.logprobs else None
 
+    @property
+    def guessed_prompt_tokens(self) -> int:
+        """About how many tokens the conversation has, by its length."""
+        return 1 + sum(len(turn.content or "") for turn in self.messages) // CHARACTERS_PER_TOKEN
+
     @cached_property
     def tool_use(self) -> ToolUse | None:
         """Which tools the model may call, if any."""
+        if self.functions:
+            return use_of_functions(self.functions, self.function_call)
         return use(self.tools, self.tool_choice, parallel=_or(self.parallel_tool_calls, True))
 
     def turns(self) -> list[dict[str, Any]]:
         """The messages as chat templates know them."""
         return for_template(self.messages)
 
-    def _schemas(self) -> dict[str, Schema | None]:
+    def _constraints(self) -> dict[str, Constraint | None]:
         """An answer that must be a call is nothing else."""
         calls = self.tool_use.schema() if self.tool_use else None
-        return {"tools": calls} if calls else super()._schemas()
+        return {"tools": constraints.of_schema(calls, "tools")} if calls else super()._constraints()
 
     def check(self) -> None:
         """As for all bodies, and what only chat has."""
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs = true", "top_logprobs")
-        for field in ("functions", "function_call"):
-            if getattr(self, field):
-                raise RequestError(f"{field} is not supported; use tools and tool_choice", field)
+        if self.functions and (self.tools or self.tool_choice):
+            raise RequestError("functions are the older form of tools; give one of them", "functions")
+        if self.function_call not in (None, "none", "auto") and not self.functions:
+            raise RequestError("function_call needs functions", "function_call")
         for tool in self.tools or ():
             constraints.encoded(tool.function.parameters or {}, "tools")
+        for function in self.functions or ():
+            constraints.encoded(function.parameters or {}, "functions")
         self.turns()
         self.template_options()
 
@@ -295,6 +309,11 @@ class CompletionBody(_Body):
             raise RequestError(f"best_of = {self.best_of} is under n = {self.n}", "best_of")
         if self.stream and self.choices > self.kept_choices:
             raise RequestError("best_of cannot be streamed; leave it or stream out", "best_of")
+
+    @property
+    def guessed_prompt_tokens(self) -> int:
+        """About how many tokens all prompts have, by their length."""
+        return 1 + sum(len(each) // (CHARACTERS_PER_TOKEN if isinstance(each, str) else 1) for each in self.prompt)
 
     def apart(self) -> list[CompletionBody]:
         """One body for each prompt."""

@@ -1,7 +1,7 @@
 """The client to the prefill node: vLLM's own OpenAI server over HTTP.
 
 Requests go to ``/v1/completions`` with token ids as the prompt. ``return_token_ids``, ``return_tokens_as_token_ids``,
-``structured_outputs`` and ``kv_transfer_params`` are vLLM's additions
+``structured_outputs``, ``cache_salt``, ``prompt_logprobs`` and ``kv_transfer_params`` are vLLM's additions
 (``vllm/entrypoints/openai/completion/protocol.py``).
 """
 
@@ -45,6 +45,9 @@ _SAME_FIELDS = (
 )
 _FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
+# As vLLM says them: for each token of a prompt but the first the likeliest ones in its place, by their ids.
+PromptLogprobs = list[dict[str, Any] | None]
+
 log = structlog.get_logger()
 
 
@@ -74,6 +77,7 @@ class _Choice(msgspec.Struct):
     finish_reason: str | None = None
     token_ids: list[int] | None = None
     logprobs: _Logprobs | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class _Error(msgspec.Struct):
@@ -161,14 +165,23 @@ class PrefillNode:
             await self._http.aclose()
 
     async def prefill(
-        self, request_id: str, prompt: list[int], sampling: Sampling, ticket: Ticket, timeout_s: float
+        self,
+        request_id: str,
+        prompt: list[int],
+        sampling: Sampling,
+        ticket: Ticket,
+        timeout_s: float,
+        *,
+        tenant: str = "",
     ) -> FirstToken:
         """Prefill ``prompt``, export its KV to ``ticket`` and sample one token.
+
+        vLLM's prefix cache serves it with what requests of the same ``tenant`` left there.
 
         Raises :class:`LinkError` when vLLM is unreachable or takes longer than ``timeout_s``, :class:`EngineError` when
         it fails and :class:`RequestError` when it refuses the request.
         """
-        body = self._body(prompt, sampling) | {
+        body = self._body(prompt, sampling, tenant) | {
             "max_tokens": 1,
             "min_tokens": min(1, sampling.min_tokens),
             "structured_outputs": None,
@@ -193,8 +206,26 @@ class PrefillNode:
             logprobs=_token_logprobs(choice.logprobs, sampling.logprobs),
         )
 
+    async def prompt_logprobs(
+        self, request_id: str, prompt: list[int], num_top: int, *, tenant: str = ""
+    ) -> PromptLogprobs:
+        """Log probabilities of the prompt's tokens, with ``num_top`` alternatives each. Errors as above."""
+        body = self._body(prompt, Sampling(max_tokens=1, temperature=0.0), tenant) | {"prompt_logprobs": num_top}
+        async with self._post(request_id, body) as response:
+            completion = _parse(await response.aread())
+        if not completion.choices or completion.choices[0].prompt_logprobs is None:
+            raise EngineError("vLLM answered without prompt_logprobs")
+        return completion.choices[0].prompt_logprobs
+
     async def stream(
-        self, request_id: str, prompt: list[int], sampling: Sampling, *, choices: int = 1, echo: bool = False
+        self,
+        request_id: str,
+        prompt: list[int],
+        sampling: Sampling,
+        *,
+        choices: int = 1,
+        echo: bool = False,
+        tenant: str = "",
     ) -> AsyncGenerator[Delta | Counts, None]:
         """Generate the whole answer on the prefill node: Deltas of ``choices`` choices, then Counts.
 
@@ -203,7 +234,7 @@ class PrefillNode:
         """
         # Greedy choices are all the same, and vLLM makes one of them only.
         copies = choices if sampling.temperature < _GREEDY_BELOW else 1
-        body = self._body(prompt, sampling) | {
+        body = self._body(prompt, sampling, tenant) | {
             "n": choices // copies,
             "echo": echo,
             "stream": True,
@@ -239,16 +270,16 @@ class PrefillNode:
         except httpx.HTTPError as error:
             raise LinkError(f"the prefill node at {self.url} failed: {_say(error)}") from None
 
-    def _body(self, prompt: list[int], sampling: Sampling) -> dict[str, Any]:
+    def _body(self, prompt: list[int], sampling: Sampling, tenant: str) -> dict[str, Any]:
         # Every field is written out, so that no default of the server's can make the two engines sample differently.
-        schema = sampling.json_schema
         return {
             "model": self._model,
             "prompt": prompt,
             **{field: getattr(sampling, field) for field in _SAME_FIELDS},
             "logit_bias": {str(token): bias for token, bias in sampling.logit_bias.items()} or None,
-            "structured_outputs": {"json": msgspec.json.decode(schema)} if schema else None,
+            "structured_outputs": _structured_outputs(sampling),
             "return_tokens_as_token_ids": True,
+            "cache_salt": tenant or None,
         }
 
     def _mark(self, *, up: bool, reason: str = "") -> None:
@@ -258,6 +289,13 @@ class PrefillNode:
             log.warning("prefill node is down", url=self.url, reason=reason)
         self.up = up
         self.down_reason = reason
+
+
+def _structured_outputs(sampling: Sampling) -> dict[str, Any] | None:
+    """What the answer must match, as far as vLLM is asked for it."""
+    if sampling.json_schema:
+        return {"json": msgspec.json.decode(sampling.json_schema)}
+    return {"regex": sampling.regex} if sampling.regex else None
 
 
 def _parse(data: bytes) -> _Completion:

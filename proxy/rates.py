@@ -8,32 +8,47 @@ from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import FixedWindowRateLimiter
 
+from proxy.api_keys import ApiKey
 from proxy.failures import RateLimitError
 
 
 class Rates:
-    """Requests and tokens a minute for each key, 0 for any number.
+    """Requests and tokens a minute for each key, 0 for any number, where the key's own line does not say otherwise.
 
-    A request's tokens are known when it ends: a key that has used up its minute is refused until the next one begins.
+    A request's tokens are counted as they become known: a guess at its prompt at once, the rest when it ends. A key
+    that has used up its minute is refused until the next one begins.
     """
 
     def __init__(self, requests_per_minute: int, tokens_per_minute: int) -> None:
         self._limiter = FixedWindowRateLimiter(MemoryStorage())
-        self._requests = RateLimitItemPerMinute(requests_per_minute) if requests_per_minute else None
-        self._tokens = RateLimitItemPerMinute(tokens_per_minute) if tokens_per_minute else None
+        self._default_requests = requests_per_minute
+        self._default_tokens = tokens_per_minute
 
-    def admit(self, key: str) -> None:
+    def admit(self, key: ApiKey) -> None:
         """Count a request of ``key``; :class:`RateLimitError` if it has none left, or no tokens."""
-        if self._tokens and not self._limiter.test(self._tokens, "tokens", key):
-            raise self._refusal(self._tokens, "tokens", key)
-        if self._requests and not self._limiter.hit(self._requests, "requests", key):
-            raise self._refusal(self._requests, "requests", key)
+        tokens, requests = self._tokens(key), self._requests(key)
+        if tokens and not self._limiter.test(tokens, "tokens", key.name):
+            raise self._refusal(tokens, "tokens", key)
+        if requests and not self._limiter.hit(requests, "requests", key.name):
+            raise self._refusal(requests, "requests", key)
 
-    def spend(self, key: str, tokens: int) -> None:
-        """Count the tokens of a request that has ended."""
-        if self._tokens and tokens:
-            self._limiter.hit(self._tokens, "tokens", key, cost=tokens)
+    def spend(self, key: ApiKey, num_tokens: int) -> None:
+        """Count tokens of ``key``."""
+        tokens = self._tokens(key)
+        if tokens and num_tokens > 0:
+            self._limiter.hit(tokens, "tokens", key.name, cost=num_tokens)
 
-    def _refusal(self, limit: RateLimitItemPerMinute, what: str, key: str) -> RateLimitError:
-        reset_s = self._limiter.get_window_stats(limit, what, key).reset_time - time.time()
+    def _tokens(self, key: ApiKey) -> RateLimitItemPerMinute | None:
+        return _item(key.limits.tokens_per_minute, self._default_tokens)
+
+    def _requests(self, key: ApiKey) -> RateLimitItemPerMinute | None:
+        return _item(key.limits.requests_per_minute, self._default_requests)
+
+    def _refusal(self, limit: RateLimitItemPerMinute, what: str, key: ApiKey) -> RateLimitError:
+        reset_s = self._limiter.get_window_stats(limit, what, key.name).reset_time - time.time()
         return RateLimitError(f"more than {limit.amount} {what} in a minute with this API key", max(1, round(reset_s)))
+
+
+def _item(own: int | None, default: int) -> RateLimitItemPerMinute | None:
+    amount = default if own is None else own
+    return RateLimitItemPerMinute(amount) if amount else None

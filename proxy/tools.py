@@ -53,6 +53,7 @@ class NamedTool(_Part):
 
 
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
+FunctionChoice = Literal["none", "auto"] | FunctionName
 
 
 class ToolUse(NamedTuple):
@@ -92,6 +93,19 @@ def use(tools: Sequence[Tool] | None, choice: ToolChoice | None, *, parallel: bo
     if choice == "none" or not tools:
         return None
     return ToolUse(tools, "required" if choice == "required" else "auto", tools, MAX_CALLS if parallel else 1)
+
+
+def use_of_functions(functions: Sequence[Function], choice: FunctionChoice | None) -> ToolUse | None:
+    """The same for ``functions`` and ``function_call``, OpenAI's fields before there were tools: one call at most.
+
+    Raises :class:`RequestError` if they contradict.
+    """
+    tools = [Tool(type="function", function=function) for function in functions]
+    if isinstance(choice, FunctionName):
+        if choice.name not in (function.name for function in functions):
+            raise RequestError(f"function_call names {choice.name!r}, which functions does not have", "function_call")
+        return use(tools, NamedTool(type="function", function=choice), parallel=False)
+    return use(tools, choice, parallel=False)
 
 
 def spell_out(turns: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -60,15 +60,22 @@ class UserTurn(_Turn):
 
 
 class AssistantTurn(_Turn):
-    """What the model said or called before."""
+    """What the model said or called before; ``function_call`` is OpenAI's older form of ``tool_calls``."""
 
     role: Literal["assistant"]
     content: Text | None = None
     tool_calls: list[ToolCall] | None = None
+    function_call: CalledFunction | None = None
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        """In the newer form, where a call of the older one is known by its function's name."""
+        older = self.function_call
+        return self.tool_calls or ([ToolCall(id=older.name, function=older)] if older else [])
 
     @model_validator(mode="after")
     def _says_something(self) -> AssistantTurn:
-        if self.content is None and not self.tool_calls:
+        if self.content is None and not self.calls:
             raise ValueError("an assistant's message needs content or tool_calls")
         return self
 
@@ -81,7 +88,16 @@ class ToolTurn(_Turn):
     tool_call_id: str
 
 
-Turn = Annotated[InstructionTurn | UserTurn | AssistantTurn | ToolTurn, Field(discriminator="role")]
+class FunctionTurn(_Turn):
+    """The same before there were tools."""
+
+    role: Literal["function"]
+    name: str
+    content: Text | None = None
+
+
+AnyTurn = InstructionTurn | UserTurn | AssistantTurn | ToolTurn | FunctionTurn
+Turn = Annotated[AnyTurn, Field(discriminator="role")]
 
 
 # What apply_chat_template of transformers takes for itself.
@@ -114,19 +130,22 @@ class TemplateFields(_Turn):
         return own | {"add_generation_prompt": opening, "continue_final_message": going_on}
 
 
-def for_template(turns: Sequence[InstructionTurn | UserTurn | AssistantTurn | ToolTurn]) -> list[dict[str, Any]]:
-    """The messages as chat templates know them: arguments as objects, no ``developer``."""
+def for_template(turns: Sequence[AnyTurn]) -> list[dict[str, Any]]:
+    """The messages as chat templates know them: arguments as objects, no ``developer``, no ``function``."""
     return [_for_template(turn) for turn in turns]
 
 
-def _for_template(turn: InstructionTurn | UserTurn | AssistantTurn | ToolTurn) -> dict[str, Any]:
+def _for_template(turn: AnyTurn) -> dict[str, Any]:
     match turn:
         case InstructionTurn():
             return {"role": "system", "content": turn.content}
-        case AssistantTurn(tool_calls=list(calls)) if calls:
-            return {"role": "assistant", "content": turn.content or "", "tool_calls": [_call(call) for call in calls]}
+        case AssistantTurn() if turn.calls:
+            calls = [_call(call) for call in turn.calls]
+            return {"role": "assistant", "content": turn.content or "", "tool_calls": calls}
         case ToolTurn():
             return {"role": "tool", "content": turn.content, "tool_call_id": turn.tool_call_id}
+        case FunctionTurn():
+            return {"role": "tool", "content": turn.content or "", "tool_call_id": turn.name}
         case _:
             return {"role": turn.role, "content": turn.content}
 

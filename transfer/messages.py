@@ -51,8 +51,9 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     """How to pick tokens; OpenAI's names, plus those of vLLM, plus llama.cpp's DRY, XTC and typical sampling.
 
     ``top_k`` 0 is off. ``seed`` None means unseeded. ``logprobs`` is how many alternatives to report with each token's
-    own log probability; None reports nothing. At most one of ``json_schema`` (a JSON schema as JSON) and ``grammar``
-    (llama.cpp's GBNF) constrains the output. DRY is off at ``dry_multiplier`` 0, XTC at ``xtc_probability`` 0.
+    own log probability; None reports nothing. At most one of ``json_schema`` (a JSON schema as JSON), ``grammar``
+    (llama.cpp's GBNF, or llguidance's Lark) and ``regex`` (for all of it) constrains the output. DRY is off at
+    ``dry_multiplier`` 0, XTC at ``xtc_probability`` 0.
     """
 
     max_tokens: int
@@ -73,6 +74,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
     json_schema: str = ""
     grammar: str = ""
+    regex: str = ""
     xtc_probability: float = 0.0
     xtc_threshold: float = 0.1
     dry_multiplier: float = 0.0
@@ -80,6 +82,11 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     dry_allowed_length: int = 2
     dry_penalty_last_n: int = -1
     dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+
+    @property
+    def constrained(self) -> bool:
+        """Whether something constrains the output."""
+        return bool(self.json_schema or self.grammar or self.regex)
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
