@@ -259,6 +259,16 @@ def doctor(config: Path | None, peer: str | None, alone: bool, as_json: bool) ->
 
 
 @cli.command()
+@click.option("--url", default="http://127.0.0.1:8100", show_default=True, help="The proxy's address.")
+@click.option("--api-key", envvar="ISTHMUS_API_KEY", help="If it wants one; ISTHMUS_API_KEY does as well.")
+def top(url: str, api_key: str | None) -> None:
+    """Watch nodes and requests, and what splitting gains, until Ctrl-C; one picture if not on a terminal."""
+    from isthmus.top import run
+
+    run(url, api_key)
+
+
+@cli.command()
 def version() -> None:
     """Print the version, and those of the engines that are installed."""
     click.echo(f"isthmus {metadata.version('isthmus')}")
