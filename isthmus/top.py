@@ -87,7 +87,7 @@ def follow(url: str, api_key: str | None, retry_s: float = RETRY_S) -> Iterator[
     """
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     timeout = httpx.Timeout(SILENCE_S, connect=CONNECT_S)
-    last_id: str | None = None
+    last_id = "0"
     began = False
     with httpx.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False) as client:
         while True:
@@ -95,9 +95,9 @@ def follow(url: str, api_key: str | None, retry_s: float = RETRY_S) -> Iterator[
                 if not began:
                     entries = _checked(client.get("/ledger", params={"last": KEPT_ENTRIES})).json()["entries"]
                     yield from (Said("entry", entry) for entry in entries)
-                    last_id = str(entries[-1]["seq"]) if entries and "seq" in entries[-1] else None
+                    last_id = str(entries[-1]["seq"]) if entries else last_id
                     began = True
-                with client.stream("GET", "/events", headers={"Last-Event-ID": last_id} if last_id else {}) as answer:
+                with client.stream("GET", "/events", headers={"Last-Event-ID": last_id}) as answer:
                     for event, data, event_id in _events(_checked(answer)):
                         last_id = event_id or last_id
                         if event in ("entry", "nodes"):

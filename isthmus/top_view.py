@@ -66,7 +66,7 @@ def _nodes(nodes: dict[str, Any] | None) -> Table:
     if nodes is None:
         return table
     prefill = nodes["prefill"]
-    table.add_row("prefill", _state(prefill["up"], "up", prefill.get("down_reason")))
+    table.add_row("prefill", _state(prefill["up"], prefill["state"], prefill["down_reason"]))
     for name, worker in nodes["workers"].items():
         state = _state(worker["up"], worker["state"], worker.get("down_reason"))
         table.add_row(Text(plain(name)), state, *_load(worker.get("status") or {}))
@@ -127,10 +127,12 @@ def _legend() -> Text:
 
 def _totals(entries: Sequence[Entry]) -> Table:
     """The same sums as the dashboard's, by route and codec."""
+    # Requests that were run again to test predictions were nobody's.
+    asked = [entry for entry in entries if not entry.get("shadow_of")]
     ways: dict[str, list[Entry]] = defaultdict(list)
-    for entry in entries:
+    for entry in asked:
         ways[_way(entry)].append(entry)
-    table = Table(title=f"the last {len(entries)} requests", title_justify="left", expand=True, box=None, padding=(0, 1))
+    table = Table(title=f"the last {len(asked)} requests", title_justify="left", expand=True, box=None, padding=(0, 1))
     table.add_column("route and codec", no_wrap=True)
     for title in ("answered", "gained", "lost", "net", "first token, median", "end to end, median", "KV sent"):
         table.add_column(title, justify="right", no_wrap=True)

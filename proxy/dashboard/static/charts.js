@@ -16,7 +16,7 @@ export function colour(variable) {
 export const LINES = ["--line-1", "--line-2", "--line-3", "--line-4", "--line-5", "--line-6", "--line-7"];
 
 // Draws into `place`, instead of what was there. `series` are uPlot's, with `stroke` left out: they get colours in turn.
-export function draw(place, { x, series, data, bands = {} }) {
+export function draw(place, { x, series, data }) {
   const text = colour("--text");
   const grid = { stroke: colour("--rule"), width: 1 };
   const axis = (label, more = {}) => ({ label, stroke: text, grid, ticks: grid, font: "12px system-ui", labelFont: "12px system-ui", ...more });
@@ -28,7 +28,7 @@ export function draw(place, { x, series, data, bands = {} }) {
   const options = {
     width: place.clientWidth || 600,
     height: innerWidth < 600 ? PHONE_HEIGHT : HEIGHT,
-    scales: { x: { time: false, ...bands.x }, y: bands.y ?? {} },
+    scales: { x: { time: false } },
     axes: [axis(x.label, { values: x.values }), axis(x.across, { size: 70 })],
     series: [{ label: x.label, value: x.value }, ...drawn],
     cursor: { drag: { x: false, y: false } },

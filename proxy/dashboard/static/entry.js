@@ -18,6 +18,7 @@ function facts(entry) {
     ["model", entry.model],
     ["worker", entry.worker],
     ["closed", entry.closed_at],
+    ["run again for", entry.shadow_of],
     ["prompt", `${format.count(entry.prompt_tokens)} tokens, ${format.count(entry.kv_reused_tokens)} of them reused`],
     ["answer", `${format.count(entry.completion_tokens)} tokens`],
     ["time to first token", format.duration(entry.ttft_ns)],
@@ -42,7 +43,7 @@ function stagesOf(entry) {
   return make("section", {}, make("h3", {}, "Stages"), table(["stage", "took", "of all", "what"], rows));
 }
 
-// `predicted` maps routes to {ttft_ns, e2e_ns}, as the router saw them before it chose.
+// `predicted` maps routes to what the router expected of them when it chose (proxy/policy.py).
 function predictions(entry) {
   const rows = Object.entries(entry.predicted ?? {}).map(([route, seen]) => {
     const taken = route === entry.route;
@@ -52,9 +53,10 @@ function predictions(entry) {
       taken ? format.duration(entry.ttft_ns) : null,
       format.duration(seen.e2e_ns),
       taken ? format.duration(entry.total_ns) : null,
+      format.count(seen.samples),
     ];
   });
-  const heads = ["route", "first token, predicted", "it was", "end to end, predicted", "it was"];
+  const heads = ["route", "first token, predicted", "it was", "end to end, predicted", "it was", "samples"];
   const parts = [make("h3", {}, "Predicted, and what happened")];
   if (rows.length) parts.push(table(heads, rows));
   if (entry.prefill_alternative_ns) {
@@ -71,6 +73,9 @@ function predictions(entry) {
         ".",
       ),
     );
+  }
+  if (entry.regret_ns !== null && entry.regret_ns !== undefined) {
+    parts.push(make("p", {}, `The best route known of for this request would have ended it ${format.duration(entry.regret_ns)} sooner.`));
   }
   return parts.length > 1 ? make("section", {}, ...parts) : null;
 }

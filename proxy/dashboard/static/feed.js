@@ -11,7 +11,7 @@ const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
 // Calls on.entries(list, newest last), on.nodes(view) and on.state("live" | "lost", why) until the page closes.
 export async function follow(on) {
-  let lastId = null;
+  let lastId = 0;
   let retryMs = RETRY_MS;
   let began = false;
   for (;;) {
@@ -21,11 +21,11 @@ export async function follow(on) {
       if (!began) {
         const { entries } = await json(`/ledger?last=${LIMIT}`);
         on.entries(entries);
-        lastId = entries.at(-1)?.seq ?? null;
+        lastId = entries.at(-1)?.seq ?? 0;
         began = true;
       }
-      const resume = lastId === null ? {} : { "Last-Event-ID": String(lastId) };
-      const answer = await request("/events", { headers: resume, signal: stop.signal });
+      const headers = { "Last-Event-ID": String(lastId) };
+      const answer = await request("/events", { headers, signal: stop.signal });
       if (!answer.ok) throw new Error(`/events: ${answer.status}`);
       on.state("live");
       retryMs = RETRY_MS;

@@ -53,16 +53,15 @@ export class Nodes {
   }
 
   #showCluster(view) {
-    const { prefill, proxy = {} } = view;
+    const { prefill, proxy } = view;
     const node = make(
       "article.card",
-      { "data-node": "prefill", "data-state": prefill.up ? "up" : "down" },
-      heading("Prefill node", prefill.up ? "up" : "down"),
+      { "data-node": "prefill", "data-state": prefill.state },
+      heading("Prefill node", prefill.state),
       facts([
         ["address", prefill.url],
         ["why", prefill.up ? null : prefill.down_reason],
-        ["breaker", prefill.breaker],
-        ["prefill", format.perSecond(prefill.tokens_per_s ?? prefill.prefill_tokens_per_s)],
+        ["prefill", format.perSecond(prefill.prefill_tokens_per_s)],
       ]),
     );
     const self = make(
@@ -70,9 +69,8 @@ export class Nodes {
       { "data-node": "proxy", "data-state": "up" },
       heading("Proxy", "up"),
       facts([
-        ["running", format.count(proxy.running ?? view.running)],
-        ["waiting", format.count(proxy.queued ?? view.queued)],
-        ["policy", proxy.policy],
+        ["running", format.count(proxy.running)],
+        ["waiting", format.count(proxy.queued)],
       ]),
     );
     const link = make("article.card", { "data-node": "link" }, heading("Link", ""), facts(linkFacts(this.#all, view)));
@@ -84,16 +82,12 @@ function linkFacts(all, view) {
   const sent = all.filter((entry) => entry.wire_ns > 0);
   const last = sent.at(-1);
   const rates = sent.map((entry) => format.over(entry.kv_wire_bytes, entry.wire_ns));
-  const told = view.link?.goodput_bytes_per_s ?? view.link?.last_goodput_bytes_per_s;
   return [
-    ["last transfer", format.bytesPerSecond(told ?? rates.at(-1))],
+    ["last transfer", format.bytesPerSecond(view.link.goodput_bytes_per_s)],
     ["fastest of the last requests", format.bytesPerSecond(rates.length ? Math.max(...rates) : 0)],
     ["codec", last?.codec],
-    ["frames sent again", last ? format.count(sum(sent, "kv_resent_frames")) : null],
   ];
 }
-
-const sum = (entries, field) => entries.reduce((total, entry) => total + (entry[field] ?? 0), 0);
 
 function heading(name, state) {
   return make("h4", {}, name, " ", make("span.state", {}, state));
@@ -143,6 +137,8 @@ function workerParts(name, worker) {
         `${format.count(tier.hits)} hits, ${format.count(tier.evictions)} evictions, ${format.bytesPerSecond(tier.read_bytes_per_s)}`,
       ]),
       ["guesses accepted", status.drafted_tokens ? format.percent(status.accepted_tokens / status.drafted_tokens) : null],
+      ["switched off", Object.entries(worker.distrusted).map(([codec, why]) => `${codec}: ${why}`).join("; ")],
+      ["cells hold", worker.welcome?.landing.cell_type],
       ["address", worker.endpoint],
     ]),
   );

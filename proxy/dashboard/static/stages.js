@@ -90,7 +90,8 @@ export function about(entry, stage) {
   } else if (SENDING.includes(stage) || RECEIVING.includes(stage)) {
     lines.push(`${format.bytes(raw)}, codec ${entry.codec}: ${format.bytesPerSecond(format.over(raw, ns))}`);
   } else if (stage === "prefill") {
-    const computed = Math.max(entry.prompt_tokens - (entry.kv_reused_tokens || 0), 0);
+    const known = Math.max(entry.kv_reused_tokens || 0, entry.cached_tokens || 0);
+    const computed = Math.max(entry.prompt_tokens - known, 0);
     lines.push(`${format.count(computed)} new tokens of ${format.count(entry.prompt_tokens)}`);
     lines.push(format.perSecond(format.over(computed, ns)));
   } else if (stage === "decode") {

@@ -59,6 +59,7 @@ export function line(entry, entries) {
     make("code", {}, entry.request_id.slice(0, 12)),
     make("span.way", {}, way(entry)),
     ...went,
+    entry.shadow_of ? make("span.dim", {}, "run again to test predictions") : "",
     make("span", {}, `${format.count(entry.prompt_tokens)} → ${format.count(entry.completion_tokens)} tokens`),
     make("span", {}, `first ${format.duration(entry.ttft_ns)}`),
     make("span", {}, `all ${format.duration(entry.total_ns)}`),

@@ -1,7 +1,7 @@
 // Whether splitting pays: each request's gain against its cost, the running total, and the measured crossover.
 
 import { LINES, draw } from "./charts.js";
-import { find, make, table } from "./dom.js";
+import { find, table } from "./dom.js";
 import * as format from "./format.js";
 import { grossGainNs, way } from "./stages.js";
 
@@ -19,8 +19,9 @@ export class Worth {
     addEventListener("resize", () => this.#soon());
   }
 
+  // Requests that were run again to test predictions were nobody's.
   take(all) {
-    this.#all = all;
+    this.#all = all.filter((entry) => !entry.shadow_of);
     this.#soon();
   }
 
@@ -149,26 +150,25 @@ function waysTable(all) {
   return table(heads, rows);
 }
 
-// `summary.workloads` has for each workload `gain`: by concurrency, the ratio of split to the best whole engine.
+// What `isthmus measure crossover` wrote: for each workload, and for one request with longer and longer prompts, `gain`
+// maps what grows to the ratio of splitting to the best other way.
 function drawCrossover({ command, summary }) {
-  const lines = Object.entries(summary.workloads ?? {}).map(([workload, { gain }]) => [workload, gain ?? {}]);
-  const at = [...new Set(lines.flatMap(([, gain]) => Object.keys(gain).map(Number)))].sort((a, b) => a - b);
-  const verdicts = Object.entries(summary.workloads ?? {}).map(([workload, { verdict }]) => [workload, verdict]);
-  const said = typeof summary.verdict === "string" ? `${summary.verdict} ` : "";
-  find("crossover-caption").textContent = `${said}Measured by ${command.join(" ")}: split over the best whole engine.`;
-  find("crossover-table").replaceChildren(
-    table(["workload", "verdict", ...at.map((number) => `${number} at once`)], verdicts.map(([workload, verdict], place) => [
-      workload,
-      verdict,
-      ...at.map((number) => lines[place][1][number]?.ratio?.toFixed(2)),
-    ])),
-  );
-  if (!at.length) {
-    find("crossover-chart").replaceChildren(make("p", {}, "It holds no ratios to draw."));
-    return;
-  }
-  const series = lines.map(([label], place) => ({ label, variable: LINES[place % LINES.length], spanGaps: true, points: { show: true } }));
+  find("crossover-caption").textContent = `Splitting over the best other way, tokens/s, as ${command.join(" ")} found it.`;
+  const workloads = Object.entries(summary.workloads);
+  drawRatios("crossover-chart", "crossover-table", workloads, "requests at once");
+  const lengths = summary.prompt_length ? [["one request", summary.prompt_length]] : [];
+  drawRatios("lengths-chart", "lengths-table", lengths, "prompt tokens");
+}
+
+function drawRatios(chart, numbers, lines, label) {
+  const at = [...new Set(lines.flatMap(([, { gain }]) => Object.keys(gain).map(Number)))].sort((a, b) => a - b);
+  find(chart).hidden = !at.length;
+  const rows = lines.map(([name, { verdict, gain }]) => [name, verdict, ...at.map((each) => gain[each]?.ratio.toFixed(2))]);
+  const heads = ["workload", "verdict", ...at.map((each) => `${format.count(each)} ${label}`)];
+  find(numbers).replaceChildren(rows.length ? table(heads, rows) : "");
+  if (!at.length) return;
+  const series = lines.map(([name], place) => ({ label: name, variable: LINES[place % LINES.length], spanGaps: true }));
   series.push({ label: "equal", variable: "--text-dim", dash: [4, 4], width: 1, points: { show: false } });
-  const data = [at, ...lines.map(([, gain]) => at.map((number) => gain[number]?.ratio ?? null)), at.map(() => 1)];
-  draw(find("crossover-chart"), { x: { label: "requests at once", across: "times the best whole engine" }, series, data });
+  const data = [at, ...lines.map(([, { gain }]) => at.map((each) => gain[each]?.ratio ?? null)), at.map(() => 1)];
+  draw(find(chart), { x: { label, across: "times the best other way" }, series, data });
 }

@@ -1,0 +1,373 @@
+"""The page in a real browser, between fakes that can be made to misbehave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from measurements import ledger_spans
+from measurements.ledger_entries import Spent
+from proxy.api_keys import make
+from proxy.ledger import Entry
+from proxy.policy import Prediction
+from tests.dashboard.browser import PHONE, Open, Seen, needs_chromium
+from tests.dashboard.entries import varied
+from tests.proxy.conftest import Stack, make_cluster, running, wait_until
+from tests.proxy.fake_prefill import PrefillScript
+from tests.proxy.fake_worker import FakeWorker, Script
+from tests.proxy.workers import announce
+from transfer.messages import Announce
+
+pytestmark = needs_chromium
+
+# A frame on a screen of 60 Hz.
+FRAME_MS = 1000 / 60
+
+
+@pytest.fixture(autouse=True)
+def fresh_scripts(stack: Stack) -> Iterator[None]:
+    stack.prefill.script, stack.worker.script = PrefillScript(), Script()
+    yield
+
+
+@pytest.fixture
+def one(stack: Stack) -> Entry:
+    assert stack.chat({"X-Isthmus-Route": "split"}).status_code == 200
+    return stack.gateway.ledger.last(1)[0]
+
+
+def add(stack: Stack, entries: Iterator[Entry]) -> None:
+    for entry in entries:
+        stack.gateway.ledger.add(entry)
+
+
+def ask_from_the_page(seen: Seen, prompt: str, route: str) -> None:
+    seen.view("try")
+    seen.page.fill("#try-prompt", prompt)
+    seen.page.select_option("#try-route", route)
+    seen.page.click("#try-send")
+    seen.until("!document.getElementById('try-send').disabled")
+
+
+def test_a_question_is_answered_and_appears_in_the_waterfall(stack: Stack, open_page: Open) -> None:
+    seen = open_page(stack.url)
+    ask_from_the_page(seen, "hi", "split")
+    assert seen.page.inner_text("#answers .answer") == "one two three"
+    entry = stack.entries()[-1]
+    row = f'[data-request-id="{entry["request_id"]}"]'
+    assert seen.count(f"#answers {row} .bar") > 0
+    seen.view("waterfall")
+    seen.until(f"document.querySelector('#requests {row}')")
+    bars = seen.page.eval_on_selector_all(f"#requests {row} .bar", "all => all.map(b => [b.dataset.stage, b.dataset.ns])")
+    assert {"prefill", "transfer_exposed", "decode"} <= {stage for stage, _ in bars}
+    assert all(entry[f"{stage}_ns"] == int(ns) for stage, ns in bars)
+    assert seen.errors == []
+
+
+def test_all_routes_side_by_side(stack: Stack, open_page: Open) -> None:
+    seen = open_page(stack.url)
+    ask_from_the_page(seen, "hi", "all")
+    shown = seen.page.eval_on_selector_all("#answers .card", "all => all.map(c => c.dataset.route)")
+    assert shown == ["split", "gpu", "cpu"] == [entry["route"] for entry in stack.entries()[-3:]]
+    assert seen.count("#answers .request") == 3
+
+
+def test_a_route_that_fails_says_why(stack: Stack, open_page: Open) -> None:
+    stack.prefill.script.refuse = (500, "no <b>memory</b>")
+    seen = open_page(stack.url)
+    ask_from_the_page(seen, "hi", "gpu")
+    assert "no <b>memory</b>" in seen.page.inner_text("#answers")
+
+
+def test_an_answer_can_be_stopped(stack: Stack, open_page: Open) -> None:
+    stack.prefill.script.endless = True
+    seen = open_page(stack.url)
+    seen.view("try")
+    seen.page.fill("#try-prompt", "hi")
+    seen.page.select_option("#try-route", "gpu")
+    seen.page.click("#try-send")
+    seen.until("document.querySelector('#answers .answer').textContent.length > 20")
+    seen.page.click("#try-stop")
+    seen.until("!document.getElementById('try-send').disabled")
+    assert "stopped" in seen.page.inner_text("#answers")
+    stack.assert_idle()
+
+
+def test_stages_lie_where_the_command_says(stack: Stack, one: Entry, open_page: Open) -> None:
+    entries = list(varied(one, 100))
+    told = [msgspec.to_builtins(entry) for entry in entries]
+    seen = open_page(stack.url)
+    script = "async told => { const {spans} = await import('/static/stages.js'); return told.map(spans); }"
+    drawn = seen.page.evaluate(script, told)
+    for entry, spans in zip(told, drawn, strict=True):
+        # The page shows the worker's first token as part of `decode`.
+        here = {(s["stage"], s["beginNs"], s["lengthNs"]) for s in spans if s["stage"] != "first_decode"}
+        assert here == {tuple(span)[1:] for span in ledger_spans.spans(msgspec.convert(entry, Spent))}
+        assert {s["lane"] for s in spans} <= {"proxy", "prefill", "wire", "decode"}
+
+
+def test_the_entry_opens_with_what_was_predicted(stack: Stack, one: Entry, open_page: Open) -> None:
+    entry = next(entry for entry in varied(one, 20) if entry.route == "split")
+    seen_before = {
+        "split": Prediction(ttft_ns=5_000_000, tpot_ns=1, e2e_ns=9_000_000, samples=4),
+        "gpu": Prediction(ttft_ns=7_000_000, tpot_ns=1, e2e_ns=8_000_000, samples=3),
+    }
+    entry = msgspec.structs.replace(entry, predicted=seen_before)
+    add(stack, iter([entry]))
+    seen = open_page(stack.url)
+    seen.page.click(f'[data-request-id="{entry.request_id}"] .head')
+    said = seen.page.inner_text("#entry")
+    assert entry.request_id in said
+    assert "made up" in said
+    stages = seen.page.eval_on_selector_all("[data-stage-ns]", "all => all.map(s => [s.dataset.stageNs, s.dataset.ns])")
+    assert len(stages) > 8
+    assert all(getattr(entry, f"{stage}_ns") == int(ns) for stage, ns in stages)
+    assert "split, taken" in said
+    assert "5.0 ms" in said
+    assert "8.0 ms" in said
+
+
+def test_hover_and_tap_tell_bytes_codec_and_rate(stack: Stack, one: Entry, open_page: Open) -> None:
+    entry = next(entry for entry in varied(one, 20) if entry.route == "split")
+    add(stack, iter([entry]))
+    wire = f'[data-request-id="{entry.request_id}"] .bar[data-stage="wire"]'
+    seen = open_page(stack.url)
+    seen.page.hover(wire)
+    told = seen.page.inner_text("#tip")
+    assert f"codec {entry.codec}" in told
+    assert "MiB of 21.0 MiB" in told
+    assert "/s on the wire" in told
+    phone = open_page(stack.url, size=PHONE, has_touch=True)
+    phone.page.tap(wire)
+    assert phone.page.inner_text("#tip") == told
+    assert not phone.page.is_visible("#entry")
+
+
+def test_five_hundred_entries_stay_smooth(stack: Stack, one: Entry, open_page: Open) -> None:
+    add(stack, varied(one, 700))
+    seen = open_page(stack.url)
+    seen.until("document.querySelectorAll('#requests .request').length === 500")
+    frames = seen.page.evaluate(
+        """() => new Promise(done => {
+             const frames = []; let last = performance.now();
+             const step = now => {
+               frames.push(now - last); last = now; scrollBy(0, 200);
+               frames.length < 120 ? requestAnimationFrame(step) : done(frames.slice(1));
+             };
+             requestAnimationFrame(step);
+           })"""
+    )
+    frames.sort()
+    late = sum(frame > 2 * FRAME_MS for frame in frames)
+    print(f"500 entries, scrolling: median frame {frames[len(frames) // 2]:.1f} ms, longest {frames[-1]:.1f}, {late} late of {len(frames)}")  # noqa: T201
+    assert stack.chat().status_code == 200
+    newest = stack.entries()[-1]["request_id"]
+    seen.until("id => document.querySelector('#requests .request').dataset.requestId === id", newest)
+    assert seen.count("#requests .request") == 500
+    assert seen.errors == []
+
+
+def test_charts_say_what_the_ledger_says(stack: Stack, one: Entry, open_page: Open) -> None:
+    add(stack, varied(one, 40))
+    seen = open_page(stack.url)
+    seen.view("worth")
+    seen.until("document.querySelectorAll('#view-worth canvas').length === 2")
+    entries = stack.entries()[-500:]
+    gains = [entry["specialization_gain_ns"] for entry in entries if entry["specialization_gain_ns"] is not None]
+    rows = seen.page.eval_on_selector_all("#ways-table tbody tr", "all => all.map(r => [...r.children].map(c => c.textContent))")
+    assert {row[0] for row in rows} == {" ".join(filter(None, (entry["route"], entry["codec"]))) for entry in entries}
+    assert seen.count("#scatter-table tbody tr") == len(gains)
+    assert f"{len(gains)} of the last {len(entries)} requests" in seen.page.inner_text("#verdict")
+    net = f"{abs(sum(gains)) / 1e9:,.1f} s" if abs(sum(gains)) >= 10e9 else f"{abs(sum(gains)) / 1e6:,.1f} ms"
+    assert net in seen.page.inner_text("#verdict")
+    assert seen.errors == []
+
+
+def test_the_measured_crossover_is_drawn(
+    stack: Stack, open_page: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = open_page(stack.url)
+    seen.view("worth")
+    assert not seen.page.is_visible("#crossover")
+    gain = {"1": {"ratio": 0.8, "pays": False}, "4": {"ratio": 1.3, "pays": True}}
+    made = {"verdict": "no clear difference", "gain": gain}
+    summary = {"verdict": {"short chat": "no clear difference"}, "workloads": {"short chat": made}, "prompt_length": made}
+    envelope = {"measure": "crossover", "command": ["isthmus", "measure", "crossover"], "summary": summary}
+    (tmp_path / "crossover.json").write_bytes(msgspec.json.encode(envelope))
+    monkeypatch.chdir(tmp_path)
+    seen = open_page(f"{stack.url}/#worth")
+    seen.until("document.querySelector('#crossover-chart canvas')")
+    said = seen.page.inner_text("#crossover")
+    assert "no clear difference" in said
+    assert "4 requests at once" in said
+    assert "4 prompt tokens" in said
+    assert seen.count("#crossover canvas") == 2
+    assert seen.errors == []
+
+
+def test_a_worker_comes_goes_red_and_is_gone(stack: Stack, open_page: Open) -> None:
+    seen = open_page(f"{stack.url}/#nodes")
+    state = "name => document.querySelector(`[data-worker='${name}']`)?.dataset.state"
+    (pinned,) = stack.gateway.workers.nodes
+    seen.until(f"name => ({state})(name) === 'up'", pinned)
+    endpoint = f"tcp://127.0.0.1:{stack.gateway.cluster.decode.control_port}"
+    stack.worker.close()
+    seen.until(f"name => ({state})(name) === 'down'", pinned)
+    stack.worker = FakeWorker(endpoint)
+    seen.until(f"name => ({state})(name) === 'up'", pinned)
+    assert seen.errors == []
+
+
+PWN = "<img src=x onerror=window.pwned=1><script>window.pwned=1</script>"
+
+
+def test_markup_is_text_wherever_it_comes_from(hf_dir: Path, open_page: Open) -> None:
+    cluster = make_cluster(hf_dir)
+    cluster = msgspec.structs.replace(cluster, pair=msgspec.structs.replace(cluster.pair, name=PWN))
+    with running(cluster) as stack:
+        stack.prefill.script.first_text = PWN
+        stack.worker.script.texts = [PWN]
+        seen = open_page(stack.url)
+        announce(stack, Announce(worker=PWN, control_endpoint="tcp://127.0.0.1:1"))
+        wait_until(lambda: PWN in stack.gateway.workers.nodes)
+        ask_from_the_page(seen, PWN, "split")
+        assert seen.page.inner_text("#answers .answer") == PWN * 2
+        last = stack.gateway.ledger.last(1)[0]
+        strange = msgspec.structs.replace(last, request_id=PWN, worker=PWN, status=PWN, reason=PWN, codec=PWN)
+        stack.gateway.ledger.add(strange)
+        seen.page.reload()
+        assert PWN in seen.page.inner_text("h1")
+        seen.until("document.querySelectorAll('#requests .request').length > 1")
+        seen.page.click("#requests .request:first-child .head")
+        assert PWN in seen.page.inner_text("#entry")
+        seen.page.keyboard.press("Escape")
+        seen.view("nodes")
+        seen.until("pwn => document.getElementById('workers').textContent.includes(pwn)", PWN)
+        seen.view("worth")
+        seen.until("pwn => document.getElementById('ways-table').textContent.includes(pwn)", PWN)
+        assert seen.count("img, main script") == 0
+        assert seen.page.evaluate("window.pwned") is None
+        # The address of the image would be asked.
+        assert not [address for address in seen.asked if address.endswith("/x")]
+
+
+def test_the_key_is_asked_for_once(hf_dir: Path, tmp_path: Path, open_page: Open) -> None:
+    key = make(tmp_path / "keys", "me")
+    with running(make_cluster(hf_dir, api_keys_file=str(tmp_path / "keys"))) as stack:  # type: ignore[arg-type]
+        seen = open_page(stack.url, live=False)
+        seen.page.wait_for_selector("#ask-key[open]")
+        seen.page.fill("#key-value", "wrong")
+        seen.page.keyboard.press("Enter")
+        seen.until("document.getElementById('key-wrong').textContent.includes('does not know')")
+        seen.page.fill("#key-value", key)
+        seen.page.keyboard.press("Enter")
+        seen.until("document.getElementById('connection').dataset.state === 'live'")
+        assert not seen.page.is_visible("#ask-key")
+        seen.page.reload()
+        seen.until("document.getElementById('connection').dataset.state === 'live'")
+        assert key not in "".join(seen.asked)
+
+
+def test_the_proxy_goes_away_and_comes_back(hf_dir: Path, open_page: Open) -> None:
+    cluster = make_cluster(hf_dir)
+    state = "document.getElementById('connection').dataset.state"
+    with running(cluster) as stack:
+        assert stack.chat().status_code == 200
+        seen = open_page(stack.url)
+        assert seen.count("#requests .request") == 1
+    seen.until(f"{state} === 'lost'")
+    with running(cluster) as stack:
+        seen.until(f"{state} === 'live'")
+        assert stack.chat().status_code == 200
+        seen.until("document.querySelectorAll('#requests .request').length === 2")
+
+
+def test_by_keyboard_alone(stack: Stack, one: Entry, open_page: Open) -> None:
+    add(stack, varied(one, 5))
+    seen = open_page(stack.url)
+    seen.until("document.querySelectorAll('#requests .request').length >= 5")
+    press: Callable[[str], None] = seen.page.keyboard.press
+    focused = "document.activeElement"
+
+    def tab_to(what: str) -> None:
+        for _ in range(40):
+            press("Tab")
+            if seen.page.evaluate(f"what => {focused}.matches(what)", what):
+                return
+        raise AssertionError(f"Tab does not come to {what}")
+
+    tab_to(".skip")
+    tab_to("#requests .head")
+    newest = seen.page.evaluate(f"{focused}.closest('.request').dataset.requestId")
+    press("ArrowRight")
+    assert seen.page.is_visible("#tip")
+    assert seen.page.evaluate(f"{focused}.getAttribute('aria-label')").startswith(seen.page.inner_text("#tip").split("\n")[0])
+    press("ArrowDown")
+    assert seen.page.evaluate(f"{focused}.closest('.request').dataset.requestId") != newest
+    press("Enter")
+    assert seen.page.is_visible("#entry")
+    press("Escape")
+    assert not seen.page.is_visible("#entry")
+    seen.page.evaluate(f"{focused}.blur()")
+    tab_to('nav a[href="#try"]')
+    press("Enter")
+    tab_to("#try-prompt")
+    seen.page.keyboard.type("hi")
+    tab_to("#try-send")
+    press("Enter")
+    seen.until("document.querySelector('#answers .request')")
+    assert seen.page.inner_text("#answers .answer").startswith("one")
+
+
+@pytest.mark.parametrize("view", ["waterfall", "worth", "nodes", "try"])
+def test_a_phone_scrolls_one_way_only(stack: Stack, one: Entry, open_page: Open, view: str) -> None:
+    add(stack, varied(one, 10))
+    seen = open_page(f"{stack.url}/#{view}", size=PHONE, has_touch=True)
+    seen.until("document.querySelectorAll('#requests .request').length > 5")
+    if view == "worth":
+        seen.until("document.querySelectorAll('#view-worth canvas').length === 2")
+    assert seen.page.evaluate("document.scrollingElement.scrollWidth - innerWidth") <= 0
+
+
+def test_light_dark_and_as_the_system_is(stack: Stack, open_page: Open) -> None:
+    ground = "getComputedStyle(document.documentElement).backgroundColor"
+    light = open_page(stack.url, color_scheme="light").page.evaluate(ground)
+    seen = open_page(stack.url, color_scheme="dark")
+    dark = seen.page.evaluate(ground)
+    assert dark != light
+    seen.page.click("#theme")
+    assert seen.page.evaluate(ground) == light
+    seen.page.reload()
+    assert seen.page.evaluate(ground) == light
+    seen.page.click("#theme")
+    assert seen.page.evaluate(ground) == dark
+
+
+def test_nothing_is_asked_of_any_other_host(stack: Stack, open_page: Open) -> None:
+    seen = open_page(stack.url)
+    for view in ("worth", "nodes", "try", "waterfall"):
+        seen.view(view)
+    paint = seen.page.evaluate("performance.getEntriesByType('paint').map(p => [p.name, p.startTime])")
+    weight = seen.page.evaluate("performance.getEntriesByType('resource').reduce((all, r) => all + r.encodedBodySize, 0)")
+    print(f"{paint}, {weight} bytes")  # noqa: T201
+    assert seen.asked
+    assert all(address.startswith(stack.url) for address in seen.asked)
+    assert weight < 300_000
+    assert seen.errors == []
+
+
+def test_a_screen_reader_finds_names_for_everything(stack: Stack, one: Entry, open_page: Open) -> None:
+    add(stack, varied(one, 3))
+    seen = open_page(stack.url)
+    nameless = """() => [...document.querySelectorAll('button, input, select, textarea, [role=gridcell], [role=grid], meter')]
+      .filter(e => !(e.textContent.trim() || e.getAttribute('aria-label') || e.labels?.length)).map(e => e.outerHTML)"""
+    for view in ("waterfall", "worth", "nodes", "try"):
+        seen.view(view)
+        assert seen.page.evaluate(nameless) == []
+    seen.view("waterfall")
+    seen.page.click("#waterfall-as-table")
+    assert seen.count("#requests-table tbody tr") >= 3
