@@ -68,6 +68,7 @@ def test_subcommands_are_those_that_are_documented() -> None:
         "measure decode",
         "measure link",
         "measure prefill",
+        "top",
         "version",
     }
 
