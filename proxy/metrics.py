@@ -66,6 +66,13 @@ class Metrics:
             "Estimated CPU prefill minus prefill and exposed transfer",
             registry=registry,
         )
+        # The sum above falls where splitting loses, which rate() takes for a restart: these two only rise.
+        self._gained = Counter(
+            "isthmus_specialization_gained_seconds", "What splitting gained, where it did", ["codec"], registry=registry
+        )
+        self._lost = Counter(
+            "isthmus_specialization_lost_seconds", "What splitting lost, where it did", ["codec"], registry=registry
+        )
         for name, text, read in (
             ("isthmus_running", "Requests that hold a slot", running),
             ("isthmus_queued", "Requests that wait for a slot", queued),
@@ -98,7 +105,10 @@ class Metrics:
             self._kv_bytes.labels("raw").inc(entry.kv_raw_bytes)
             self._kv_bytes.labels("wire").inc(entry.kv_wire_bytes)
         if entry.specialization_gain_ns is not None:
-            self._gain.observe(entry.specialization_gain_ns / _NS_PER_S)
+            gain_s = entry.specialization_gain_ns / _NS_PER_S
+            self._gain.observe(gain_s)
+            self._gained.labels(entry.codec).inc(max(gain_s, 0.0))
+            self._lost.labels(entry.codec).inc(max(-gain_s, 0.0))
 
     def text(self) -> bytes:
         """The exposition format, version 0.0.4."""
