@@ -6,17 +6,21 @@ Owned by the I/O thread. A record is dropped at exactly one place: when the engi
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Iterator
 
 from cpu_decode.admission import Admission
 from cpu_decode.asked import check
 from cpu_decode.engine import Engine
-from cpu_decode.events import Ended, Injected, Prompted, Released, Restored
+from cpu_decode.events import Copied, Ended, Injected, Prompted, Released, Restored
+from cpu_decode.fetching import Fetching
 from cpu_decode.grammar import Grammars
-from cpu_decode.landing import LandingPlace, LandingPool
+from cpu_decode.landing import LandingPlace, LandingPool, LandingReport
 from cpu_decode.llama import Model
+from cpu_decode.pool.block_log import BlockLog
+from cpu_decode.pool.opened import open_tiers, seed_of
 from cpu_decode.prefix import Block
-from cpu_decode.reuse import Plan, PrefixCache
+from cpu_decode.reuse import Plan, PrefixCache, Scope
 from cpu_decode.sampling import Sampler
 from cpu_decode.sequence import Sequence
 from transfer import codecs
@@ -34,14 +38,16 @@ CHUNK_STEP_TOKENS = 32
 class Admitted:
     """A request between Reserve and Released: whose it is and what was promised to it."""
 
-    def __init__(self, client: bytes, seq_ids: list[int], reserve: Reserve, fidelity: str) -> None:
+    def __init__(self, client: bytes, seq_ids: list[int], reserve: Reserve, scope: Scope | None) -> None:
         self.client = client
         # The first one's cells get the prompt; there is one for each choice.
         self.seq_ids = seq_ids
         self.seq_id = seq_ids[0]
         self.constrained = reserve.sampling.constrained
         self.prompt = reserve.prompt
-        self.fidelity = fidelity
+        self.scope = scope
+        self.reserved_ns = time.monotonic_ns()
+        self.reused_tokens = 0
         # The blocks that the engine copies its KV into when it has ended.
         self.keeping: list[Block] = []
         # These three are for KV from the wire; a local prefill has no landing.
@@ -64,7 +70,10 @@ class Reservations:
         self._receiver = receiver
         self.form = Landing(cell_type=decode.cell_type, rope_order=model.rope_order)
         self.admission = Admission(decode.num_cells, decode.max_sequences)
-        self.prefixes = PrefixCache(geometry, decode.cell_type, decode.pool_mib << 20)
+        seed, known = seed_of(decode, geometry, model.rope_order, model.gguf), BlockLog()
+        below = open_tiers(decode, seed, known, geometry)
+        self.prefixes = PrefixCache(geometry, decode.cell_type, decode.pool_mib << 20, seed, known, below)
+        self.fetching = Fetching(self.prefixes, lambda: engine.prefill_tokens_per_s)
         self.chunk_tokens = link.chunk_tokens
         self.pool = self._new_pool()
         self._grammars = Grammars(model)
@@ -93,16 +102,21 @@ class Reservations:
         """The requests of ``client``."""
         return (request_id for request_id, request in self._requests.items() if request.client == client)
 
+    def check(self, reserve: Reserve) -> None:
+        """Raise :class:`RequestError` if ``reserve`` can never be served, whatever is free."""
+        if reserve.request_id in self._requests or self.fetching.client(reserve.request_id) is not None:
+            raise RequestError(f"request id {reserve.request_id!r} is in use", "request_id")
+        check(reserve, self._model.vocab_size, self.admission.max_sequences)
+
     def reserve(self, client: bytes, reserve: Reserve) -> Ticket:
         """Promise everything that the request will need, or nothing.
 
-        Raises :class:`CapacityError` if it cannot be had now, what :func:`~cpu_decode.asked.check` raises if never.
+        Raises :class:`CapacityError` if it cannot be had now. It has passed :meth:`check`.
         """
-        self._check(reserve)
         grammar = self._grammars.read(reserve)
-        fidelity = self.prefixes.fidelity(reserve)
-        plan = self.prefixes.find(reserve.prompt, fidelity)
-        request = Admitted(client, self._admit(reserve, plan), reserve, fidelity)
+        scope = self.prefixes.scope(reserve)
+        plan = self.prefixes.find(reserve.prompt, scope)
+        request = Admitted(client, self._admit(reserve, plan), reserve, scope)
         ticket = secrets.token_hex(16)
         try:
             if reserve.source == "kv":
@@ -110,6 +124,7 @@ class Reservations:
         except IsthmusError:
             self._release(request.seq_ids)
             raise
+        request.reused_tokens = plan.num_tokens
         self._requests[reserve.request_id] = request
         self.prefixes.use(plan)
         samplers = [Sampler(self._model, reserve, choice, grammar) for choice in range(reserve.choices)]
@@ -117,7 +132,9 @@ class Reservations:
             Sequence(reserve, request.seq_ids[choice], samplers[choice], choice=choice)
             for choice in range(1, reserve.choices)
         )
-        self._engine.admit(Sequence(reserve, request.seq_id, samplers[0], plan.num_tokens, others=others), plan)
+        first = Sequence(reserve, request.seq_id, samplers[0], plan.num_tokens, others=others)
+        first.restored_tokens, first.restore_ns = plan.restored_tokens, plan.fetch_ns
+        self._engine.admit(first, plan)
         return Ticket(
             request_id=reserve.request_id,
             ticket=ticket,
@@ -143,7 +160,7 @@ class Reservations:
             request.landing.release()
         self._engine.begin(start.request_id, start.first_token, first_text_sent=start.first_text_sent, local=start.local)
 
-    def handle(self, event: Prompted | Ended | Released | Restored | Injected) -> None:
+    def handle(self, event: Prompted | Ended | Released | Restored | Copied | Injected) -> None:
         """Take in what the engine has done."""
         request = self._requests.get(event.request_id)
         match event:
@@ -154,18 +171,15 @@ class Reservations:
                     self._receiver.grant(request.ticket, request.landing.credit_chunks)
             case Prompted():
                 if request is not None:
-                    self.prefixes.lend(request.seq_id, request.prompt, request.fidelity)
+                    self._prompted(event.request_id, request)
             case Restored():
                 self.prefixes.used(event.plan)
+            case Copied():
+                self.prefixes.kept(event.blocks)
             case Ended():
                 self._part(event)
             case Released():
                 self._forget(event.request_id)
-
-    def _check(self, reserve: Reserve) -> None:
-        if reserve.request_id in self._requests:
-            raise RequestError(f"request id {reserve.request_id!r} is in use", "request_id")
-        check(reserve, self._model.vocab_size, self.admission.max_sequences)
 
     def _admit(self, reserve: Reserve, plan: Plan) -> list[int]:
         """Promise cells for the prompt and for each choice's answer; returns a sequence id for each choice."""
@@ -199,10 +213,22 @@ class Reservations:
             chunk_tokens=self.chunk_tokens,
             credit_chunks=request.reserved_buffers,
             on_chunk=lambda chunk: self._engine.land(request_id, chunk),
-            on_end=lambda report: self._engine.complete(request_id, report),
+            on_end=lambda report: self._landed(request_id, report),
             on_fail=lambda error: self._engine.fail(request_id, error),
         )
         self._receiver.expect(ticket, request.landing, request.reserved_buffers)
+
+    def _landed(self, request_id: str, report: LandingReport) -> None:
+        request = self._requests[request_id]
+        self.fetching.arrived(report.sender.num_tokens - request.reused_tokens, time.monotonic_ns() - request.reserved_ns)
+        self._engine.complete(request_id, report)
+
+    def _prompted(self, request_id: str, request: Admitted) -> None:
+        """Lend the prompt's cells, and keep it where it may outlive this worker."""
+        self.prefixes.lend(request.seq_id, request.prompt, request.scope)
+        blocks = self.prefixes.keep_early(request.prompt, request.scope)
+        if blocks:
+            self._engine.copy(request_id, blocks)
 
     def _part(self, ended: Ended) -> None:
         """Have the engine keep the KV of an ended request and then free its cells.
@@ -211,7 +237,7 @@ class Reservations:
         """
         request = self._requests[ended.request_id]
         self.prefixes.take_back(request.seq_id)
-        request.keeping = self.prefixes.keep(ended.tokens, request.fidelity)
+        request.keeping = self.prefixes.keep(ended.tokens, request.scope)
         self._engine.leave(ended.request_id, request.keeping)
 
     def _forget(self, request_id: str) -> None:

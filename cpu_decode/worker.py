@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 
+import msgspec
 import structlog
 import zmq
 
@@ -19,6 +20,7 @@ from cpu_decode.binding import MemoryWatch
 from cpu_decode.engine import Engine
 from cpu_decode.events import Event
 from cpu_decode.llama import Context, Model
+from cpu_decode.pool.below import Fetched
 from cpu_decode.reservations import Reservations
 from transfer import codecs
 from transfer.config import Decode, Link
@@ -38,7 +40,6 @@ from transfer.messages import (
     Reserve,
     Start,
     Status,
-    Ticket,
     Tokens,
     Welcome,
     decode_to_worker,
@@ -54,6 +55,8 @@ MESSAGES_PER_TURN = 64
 # A proxy pings every second; one that is silent this long is gone, and its requests with it.
 CLIENT_SILENCE_S = 10.0
 POLL_MS = 500
+# Requests that wait for KV from below RAM go on without it in time.
+FETCH_POLL_MS = 10
 
 
 class Worker:
@@ -74,7 +77,7 @@ class Worker:
         self._decode = decode
         model.require_window(geometry)
         self._clients: dict[bytes, int] = {}
-        self._outbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[Event | Fetched] = queue.SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopping = threading.Event()
         self._draining = threading.Event()
@@ -117,6 +120,7 @@ class Worker:
         supervisor = Supervisor()
         self.engine.start()
         self._promised.even_chunks(self.engine.inject_tokens_per_s)
+        self._promised.prefixes.below.start(self._post)
         log.info(
             "decode worker is ready",
             worker=self.name,
@@ -127,11 +131,13 @@ class Worker:
         try:
             while not self._stopping.is_set() and self.engine.failed is None:
                 supervisor.alive()
-                ready = dict(poller.poll(POLL_MS))
+                ready = dict(poller.poll(FETCH_POLL_MS if self._promised.fetching else POLL_MS))
                 if self._wake in ready:
                     os.eventfd_read(self._wake)
                 self._deliver()
                 self._listen()
+                for arriving in self._promised.fetching.late():
+                    self._answer(arriving.client, arriving.reserve)
                 self._receiver.turn()
                 if self._announcer:
                     self._announcer.turn(self._announcement)
@@ -141,6 +147,7 @@ class Worker:
             self._deliver()
         finally:
             self.engine.stop()
+            self._promised.prefixes.below.close()
             if self._announcer:
                 self._announcer.close()
             self._control.close()
@@ -197,6 +204,7 @@ class Worker:
             retained_sequences=promised.prefixes.num_prefixes,
             prefix_hits=promised.prefixes.hits,
             reused_tokens=promised.prefixes.reused_tokens,
+            tiers=promised.prefixes.tiers(promised.admission.used_cells, promised.admission.num_cells),
         )
 
     @property
@@ -210,9 +218,9 @@ class Worker:
     @property
     def _drained(self) -> bool:
         late = time.monotonic_ns() > self._drained_by_ns
-        return self._draining.is_set() and (not self._promised or late)
+        return self._draining.is_set() and (not (self._promised or self._promised.fetching) or late)
 
-    def _post(self, event: Event) -> None:
+    def _post(self, event: Event | Fetched) -> None:
         self._outbox.put(event)
         os.eventfd_write(self._wake, 1)
 
@@ -227,6 +235,9 @@ class Worker:
                     if client is not None and not self._send(client, event):
                         # A stream with a hole would be a wrong answer.
                         self.engine.abort(event.request_id)
+                case Fetched():
+                    if arriving := self._promised.fetching.end(event):
+                        self._answer(arriving.client, arriving.reserve)
                 case _:
                     self._promised.handle(event)
 
@@ -249,9 +260,9 @@ class Worker:
                     case Hello():
                         self._send(client, self._welcome(message))
                     case Ping():
-                        self._send(client, self.status)
+                        self._send(client, self._status(message))
                     case Reserve():
-                        self._send(client, self._reserve(client, message))
+                        self._take(client, message)
                     case Start():
                         self._check_owner(client, request_id)
                         self._promised.start(message)
@@ -259,10 +270,22 @@ class Worker:
                         if self._promised.client(request_id) is not None:
                             self._check_owner(client, request_id)
                             self.engine.abort(request_id)
+                        elif self._promised.fetching.client(request_id) == client:
+                            self._promised.fetching.forget(request_id)
             except IsthmusError as error:
-                log.warning("refused a control message", request_id=request_id, reason=str(error))
-                param = getattr(error, "param", None)
-                self._send(client, Failure(code=error.code, message=str(error), request_id=request_id, param=param))
+                self._refuse(client, request_id, error)
+
+    def _refuse(self, client: bytes, request_id: str, error: IsthmusError) -> None:
+        log.warning("refused a control message", request_id=request_id, reason=str(error))
+        param = getattr(error, "param", None)
+        self._send(client, Failure(code=error.code, message=str(error), request_id=request_id, param=param))
+
+    def _status(self, ping: Ping) -> Status:
+        """The answer to ``ping``, with what has changed in the prefix index since the client asked last."""
+        if ping.index_version < 0:
+            return self.status
+        index = self._promised.prefixes.known.since(ping.index_version)
+        return msgspec.structs.replace(self.status, index=index)
 
     def _welcome(self, hello: Hello) -> Welcome:
         require_protocol(hello.protocol)
@@ -276,12 +299,22 @@ class Worker:
             kv_endpoint=self._promised.kv_endpoint,
             num_cells=self._promised.admission.num_cells,
             max_sequences=self._promised.admission.max_sequences,
+            pool_seed=self._promised.prefixes.seed,
         )
 
-    def _reserve(self, client: bytes, reserve: Reserve) -> Ticket:
+    def _take(self, client: bytes, reserve: Reserve) -> None:
+        """Answer ``reserve``, at once or when KV for it has come from below RAM."""
         if self._draining.is_set():
             raise CapacityError("this decode worker is about to end and takes no new requests")
-        return self._promised.reserve(client, reserve)
+        self._promised.check(reserve)
+        if not self._promised.fetching.begin(client, reserve):
+            self._answer(client, reserve)
+
+    def _answer(self, client: bytes, reserve: Reserve) -> None:
+        try:
+            self._send(client, self._promised.reserve(client, reserve))
+        except IsthmusError as error:
+            self._refuse(client, reserve.request_id, error)
 
     def _check_owner(self, client: bytes, request_id: str) -> None:
         if self._promised.client(request_id) != client:
@@ -294,6 +327,8 @@ class Worker:
             for request_id in list(self._promised.of(client)):
                 log.warning("client is gone, its request with it", request_id=request_id)
                 self.engine.abort(request_id)
+            for request_id in list(self._promised.fetching.of(client)):
+                self._promised.fetching.forget(request_id)
 
     def _send(self, client: bytes, message: FromWorker) -> bool:
         """Queue ``message``; False if the client is gone or has stopped reading."""

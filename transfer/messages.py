@@ -109,7 +109,10 @@ class Hello(Message, frozen=True, kw_only=True):
 
 
 class Welcome(Message, frozen=True, kw_only=True):
-    """The worker's answer to Hello: who it is, what it holds and what it can take."""
+    """The worker's answer to Hello: who it is, what it holds and what it can take.
+
+    ``pool_seed`` is what the names of its KV blocks begin with (``blocks.py``).
+    """
 
     worker: str
     geometry: KVGeometry
@@ -119,6 +122,7 @@ class Welcome(Message, frozen=True, kw_only=True):
     num_cells: int
     max_sequences: int
     protocol: int = PROTOCOL
+    pool_seed: bytes = b""
 
 
 class Reserve(Message, frozen=True, kw_only=True):

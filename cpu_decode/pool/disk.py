@@ -104,6 +104,10 @@ class DiskTier:
         """Whether ``name`` was there when it was last looked at."""
         return self._names.get(blocks.key(name)) == name
 
+    def may_hold(self, name: bytes) -> bool:
+        """The same."""
+        return self.holds(name)
+
     def get(self, names: Iterable[bytes]) -> list[Payload]:
         """The first of ``names``, as far as they are all there and intact."""
         got: list[Payload] = []
