@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import structlog
 
+from proxy.block_index import Held, held
 from proxy.decode_node import DecodeNode
 from proxy.placement import place
+from transfer.blocks import EXACT
 from transfer.errors import LinkError, ProtocolError
 from transfer.keys import ClientKeys
 from transfer.messages import Announce, Status
@@ -67,6 +69,11 @@ class DecodePool:
     def any_status(self) -> Status | None:
         """The status of some worker that is up."""
         return next((node.status for node in self if node.status), None)
+
+    def held(self, node: DecodeNode, prompt: Sequence[int], tenant: str) -> Held:
+        """How much of ``prompt`` ``node`` has as exact KV for ``tenant``; what others have on the shared server counts."""
+        others = [other.index for other in self if other is not node]
+        return held(prompt, tenant, EXACT, node.welcome, node.index, others)
 
     def another(self, avoid: frozenset[str]) -> bool:
         """Whether some worker that is not in ``avoid`` takes requests."""
