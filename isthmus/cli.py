@@ -11,6 +11,7 @@ import click
 
 from isthmus import logs
 from isthmus.measure_commands import measure
+from isthmus.pool_commands import pool
 from transfer.codecs import CODECS
 from transfer.config import load, with_numa
 from transfer.errors import ConfigError, IsthmusError, RequestError
@@ -239,6 +240,7 @@ def demo(compare: bool, keep: bool, runs: int, codec: str) -> None:
 
 
 cli.add_command(measure)
+cli.add_command(pool)
 
 
 @cli.command()
