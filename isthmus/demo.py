@@ -15,7 +15,7 @@ from isthmus.ask import Answer, ask, request_body
 from isthmus.compare import compare_routes
 from isthmus.ledger_table import ledger_table
 from isthmus.pair import default_pair
-from isthmus.up import Stack, cluster_on_free_ports
+from isthmus.up import Stack, cluster_on_free_ports, with_ledger
 from transfer.config import Cluster
 
 MAX_TOKENS = 64
@@ -32,8 +32,11 @@ def run(*, compare: bool, keep: bool, runs: int, codec: str) -> None:
         # A comparison must pay for every prefill.
         prefill=msgspec.structs.replace(cluster.prefill, prefix_caching=not compare),
         decode=msgspec.structs.replace(cluster.decode, pool_mib=0) if compare else cluster.decode,
+        # And nobody else is to compute meanwhile.
+        proxy=msgspec.structs.replace(cluster.proxy, parity_share=0.0) if compare else cluster.proxy,
     )
     log_dir = Path(tempfile.mkdtemp(prefix="isthmus-logs-"))
+    cluster = with_ledger(cluster, log_dir / "ledger.sqlite")
     console.print(f"starting vLLM, llama.cpp and the proxy; logs in {log_dir}", highlight=False)
     with Stack(cluster, log_dir, console=console) as stack:
         if compare:

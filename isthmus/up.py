@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import ssl
@@ -78,7 +79,8 @@ class Stack:
 
 
 def run(cluster: Cluster) -> None:
-    """Bring the stack up and keep it up until Ctrl-C or SIGTERM; logs survive only a failure."""
+    """Bring the stack up and keep it up until Ctrl-C or SIGTERM; logs survive only a failure, the ledger always."""
+    cluster = with_ledger(cluster, state_folder() / f"ledger-{cluster.proxy.port}.sqlite")
     console = Console(stderr=True)
     log_dir = Path(tempfile.mkdtemp(prefix="isthmus-logs-"))
     console.print(f"logs in {log_dir}", highlight=False)
@@ -100,6 +102,20 @@ def cluster_on_free_ports(pair: Pair) -> Cluster:
         decode=Decode(control_port=control, kv_port=kv, kv_control_port=kv_control),
         proxy=Proxy(port=proxy, registry_port=registry),
     )
+
+
+def with_ledger(cluster: Cluster, file: Path) -> Cluster:
+    """``cluster``, with its ledger in ``file`` if it keeps it nowhere else."""
+    if cluster.proxy.ledger_file:
+        return cluster
+    return msgspec.structs.replace(cluster, proxy=msgspec.structs.replace(cluster.proxy, ledger_file=str(file)))
+
+
+def state_folder() -> Path:
+    """Where what outlives a run belongs, made if need be (the XDG Base Directory Specification)."""
+    folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "isthmus"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def with_keys(cluster: Cluster, folder: Path) -> Cluster:

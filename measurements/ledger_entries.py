@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +15,8 @@ from transfer.errors import ConfigError, LinkError
 # As many as a proxy may keep.
 _ALL = 1_000_000
 _TIMEOUT_S = 10.0
+# How every SQLite file begins (https://www.sqlite.org/fileformat.html).
+_SQLITE = b"SQLite format 3\0"
 
 Nanoseconds = Annotated[int, msgspec.Meta(ge=0)]
 Amount = Annotated[int, msgspec.Meta(ge=0)]
@@ -62,11 +66,11 @@ class Spent(msgspec.Struct, frozen=True, kw_only=True):
 def read(source: str) -> list[Spent]:
     """The entries of the proxy at the URL ``source``, or in the file of that name, newest last.
 
-    A file holds what ``GET /ledger`` answers, a list of entries, or one entry a line. Raises :class:`LinkError` if the
+    A file is what the proxy keeps (``[proxy] ledger_file``, SQLite), or holds what ``GET /ledger`` answers, a list of
+    entries, or one entry a line. Raises :class:`LinkError` if the
     proxy does not answer, :class:`ConfigError` naming the entry and the field that is wrong.
     """
-    raw = _fetch(source) if source.startswith(("http://", "https://")) else _load(Path(source))
-    entries = _decode(raw, source)
+    entries = _entries(source)
     found = []
     for number, entry in enumerate(entries, start=1):
         try:
@@ -76,6 +80,12 @@ def read(source: str) -> list[Spent]:
     if not found:
         raise ConfigError(f"{source} holds no entries; ask the proxy something first")
     return found
+
+
+def _entries(source: str) -> Iterator[Any]:
+    if source.startswith(("http://", "https://")):
+        return _decode(_fetch(source), source)
+    return _load(Path(source))
 
 
 def choose(entries: Sequence[Spent], request_id: str | None) -> Spent:
@@ -98,11 +108,23 @@ def _fetch(url: str) -> bytes:
     return answer.content
 
 
-def _load(path: Path) -> bytes:
+def _load(path: Path) -> Iterator[Any]:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            beginning = file.read(len(_SQLITE))
+            return _rows(path) if beginning == _SQLITE else _decode(beginning + file.read(), str(path))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _rows(path: Path) -> Iterator[Any]:
+    """The entries of a proxy's own file; ``proxy/store.py`` says what is in it. The proxy may write meanwhile."""
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            for (entry,) in connection.execute("SELECT entry FROM entries ORDER BY seq"):
+                yield msgspec.json.decode(entry)
+    except (sqlite3.Error, msgspec.DecodeError) as error:
+        raise ConfigError(f"{path} is no ledger of a proxy's: {error}") from None
 
 
 def _decode(raw: bytes, source: str) -> Iterator[Any]:

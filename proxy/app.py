@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Any
 
-import msgspec
 import structlog
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse
-from prometheus_client import CONTENT_TYPE_LATEST
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from proxy import api_keys, openapi, request_body, tokenization
+from proxy import api_keys, openapi, request_body, tokenization, views
 from proxy.answer import REQUEST_ID_HEADER, Answer
 from proxy.api_keys import ApiKey
 from proxy.dashboard import serve as dashboard
-from proxy.decode_node import DecodeNode
 from proxy.failures import NotServedError, describe, error_body
 from proxy.gateway import Call, Gateway
 from proxy.guard import Guard
 from proxy.openai import B, ChatBody, CompletionBody, require_model
 from proxy.rates import Rates
-from proxy.router import CODEC_HEADER, parse_codec, parse_route
+from proxy.router import CODEC_HEADER, parse_codec, parse_objectives, parse_route
 from proxy.router import HEADER as ROUTE_HEADER
 from transfer.config import Cluster
 from transfer.errors import IsthmusError, RequestError
@@ -43,7 +41,11 @@ def create_app(cluster: Cluster) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         async with gateway.open():
-            yield
+            watching = asyncio.create_task(gateway.events.watch_nodes(lambda: views.nodes_view(gateway)))
+            try:
+                yield
+            finally:
+                watching.cancel()
 
     app = FastAPI(title="Isthmus", lifespan=lifespan)
     app.add_middleware(Guard, keys=api_keys.load(cluster.proxy.api_keys_file))
@@ -51,7 +53,7 @@ def create_app(cluster: Cluster) -> FastAPI:
     rates = Rates(cluster.proxy.requests_per_minute, cluster.proxy.tokens_per_minute)
     _add_inference(app, gateway, rates)
     tokenization.add(app, gateway)
-    _add_views(app, gateway)
+    views.add(app, gateway)
     dashboard.add(app)
     _add_errors(app, gateway)
     openapi.install(app)
@@ -100,46 +102,6 @@ def _add_inference(app: FastAPI, gateway: Gateway, rates: Rates) -> None:
         return only
 
 
-def _add_views(app: FastAPI, gateway: Gateway) -> None:
-    @app.get("/health")
-    async def health() -> JSONResponse:
-        up = {"prefill": gateway.prefill.up, "decode": gateway.workers.up}
-        some = any(up.values())
-        body: dict[str, Any] = {"status": "ok" if some else "down"}
-        body |= {node: "up" if is_up else "down" for node, is_up in up.items()}
-        body["workers"] = {node.name: node.state for node in gateway.workers}
-        return JSONResponse(body, 200 if some else 503)
-
-    @app.get("/health/live")
-    async def live() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @app.get("/health/ready")
-    async def ready() -> JSONResponse:
-        some = gateway.prefill.up or gateway.workers.up
-        return JSONResponse({"status": "ok" if some else "down"}, 200 if some else 503)
-
-    @app.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        return Response(gateway.metrics.text(), media_type=CONTENT_TYPE_LATEST)
-
-    @app.get("/ledger")
-    async def ledger(last: Annotated[int, Query(ge=1, le=1_000_000)] = 100) -> Response:
-        entries = msgspec.json.encode({"entries": gateway.ledger.last(last)})
-        return Response(entries, media_type="application/json")
-
-    @app.get("/nodes")
-    async def nodes() -> Response:
-        prefill, workers = gateway.prefill, gateway.workers
-        view = {
-            "prefill": {"url": prefill.url, "up": prefill.up, "down_reason": prefill.down_reason},
-            # The one that the cluster file pins, once more.
-            "decode": workers.pinned and _view(workers.pinned),
-            "workers": {node.name: _view(node) for node in workers},
-        }
-        return Response(msgspec.json.encode(view), media_type="application/json")
-
-
 def _add_errors(app: FastAPI, gateway: Gateway) -> None:
     @app.exception_handler(IsthmusError)
     async def planned(request: Request, error: IsthmusError) -> JSONResponse:
@@ -168,17 +130,6 @@ def _add_errors(app: FastAPI, gateway: Gateway) -> None:
         return JSONResponse(describe(RequestError(f"{first['loc'][-1]}: {first['msg']}", first["loc"][-1])).body, 400)
 
 
-def _view(node: DecodeNode) -> dict[str, Any]:
-    return {
-        "endpoint": node.endpoint,
-        "up": node.up,
-        "state": node.state,
-        "down_reason": node.down_reason,
-        "welcome": node.welcome,
-        "status": node.status,
-    }
-
-
 async def _read_call(request: Request, kind: type[B], gateway: Gateway) -> Call:
     """Everything the client says, checked; :class:`RequestError` names what is wrong."""
     request_id = request.headers.get(REQUEST_ID_HEADER) or uuid.uuid4().hex
@@ -186,7 +137,9 @@ async def _read_call(request: Request, kind: type[B], gateway: Gateway) -> Call:
         raise RequestError("the request id is 1 to 64 letters, digits, or . _ : -", REQUEST_ID_HEADER)
     codec = parse_codec(request.headers.get(CODEC_HEADER))
     forced_route = parse_route(request.headers.get(ROUTE_HEADER))
+    objectives = parse_objectives(request.headers)
     body = await request_body.read(request, kind)
     require_model(body.model, gateway.model)
     body.check()
-    return Call(request_id, body, forced_route, codec, request.state.api_key)
+    trace_context = {name: request.headers[name] for name in ("traceparent", "tracestate") if name in request.headers}
+    return Call(request_id, body, forced_route, codec, request.state.api_key, trace_context, objectives)

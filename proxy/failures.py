@@ -26,6 +26,12 @@ class UnknownModelError(RequestError):
     code = "model_not_found"
 
 
+class UnknownEntryError(RequestError):
+    """The ledger knows no such request."""
+
+    code = "entry_not_found"
+
+
 class ContextLengthError(RequestError):
     """Prompt and ``max_tokens`` together do not fit the context of the route."""
 
@@ -69,6 +75,7 @@ class Row(NamedTuple):
 
 TABLE: dict[type[Exception], Row] = {
     UnknownModelError: Row(HTTPStatus.NOT_FOUND, "invalid_request_error"),
+    UnknownEntryError: Row(HTTPStatus.NOT_FOUND, "invalid_request_error"),
     AuthenticationError: Row(HTTPStatus.UNAUTHORIZED, "authentication_error"),
     RateLimitError: Row(HTTPStatus.TOO_MANY_REQUESTS, "rate_limit_error"),
     NotServedError: Row(HTTPStatus.NOT_IMPLEMENTED, "invalid_request_error"),

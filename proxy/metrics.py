@@ -14,6 +14,7 @@ from proxy.ledger import Entry
 
 _LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _GAP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_KL_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 _NS_PER_S = 1e9
 
 
@@ -28,6 +29,8 @@ class Metrics:
         prefill_up: Callable[[], float],
         decode_up: Callable[[], float],
         workers: Callable[[], Iterable[DecodeNode]],
+        alarms: Callable[[], float],
+        unwritten: Callable[[], float],
     ) -> None:
         self._registry = registry = CollectorRegistry()
         self._ttft = Histogram(
@@ -73,11 +76,20 @@ class Metrics:
         self._lost = Counter(
             "isthmus_specialization_lost_seconds", "What splitting lost, where it did", ["codec"], registry=registry
         )
+        self._parity_kl = Histogram(
+            "isthmus_parity_kl_nats",
+            "Next token's distribution after KV from the wire, against the worker's own KV",
+            ["codec"],
+            buckets=_KL_BUCKETS,
+            registry=registry,
+        )
         for name, text, read in (
             ("isthmus_running", "Requests that hold a slot", running),
             ("isthmus_queued", "Requests that wait for a slot", queued),
             ("isthmus_prefill_up", "1 if the prefill node answers", prefill_up),
             ("isthmus_decode_up", "1 if some decode worker takes requests", decode_up),
+            ("isthmus_parity_alarms", "Codecs that are switched off for a worker because KV came out wrong", alarms),
+            ("isthmus_ledger_unwritten", "Entries and changes that the ledger's file could not take", unwritten),
         ):
             Gauge(name, text, registry=registry).set_function(read)
         registry.register(_Workers(workers))
@@ -110,6 +122,10 @@ class Metrics:
             self._gained.labels(entry.codec).inc(max(gain_s, 0.0))
             self._lost.labels(entry.codec).inc(max(-gain_s, 0.0))
 
+    def compared(self, codec: str, kl: float) -> None:
+        """The parity guard has made a comparison."""
+        self._parity_kl.labels(codec).observe(kl)
+
     def text(self) -> bytes:
         """The exposition format, version 0.0.4."""
         return generate_latest(self._registry)
@@ -132,5 +148,12 @@ class _Workers(Collector):
                     text = f"The decode worker's {field.replace('_', ' ')}"
                     told.setdefault(name, GaugeMetricFamily(name, text, labels=["worker"]))
                     told[name].add_metric([node.name], float(value))
+            for tier in node.status.tiers if node.status else ():
+                for field, value in msgspec.structs.asdict(tier).items():
+                    if field != "name":
+                        name = f"isthmus_worker_tier_{field}"
+                        text = f"The {field.replace('_', ' ')} of a tier of the decode worker's KV pool"
+                        told.setdefault(name, GaugeMetricFamily(name, text, labels=["worker", "tier"]))
+                        told[name].add_metric([node.name, tier.name], float(value))
         yield up
         yield from told.values()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import socket
 
 import structlog
 import uvicorn
 
 from proxy.app import create_app
+from proxy.events import Events
 from transfer.config import Cluster
 from transfer.errors import EngineError
 from transfer.notify import Supervisor
@@ -22,8 +24,9 @@ def run(cluster: Cluster) -> None:
     """
     scheme = "https" if cluster.proxy.tls_cert else "http"
     log.info("proxy starts", url=f"{scheme}://{cluster.proxy.host}:{cluster.proxy.port}", model=cluster.pair.name)
+    app = create_app(cluster)
     config = uvicorn.Config(
-        create_app(cluster),
+        app,
         host=cluster.proxy.host,
         port=cluster.proxy.port,
         log_level="warning",
@@ -34,18 +37,23 @@ def run(cluster: Cluster) -> None:
         ssl_certfile=cluster.proxy.tls_cert or None,
         ssl_keyfile=cluster.proxy.tls_key or None,
     )
-    server = _Server(config)
+    server = _Server(config, app.state.gateway.events)
     server.run()
     if not server.started:
         raise EngineError("the proxy did not start; the log above says why")
 
 
 class _Server(uvicorn.Server):
-    """Also tells systemd that the event loop turns."""
+    """Also tells systemd that the event loop turns, and ends streams of events when it is asked to end."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, events: Events) -> None:
         super().__init__(config)
         self._supervisor = Supervisor()
+        self._events = events
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._events.close()
+        await super().shutdown(sockets)
 
     async def on_tick(self, counter: int) -> bool:
         self._supervisor.alive()

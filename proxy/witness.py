@@ -34,28 +34,30 @@ class Witness:
         self._way: tuple[str, str | None] = ("", None)
         self._looking = False
         self._num_top: int | None = None
-        self._tokens: list[int] | None = None
+        self._transplanted: tuple[list[int], int | None] | None = None
 
     def ask(self, sampling: Sampling, worker: str, codec: str | None) -> Sampling:
         """What to ask ``worker`` for; without a ``codec`` no KV will come."""
         if self._way != (worker, codec):
             self._way = worker, codec
             self._looking = codec is not None and self._wants(worker, codec)
-        self._num_top, self._tokens = sampling.logprobs, None
+        self._num_top, self._transplanted = sampling.logprobs, None
         return msgspec.structs.replace(sampling, logprobs=TOP) if self._looking else sampling
 
-    def transplanted(self, tokens: list[int]) -> None:
-        """The worker goes on from KV of ``tokens`` that came, or is coming, by the wire."""
-        self._tokens = tokens
+    def transplanted(self, prompt: list[int], first_token: int | None) -> None:
+        """The worker goes on after ``prompt``, whose KV comes by the wire, and ``first_token``, if it is given."""
+        self._transplanted = prompt, first_token
 
     def take(self, logprobs: Sequence[TokenLogprob]) -> tuple[TokenLogprob, ...]:
         """Look at what the worker says of its next tokens; returns what the client asked for of it."""
         if not self._looking:
             return tuple(logprobs)
         worker, codec = self._way
-        if logprobs and self._tokens is not None and codec is not None:
-            self.evidence = self.evidence or Evidence(worker, codec, self._tokens, logprobs[0].top)
-            self._tokens = None
+        if logprobs and self._transplanted and codec:
+            prompt, first_token = self._transplanted
+            tokens = prompt if first_token is None else [*prompt, first_token]
+            self.evidence = self.evidence or Evidence(worker, codec, tokens, logprobs[0].top)
+            self._transplanted = None
         if self._num_top is None:
             return ()
         return tuple(TokenLogprob(each.token, each.logprob, each.top[: self._num_top]) for each in logprobs)

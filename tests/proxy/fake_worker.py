@@ -61,6 +61,9 @@ class Script:
     prefill_tokens_per_s: float = 400.0
     draining: bool = False
     reused_tokens: int = 0
+    wire_ns: int = 0
+    # What it predicts after a prompt, by where the prompt's KV comes from.
+    predicts: dict[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
     # What it says where another node has begun the answer; and the ids of texts that others are to go on after.
     texts_after_another: list[str] = field(default_factory=lambda: [" four"])
     spelling: dict[str, list[int]] = field(default_factory=dict)
@@ -233,6 +236,8 @@ class FakeWorker:
         num_top = self._prompts[request_id].sampling.logprobs
         if num_top is None:
             return ()
+        if predicted := self.script.predicts.get(self._prompts[request_id].source):
+            return (TokenLogprob(token, predicted[0][1], predicted[:num_top]),)
         logprob = -0.125 if choice == self.script.likeliest_choice else -0.25
         return (TokenLogprob(token, logprob, ((token, logprob), (9, -2.0))[:num_top]),)
 
@@ -243,6 +248,7 @@ class FakeWorker:
             completion_tokens=completion_tokens,
             kv_raw_bytes=0 if local else 4096,
             kv_wire_bytes=0 if local else 2048,
+            wire_ns=0 if local else self.script.wire_ns,
             transfer_exposed_ns=0 if local else 1_000_000,
             local_prefill_ns=5_000_000 if local else 0,
             decode_ns=3_000_000,
