@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from transfer.errors import CapacityError, RequestError
 
 
@@ -32,6 +34,21 @@ class Admission:
         """Admitted requests."""
         return len(self._spans_by_id)
 
+    @property
+    def free_cells(self) -> int:
+        """Cells that are promised to nobody."""
+        return self.num_cells - self.used_cells
+
+    @property
+    def free_sequences(self) -> int:
+        """Sequence ids that are promised to nobody."""
+        return len(self._free_ids)
+
+    def cells(self, seq_ids: Iterable[int]) -> int:
+        """Cells that would be free without ``seq_ids``; ones that they share with each other do not count."""
+        spans = (span for seq_id in seq_ids for span in self._spans_by_id[seq_id])
+        return sum(span.num_cells for span in spans if span.holders == 1)
+
     def admit(self, num_tokens: int, donor: int | None = None, shared_tokens: int = 0) -> int:
         """Promise ``num_tokens`` cells, of which the first ``shared_tokens`` are ``donor``'s; returns a sequence id.
 
@@ -41,9 +58,8 @@ class Admission:
         if not self._free_ids:
             raise CapacityError(f"all {self.max_sequences} sequences of the decode worker are taken")
         needed = num_tokens - shared_tokens
-        free = self.num_cells - self.used_cells
-        if needed > free:
-            raise CapacityError(f"prompt and max_tokens need {needed} cells, {free} are free")
+        if needed > self.free_cells:
+            raise CapacityError(f"prompt and max_tokens need {needed} cells, {self.free_cells} are free")
         seq_id = self._free_ids.pop()
         shared = self._first_spans(donor, shared_tokens) if donor is not None else []
         for span in shared:

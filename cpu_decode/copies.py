@@ -11,7 +11,7 @@ import structlog
 from cpu_decode.llama import Context
 from cpu_decode.prefix import Block
 from cpu_decode.sequence import Sequence
-from cpu_decode.state import ChunkState, StateBlob, cut
+from cpu_decode.state import ChunkState, StateBlob
 from transfer.errors import EngineError
 
 log = structlog.get_logger()
@@ -44,13 +44,6 @@ class Copies:
             if 2 * now - piece_began - began > COPY_NS:
                 return
             piece_began = now
-
-    def restore(self, sequence: Sequence, block: Block, tokens: range) -> None:
-        """Append the positions ``tokens`` of a kept ``block`` to ``sequence``; raises :class:`EngineError`."""
-        if not block.saved:
-            raise EngineError("the KV that this prompt was to reuse could not be kept")
-        blob = StateBlob(block.buffer, block.num_bytes, block.start_token, len(block.tokens))
-        self.inject(sequence, blob if len(tokens) == len(block.tokens) else cut(blob, tokens))
 
     def inject(self, sequence: Sequence, chunk: ChunkState | StateBlob) -> None:
         """Append ``chunk`` to the cells of ``sequence``; raises :class:`EngineError`."""

@@ -1,8 +1,9 @@
 """The step loop: one thread owns the llama.cpp context; between two batches it admits, injects, starts and aborts.
 
-Every sequence is its tokens so far and how many of them have KV in cells. A sequence that misses one decodes; one that
-misses more prefills (a local prompt). Both share one batch. Between steps, KV is copied in and out in the order
-of asking, a few milliseconds of it at a time.
+Every sequence is its tokens so far and how many of them have KV in cells. A sequence that misses one decodes, with a few
+guesses behind it where that pays; one that misses more prefills (a local prompt). Both share one batch. Between steps,
+KV is copied in and out in the order of asking, a few milliseconds of it at a time. Where cells run out, the newest
+sequence waits in RAM.
 """
 
 from __future__ import annotations
@@ -12,21 +13,26 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import structlog
 
 from cpu_decode import calibration
 from cpu_decode.budget import PrefillBudget
 from cpu_decode.copies import Copies
-from cpu_decode.events import Ended, Event, Injected, Prompted, Released, Restored
+from cpu_decode.events import ChoiceFreed, Copied, Ended, Event, Injected, Preempted, Prompted, Released, Restored
 from cpu_decode.landing import LandingReport
 from cpu_decode.llama import Batch, Context
+from cpu_decode.preempt import Parked
 from cpu_decode.prefix import Block
 from cpu_decode.reuse import Plan
 from cpu_decode.sequence import Sequence
-from cpu_decode.state import ChunkState
-from transfer.errors import EngineError, IsthmusError, LinkError, RequestError
-from transfer.messages import Failure, Tokens
+from cpu_decode.speculate import Guessing, Speculation
+from cpu_decode.state import ChunkState, StateBlob, cut
+from cpu_decode.step_costs import StepCosts
+from cpu_decode.step_meter import Step, StepMeter
+from transfer.errors import CapacityError, EngineError, IsthmusError, LinkError, RequestError
+from transfer.messages import Failure, FinishReason, Tokens
 
 log = structlog.get_logger()
 
@@ -35,24 +41,52 @@ MIN_OBSERVED_TOKENS = 64
 IDLE_POLL_S = 0.25
 
 
+class Part(NamedTuple):
+    """What one sequence has in a batch: ``count`` tokens, and ``draft`` behind them.
+
+    ``row`` is that of the last of ``count``; None if the sequence's last token is not among them.
+    """
+
+    sequence: Sequence
+    count: int
+    row: int | None
+    draft: list[int]
+
+
 class Engine:
     """Runs in its own thread; every public method is thread-safe and returns at once.
 
-    ``emit`` is called on the engine's thread. After :class:`Released` nothing more is emitted about a request.
+    ``emit`` and ``wake`` are called on the engine's thread: the one for every event, the other when some are there to
+    be looked at. After :class:`Released` nothing more is emitted about a request.
     """
 
-    def __init__(self, context: Context, *, batch_tokens: int, emit: Callable[[Event], None]) -> None:
+    def __init__(
+        self,
+        context: Context,
+        *,
+        batch_tokens: int,
+        emit: Callable[[Event], None],
+        wake: Callable[[], None],
+        guessing: Guessing,
+    ) -> None:
         self._context = context
         self._batch = Batch(batch_tokens)
         self._budget = PrefillBudget(batch_tokens)
         self._batch_tokens = batch_tokens
-        self._emit = emit
+        self._tell = emit
+        self._wake = wake
+        self._told = False
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._copies = Copies(context)
+        self._parked = Parked(context)
+        self._guessing = guessing
+        self._speculation: Speculation | None = None
+        self.meter = StepMeter()
+        self.drafted_tokens = self.accepted_tokens = 0
         self._sequences: dict[str, Sequence] = {}
         self._ended: dict[str, Sequence] = {}
         self._running: list[Sequence] = []
-        self.running_sequences = 0
+        self.running_sequences = self.preempted_sequences = 0
         self.failed: EngineError | None = None
         self.prefill_tokens_per_s = 0.0
         self.prefill_basis = ""
@@ -89,6 +123,10 @@ class Engine:
         """Copy the KV of an :class:`Ended` request into those ``blocks`` that are not saved, then let go of it."""
         self._inbox.put(lambda: self._leave(request_id, blocks))
 
+    def copy(self, request_id: str, blocks: list[Block]) -> None:
+        """Copy the KV of a prompted request into those ``blocks`` that are not saved; :class:`Copied` says when."""
+        self._inbox.put(lambda: self._copy(request_id, blocks))
+
     def fail(self, request_id: str, error: IsthmusError) -> None:
         """End a request with a Failure."""
         self._inbox.put(lambda: self._fail(request_id, error))
@@ -110,14 +148,28 @@ class Engine:
             while self._drain():
                 self._copies.run()
                 self._expire()
+                self._resume()
+                self._flush()
                 if self._running:
                     self._step()
+                    self._flush()
         except Exception as error:
             log.exception("engine stopped")
             self.failed = EngineError(f"decode engine stopped: {error}")
             for request_id in list(self._sequences):
                 self._fail(request_id, self.failed)
+            self._flush()
             self._calibrated.set()
+
+    def _emit(self, event: Event) -> None:
+        self._tell(event)
+        self._told = True
+
+    def _flush(self) -> None:
+        """Have what was emitted looked at: once a step, for whoever looks takes a core from the threads that compute."""
+        if self._told:
+            self._told = False
+            self._wake()
 
     def _drain(self) -> bool:
         """Handle what waits in the inbox; sleep only when no sequence runs. False: stop."""
@@ -134,32 +186,52 @@ class Engine:
     def _admit(self, sequence: Sequence, plan: Plan) -> None:
         self._sequences[sequence.request_id] = sequence
         if plan.donor is not None:
-            self._context.share(plan.donor, sequence.seq_id, plan.shared_tokens)
-            sequence.num_cached = plan.shared_tokens
+            if parked := self._parked.blob(plan.donor):
+                self._copies.then(partial(self._inject, sequence, cut(parked, range(plan.shared_tokens))))
+            else:
+                self._context.share(plan.donor, sequence.seq_id, plan.shared_tokens)
+                sequence.num_cached = plan.shared_tokens
         for block, tokens in plan.pieces:
             self._copies.then(partial(self._restore, sequence, block, tokens))
         if plan.num_tokens:
             self._copies.then(lambda: self._restored(sequence, plan))
 
     def _restore(self, sequence: Sequence, block: Block, tokens: range) -> None:
-        if self._sequences.get(sequence.request_id) is sequence:
-            try:
-                self._copies.restore(sequence, block, tokens)
-            except EngineError as error:
-                self._fail(sequence.request_id, error)
+        if self._sequences.get(sequence.request_id) is not sequence:
+            return
+        if not block.saved:
+            self._fail(sequence.request_id, EngineError("the KV that this prompt was to reuse could not be kept"))
+            return
+        blob = StateBlob(block.buffer, block.num_bytes, block.start_token, len(block.tokens))
+        self._inject(sequence, blob if len(tokens) == len(block.tokens) else cut(blob, tokens))
 
     def _restored(self, sequence: Sequence, plan: Plan) -> None:
         if self._sequences.get(sequence.request_id) is sequence:
+            if sequence.restored_tokens:
+                sequence.restore_ns += time.monotonic_ns() - sequence.admitted_ns
             self._join(sequence)
         self._emit(Restored(sequence.request_id, plan))
 
+    def _copy(self, request_id: str, blocks: list[Block]) -> None:
+        sequence = self._sequences.get(request_id) or self._ended.get(request_id)
+        for block in blocks if sequence else ():
+            self._copies.then(partial(self._copies.save, sequence, block))
+        self._copies.then(lambda: self._emit(Copied(request_id, blocks)))
+
     def _land(self, request_id: str, chunk: ChunkState) -> None:
         if sequence := self._sequences.get(request_id):
+            self._inject(sequence, chunk)
+        self._emit(Injected(request_id, chunk))
+
+    def _inject(self, sequence: Sequence, chunk: ChunkState | StateBlob) -> None:
+        while self._sequences.get(sequence.request_id) is sequence:
             try:
                 self._copies.inject(sequence, chunk)
+                return
             except EngineError as error:
-                self._fail(request_id, error)
-        self._emit(Injected(request_id, chunk))
+                # All that llama.cpp says is that it did not take it: for want of cells, most likely.
+                if not self._preempt_newest():
+                    self._fail(sequence.request_id, error)
 
     def _complete(self, request_id: str, report: LandingReport) -> None:
         if sequence := self._sequences.get(request_id):
@@ -192,12 +264,20 @@ class Engine:
             sequence.num_cached -= 1
             self._context.trim(sequence.seq_id, sequence.num_cached)
         sequence.joined_tokens = sequence.num_cached
-        self._running.append(sequence)
-        self.running_sequences = len(self._running)
+        self._run_along(sequence)
         self._note_prompt(sequence)
         if sequence.first_token is not None:
             for choice in sequence.choices:
-                self._take(choice, sequence.first_token)
+                self._say(choice, *self._take(choice, sequence.first_token))
+
+    def _run_along(self, sequence: Sequence) -> None:
+        self._running.append(sequence)
+        self.running_sequences = len(self._running)
+
+    def _stand_aside(self, sequence: Sequence) -> None:
+        if sequence in self._running:
+            self._running.remove(sequence)
+            self.running_sequences = len(self._running)
 
     def _note_prompt(self, sequence: Sequence) -> None:
         """Say so once the cells hold the prompt: from then on others may share them."""
@@ -207,83 +287,168 @@ class Engine:
 
     def _step(self) -> None:
         began = time.monotonic_ns()
-        decoding = sum(s.missing_tokens == 1 for s in self._running)
-        rows = self._fill()
-        self._context.decode(self._batch)
-        for sequence, row in rows:
-            self._note_prompt(sequence)
-            self._observe(sequence)
-            for choice in sequence.choices if not sequence.forked else (sequence,):
-                self._sample(choice, sequence, row)
-            sequence.forked = True
-        self._budget.observe(decoding, self._batch.size - decoding, time.monotonic_ns() - began)
-
-    def _fill(self) -> list[tuple[Sequence, int]]:
-        """Fill the batch; returns the sequences whose last token is in it, with its row."""
-        self._batch.clear()
-        rows = []
         decoding = [s for s in self._running if s.missing_tokens == 1]
         prefilling = [s for s in self._running if s.missing_tokens > 1]
+        parts = self._compute(decoding, prefilling)
+        if parts is None:
+            return
+        came = {}
+        for part in parts:
+            part.sequence.num_cached += part.count
+        for sequence, _, row, draft in parts:
+            if row is None:
+                continue
+            self._note_prompt(sequence)
+            self._observe(sequence)
+            if sequence.forked:
+                came[sequence] = self._sample(sequence, row, draft)
+            else:
+                self._fork(sequence, row)
+        self._learn(decoding, parts, [came.get(s, []) for s in decoding], time.monotonic_ns() - began)
+
+    def _compute(self, decoding: list[Sequence], prefilling: list[Sequence]) -> list[Part] | None:
+        """Compute one batch; returns what is in it, or None if cells had to be made free first."""
+        drafts = self._drafts(decoding, prefilling)
+        parts = self._fill(decoding, prefilling, drafts)
+        try:
+            try:
+                self._context.decode(self._batch)
+            except CapacityError:
+                if not any(drafts):
+                    raise
+                parts = self._fill(decoding, prefilling, [[] for _ in decoding])
+                self._context.decode(self._batch)
+        except CapacityError as error:
+            if not self._preempt_newest() and not self._copies and not self._ended:
+                raise EngineError(str(error)) from None
+            return None
+        return parts
+
+    def _drafts(self, decoding: list[Sequence], prefilling: list[Sequence]) -> list[list[int]]:
+        """Guesses for each of ``decoding``: none beside a prefill, which fills the step as it is."""
+        if self._speculation is None or prefilling or not all(s.forked for s in decoding):
+            return [[] for _ in decoding]
+        return self._speculation.drafts(decoding, self._batch_tokens - len(decoding))
+
+    def _fill(self, decoding: list[Sequence], prefilling: list[Sequence], drafts: list[list[int]]) -> list[Part]:
+        self._batch.clear()
+        parts = []
+        for sequence, draft in zip(decoding, drafts, strict=True):
+            tokens = [sequence.tokens[-1], *draft]
+            row = self._batch.add(sequence.seq_id, sequence.num_cached, tokens, want_logits=len(tokens))
+            parts.append(Part(sequence, 1, row - len(draft), draft))
         budget = min(self._batch_tokens - len(decoding), self._budget.tokens(len(decoding)))
-        for sequence in decoding + prefilling:
-            count = 1 if sequence.missing_tokens == 1 else min(sequence.missing_tokens, budget)
-            if sequence.missing_tokens > 1:
-                budget -= count
+        for sequence in prefilling:
+            count = min(sequence.missing_tokens, budget)
             if count == 0:
                 break
+            budget -= count
             last = count == sequence.missing_tokens
             tokens = sequence.tokens[sequence.num_cached : sequence.num_cached + count]
             row = self._batch.add(sequence.seq_id, sequence.num_cached, tokens, want_logits=last)
-            sequence.num_cached += count
-            if last:
-                rows.append((sequence, row))
-        return rows
+            parts.append(Part(sequence, count, row if last else None, []))
+        return parts
 
-    def _sample(self, choice: Sequence, sequence: Sequence, row: int) -> None:
-        """Sample the next token of ``choice`` from ``sequence``'s row: its own, or of the choice that it forks from."""
-        if choice.request_id not in self._sequences:
-            return
-        if choice is not sequence:
-            self._context.share(sequence.seq_id, choice.seq_id, sequence.num_cached)
-            choice.fork(sequence.num_cached)
-            self._running.append(choice)
-            self.running_sequences = len(self._running)
-        try:
-            token, logprob = choice.sampler.sample(self._context, row)
-        except RequestError as error:
-            self._fail(choice.request_id, error)
-            return
-        choice.tokens.append(token)
-        if logprob is not None:
-            choice.unsent_logprobs.append(logprob)
-        self._take(choice, token)
+    def _fork(self, sequence: Sequence, row: int) -> None:
+        """Sample the first token of every choice from the same row; they share the cells of what is before it."""
+        sequence.forked = True
+        for choice in sequence.choices:
+            if choice.request_id not in self._sequences:
+                return
+            if choice is not sequence:
+                self._context.share(sequence.seq_id, choice.seq_id, sequence.num_cached)
+                choice.fork(sequence.num_cached)
+                self._run_along(choice)
+            self._sample(choice, row, [])
 
-    def _take(self, sequence: Sequence, token: int) -> None:
-        """Turn a new token into text, and end the choice if it was the last."""
+    def _sample(self, sequence: Sequence, row: int, draft: list[int]) -> list[int]:
+        """Sample from ``row``, and from each row behind it as long as what was guessed came; returns the tokens."""
+        came: list[int] = []
+        said, finish_reason = "", None
+        sequence.drafted_tokens += len(draft)
+        self.drafted_tokens += len(draft)
+        for guess in [*draft, None]:
+            try:
+                token, logprob = sequence.sampler.sample(self._context, row + len(came))
+            except RequestError as error:
+                self._fail(sequence.request_id, error)
+                return came
+            came.append(token)
+            sequence.tokens.append(token)
+            if logprob is not None:
+                sequence.unsent_logprobs.append(logprob)
+            if token == guess:
+                sequence.num_cached += 1
+                sequence.accepted_tokens += 1
+                self.accepted_tokens += 1
+            text, finish_reason = self._take(sequence, token)
+            said += text
+            if token != guess or finish_reason:
+                break
+        if len(came) <= len(draft):
+            # Before others learn that the sequence has ended, or go on: cells hold what was guessed wrong.
+            self._context.trim(sequence.seq_id, sequence.num_cached)
+        self._say(sequence, said, finish_reason)
+        return came
+
+    def _take(self, sequence: Sequence, token: int) -> tuple[str, FinishReason | None]:
+        """Turn a new token into text that is to be sent, and say whether the choice ends with it."""
         text, finish_reason = sequence.take(token, self._context.model)
-        if sequence.first_text_sent and sequence.completion_tokens == 1:
-            text = ""
-        if text or finish_reason:
-            ids, sequence.unsent_ids = sequence.unsent_ids, []
-            logprobs, sequence.unsent_logprobs = sequence.unsent_logprobs, []
-            sequence.finished = finish_reason is not None
-            report = sequence.choices[0].report() if all(choice.finished for choice in sequence.choices) else None
-            if report is not None:
-                # Before the last words: whoever hears them may send the next prompt, which is to find free cells.
-                self._release(sequence.choices[0])
-            elif sequence.finished:
-                self._pause(sequence)
-            self._emit(
-                Tokens(
-                    request_id=sequence.request_id,
-                    token_ids=ids,
-                    text=text,
-                    finish_reason=finish_reason,
-                    report=report,
-                    choice=sequence.choice,
-                    logprobs=tuple(logprobs),
-                )
+        return "" if sequence.first_text_sent and sequence.completion_tokens == 1 else text, finish_reason
+
+    def _say(self, sequence: Sequence, text: str, finish_reason: FinishReason | None) -> None:
+        """Send what there is to send, and end the choice if that was its last token."""
+        if not (text or finish_reason):
+            return
+        ids, sequence.unsent_ids = sequence.unsent_ids, []
+        logprobs, sequence.unsent_logprobs = sequence.unsent_logprobs, []
+        sequence.finished = finish_reason is not None
+        report = sequence.choices[0].report() if all(choice.finished for choice in sequence.choices) else None
+        if report is not None:
+            # Before the last words: whoever hears them may send the next prompt, which is to find free cells.
+            self._release(sequence.choices[0])
+        elif sequence.finished:
+            self._pause(sequence)
+        self._emit(
+            Tokens(
+                request_id=sequence.request_id,
+                token_ids=ids,
+                text=text,
+                finish_reason=finish_reason,
+                report=report,
+                choice=sequence.choice,
+                logprobs=tuple(logprobs),
             )
+        )
+
+    def _preempt_newest(self) -> bool:
+        """Let the newest running sequence wait in RAM; False if there is none that can.
+
+        Choices share cells, and the cells of requests with several are promised in full: they stay.
+        """
+        victims = [sequence for sequence in self._running if len(sequence.choices) == 1]
+        if not victims:
+            return False
+        sequence = max(victims, key=lambda each: each.admitted_ns)
+        log.info("request waits in RAM for cells", request_id=sequence.request_id, tokens=sequence.num_cached)
+        self._stand_aside(sequence)
+        self._parked.park(sequence)
+        self.preempted_sequences = len(self._parked)
+        sequence.prompted = False
+        self._emit(Preempted(sequence.request_id))
+        return True
+
+    def _resume(self) -> None:
+        """Let the oldest preempted sequence go on if there is room again."""
+        if not self._parked:
+            return
+        with_cells = [s for s in (*self._sequences.values(), *self._ended.values()) if s not in self._parked]
+        resident = [choice for sequence in with_cells for choice in sequence.choices]
+        sequence = self._parked.next(resident, len(self._running), self._context.num_cells)
+        if sequence is not None and self._parked.bring_back(sequence):
+            self.preempted_sequences = len(self._parked)
+            self._run_along(sequence)
+            self._note_prompt(sequence)
 
     def _fail(self, request_id: str, error: IsthmusError) -> None:
         if sequence := self._sequences.get(request_id):
@@ -299,10 +464,11 @@ class Engine:
     def _release(self, sequence: Sequence) -> None:
         """End a sequence; cells that others may be about to share or keep are left until :meth:`leave`."""
         del self._sequences[sequence.request_id]
+        sequence.ended = True
         for choice in sequence.choices:
             self._pause(choice)
             choice.sampler.close()
-        if sequence.prompted:
+        if sequence.prompted or sequence.preemptions:
             self._ended[sequence.request_id] = sequence
             self._emit(Ended(sequence.request_id, sequence.tokens[: sequence.num_cached]))
         else:
@@ -310,11 +476,13 @@ class Engine:
 
     def _pause(self, choice: Sequence) -> None:
         """Take a choice out of the batch; the first one keeps the prompt's cells for the others."""
-        if choice in self._running:
-            self._running.remove(choice)
-            self.running_sequences = len(self._running)
-        if choice is not choice.choices[0]:
+        self._stand_aside(choice)
+        if self._speculation is not None:
+            self._speculation.forget(choice)
+        if choice is not choice.choices[0] and not choice.freed:
+            choice.freed = True
             self._context.trim(choice.seq_id, 0)
+            self._emit(ChoiceFreed(choice.request_id, choice.choice))
 
     def _leave(self, request_id: str, blocks: list[Block]) -> None:
         sequence = self._ended.pop(request_id)
@@ -323,6 +491,8 @@ class Engine:
         self._copies.then(lambda: self._free(sequence))
 
     def _free(self, sequence: Sequence) -> None:
+        self._parked.drop(sequence)
+        self.preempted_sequences = len(self._parked)
         self._context.trim(sequence.seq_id, 0)
         self._emit(Released(sequence.request_id))
 
@@ -341,7 +511,28 @@ class Engine:
             self.prefill_tokens_per_s = computed / seconds
             self.prefill_basis = f"last local prefill: {computed} tokens in {seconds:.2f} s"
 
+    def _learn(self, decoding: list[Sequence], parts: list[Part], came: list[list[int]], step_ns: int) -> None:
+        """Note how long a step took, and what came of it."""
+        drafted = sum(len(part.draft) for part in parts)
+        prefilled = self._batch.size - len(decoding) - drafted
+        if not drafted:
+            self._budget.observe(len(decoding), prefilled, step_ns)
+        if self._speculation is not None and decoding and not prefilled:
+            self._speculation.observe(decoding, came, drafted, step_ns)
+        if decoding:
+            context_tokens = sum(sequence.num_cached for sequence in decoding)
+            plain = not (drafted or prefilled)
+            new_tokens = sum(map(len, came))
+            self.meter.add(Step(time.monotonic_ns(), step_ns, len(decoding), context_tokens, new_tokens, plain))
+
     def _calibrate(self) -> None:
-        speed = calibration.measure(self._context, self._batch)
-        self.prefill_tokens_per_s, self.prefill_basis, self.inject_tokens_per_s = speed
+        guessing = self._guessing
+        wanted = () if guessing.mode != "auto" or guessing.row_ns else guessing.rows(self._batch_tokens)
+        speed = calibration.measure(self._context, self._batch, wanted)
+        self.prefill_tokens_per_s, self.prefill_basis = speed.prefill_tokens_per_s, speed.prefill_basis
+        self.inject_tokens_per_s = speed.inject_tokens_per_s
         self._budget.calibrate(speed.prefill_tokens_per_s)
+        if guessing.mode != "off":
+            if guessing.model is not None:
+                guessing.model.calibrate()
+            self._speculation = Speculation(guessing, StepCosts(guessing.row_ns or speed.row_ns))

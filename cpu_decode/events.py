@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cpu_decode.prefix import Block
 from cpu_decode.reuse import Plan
 from cpu_decode.state import ChunkState
 from transfer.messages import Failure, Tokens
@@ -22,6 +23,21 @@ class Ended:
         self.tokens = tokens
 
 
+class ChoiceFreed:
+    """One of several choices has ended, and its cells are free; the request goes on."""
+
+    def __init__(self, request_id: str, choice: int) -> None:
+        self.request_id = request_id
+        self.choice = choice
+
+
+class Preempted:
+    """A request has lost its cells for a while, until it is :class:`Prompted` again."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+
+
 class Released:
     """The engine has let go of a request: its cells are free."""
 
@@ -37,6 +53,14 @@ class Restored:
         self.plan = plan
 
 
+class Copied:
+    """What could be copied of a request's KV is in ``blocks``."""
+
+    def __init__(self, request_id: str, blocks: list[Block]) -> None:
+        self.request_id = request_id
+        self.blocks = blocks
+
+
 class Injected:
     """A chunk is in the cells: its buffer is free."""
 
@@ -45,4 +69,5 @@ class Injected:
         self.chunk = chunk
 
 
-Event = Tokens | Failure | Prompted | Ended | Released | Restored | Injected
+Doing = Prompted | Ended | ChoiceFreed | Preempted | Released | Restored | Copied | Injected
+Event = Tokens | Failure | Doing

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import structlog
 
 from cpu_decode.state import ChunkState, StateBlob, is_quantized
-from transfer.errors import ConfigError, EngineError
+from transfer.errors import CapacityError, ConfigError, EngineError
 from transfer.geometry import KVGeometry
 from transfer.layout import CELL_ROWS, CellType, RopeOrder
 
@@ -30,6 +30,7 @@ _LOAD_MODE = {  # enum llama_load_mode by (mapped, locked)
     (True, True): 3,
 }
 _FLASH_ATTENTION_ON = 1
+_NO_CELLS = 1  # what llama_decode returns then
 _PIECE_BYTES = 256
 _LOG_INFO_LEVEL, _LOG_ERROR_LEVEL = 2, 4
 # llama_kv_cache says of K and of V whether it rotates what it keeps.
@@ -57,6 +58,7 @@ class Model:
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.load_mode = _LOAD_MODE[mapped, locked]
+        self.gguf = gguf
         self.handle = llama_cpp.llama_model_load_from_file(str(gguf).encode(), params)
         if not self.handle:
             raise ConfigError(f"llama.cpp cannot load {gguf}")
@@ -83,6 +85,11 @@ class Model:
                 f"llama.cpp attends to a window of {window} positions in some layers of this model, where "
                 f"{geometry.sliding_window} was expected; windows of this architecture cannot be split yet"
             )
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of all tensors."""
+        return int(llama_cpp.llama_model_size(self.handle))
 
     def piece(self, token: int) -> bytes:
         """The bytes that ``token`` stands for; control tokens stand for none."""
@@ -132,8 +139,11 @@ class Batch:
         """Forget the rows."""
         self.size = 0
 
-    def add(self, seq_id: int, position: int, tokens: list[int], *, want_logits: bool) -> int:
-        """Append ``tokens`` of one sequence from ``position`` on; returns the row of the last one."""
+    def add(self, seq_id: int, position: int, tokens: list[int], *, want_logits: int) -> int:
+        """Append ``tokens`` of one sequence from ``position`` on; returns the row of the last one.
+
+        Logits are computed of the last ``want_logits`` of them.
+        """
         first, last = self.size, self.size + len(tokens)
         if last > self.capacity:
             raise EngineError(f"batch of {last} tokens is over its capacity of {self.capacity}")
@@ -141,7 +151,7 @@ class Batch:
         self._positions[first:last] = np.arange(position, position + len(tokens))
         self._seq_ids[first:last] = seq_id
         self._logits[first:last] = 0
-        self._logits[last - 1] = want_logits
+        self._logits[last - want_logits : last] = 1
         self.size = last
         return last - 1
 
@@ -194,12 +204,19 @@ class Context:
                 "LLAMA_ATTN_ROT_DISABLE, or set [decode] cell_type to f16 or bf16"
             )
         self._memory = llama_cpp.llama_get_memory(self.handle)
+        self._row = ctypes.c_float * model.vocab_size
         # Chunks land here first: setting a sequence's state clears what that sequence held.
         self._scratch = max_sequences
 
     def decode(self, batch: Batch) -> None:
-        """Compute one batch. Raises :class:`EngineError`; the cells of the batch are then undefined."""
+        """Compute one batch.
+
+        Raises :class:`CapacityError` if there are too few free cells, and changes none; :class:`EngineError` if it
+        fails, and the cells of the batch are then undefined.
+        """
         code = llama_cpp.llama_decode(self.handle, batch.struct)
+        if code == _NO_CELLS:
+            raise CapacityError(f"no cells are free for a batch of {batch.size} tokens")
         if code:
             raise EngineError(f"llama_decode returned {code} for a batch of {batch.size} tokens")
 
@@ -247,7 +264,8 @@ class Context:
     def live_logits(self, row: int) -> npt.NDArray[np.float32]:
         """The logits of batch row ``row`` that samplers read, fp32 ``[vocab_size]``; valid until the next batch."""
         pointer = llama_cpp.llama_get_logits_ith(self.handle, row)
-        return np.ctypeslib.as_array(pointer, (self.model.vocab_size,))
+        # Much faster than np.ctypeslib.as_array, and every token needs one.
+        return np.frombuffer(self._row.from_address(ctypes.addressof(pointer.contents)), np.float32)
 
     def state(self, seq_id: int) -> bytes:
         """The sequence's state as llama.cpp writes it (format: ``cpu_decode/state.py``)."""

@@ -24,9 +24,13 @@ class Tuned(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
-    """The file: what was found, and what else was seen on the way, which a worker does not look at."""
+    """The file: what was found, and what else was seen on the way, which a worker does not look at.
+
+    ``row_ns`` is how long batches take with those settings, by their number of rows: what guessing costs.
+    """
 
     decode: Tuned
+    row_ns: dict[int, float] = {}
     gguf: str
     host: dict[str, Any]
     seen: dict[str, float]
@@ -35,8 +39,19 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
 
 def apply(decode: Decode) -> Decode:
     """``decode`` with the settings of its profile, if it names one; :class:`ConfigError` if that cannot be read."""
+    profile = _read(decode)
+    return msgspec.structs.replace(decode, **msgspec.structs.asdict(profile.decode)) if profile else decode
+
+
+def row_ns(decode: Decode) -> dict[int, float]:
+    """How long batches take by their number of rows, as the profile of ``decode`` says; empty if that says nothing."""
+    profile = _read(decode)
+    return profile.row_ns if profile else {}
+
+
+def _read(decode: Decode) -> Profile | None:
     if not decode.profile:
-        return decode
+        return None
     path = Path(decode.profile)
     try:
         profile = msgspec.json.decode(path.read_bytes(), type=Profile)
@@ -46,7 +61,7 @@ def apply(decode: Decode) -> Decode:
         raise ConfigError(f"{path}: {error} - at [decode] profile") from None
     if profile.schema != SCHEMA:
         raise ConfigError(f"{path} has schema {profile.schema!r}, this worker reads {SCHEMA!r}; tune again")
-    return msgspec.structs.replace(decode, **msgspec.structs.asdict(profile.decode))
+    return profile
 
 
 def write(path: Path, profile: Profile) -> None:

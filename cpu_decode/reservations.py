@@ -5,14 +5,16 @@ Owned by the I/O thread. A record is dropped at exactly one place: when the engi
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Iterator
+from collections.abc import Sequence as Several
 
 from cpu_decode.admission import Admission
 from cpu_decode.asked import check
 from cpu_decode.engine import Engine
-from cpu_decode.events import Copied, Ended, Injected, Prompted, Released, Restored
+from cpu_decode.events import ChoiceFreed, Copied, Doing, Ended, Injected, Preempted, Prompted, Released, Restored
 from cpu_decode.fetching import Fetching
 from cpu_decode.grammar import Grammars
 from cpu_decode.landing import LandingPlace, LandingPool, LandingReport
@@ -23,11 +25,12 @@ from cpu_decode.prefix import Block
 from cpu_decode.reuse import Plan, PrefixCache, Scope
 from cpu_decode.sampling import Sampler
 from cpu_decode.sequence import Sequence
+from cpu_decode.waiting import Need, steps_until_room
 from transfer import codecs
 from transfer.config import Decode, Link
 from transfer.errors import CapacityError, IsthmusError, ProtocolError, RequestError
 from transfer.geometry import KVGeometry
-from transfer.messages import Landing, Reserve, Start, Ticket
+from transfer.messages import Landing, Reserve, Start, Ticket, Tokens
 from transfer.receiver import KVReceiver
 
 # Injecting what has just been computed is faster than injecting what comes from the link: half of 5 ms, to be safe.
@@ -40,9 +43,10 @@ class Admitted:
 
     def __init__(self, client: bytes, seq_ids: list[int], reserve: Reserve, scope: Scope | None) -> None:
         self.client = client
-        # The first one's cells get the prompt; there is one for each choice.
-        self.seq_ids = seq_ids
+        # The first one's cells get the prompt; there is one for each choice that has not ended before the others.
+        self.seq_ids = dict(enumerate(seq_ids))
         self.seq_id = seq_ids[0]
+        self.left_tokens = [reserve.sampling.max_tokens] * reserve.choices
         self.constrained = reserve.sampling.constrained
         self.prompt = reserve.prompt
         self.scope = scope
@@ -107,9 +111,12 @@ class Reservations:
         if reserve.request_id in self._requests or self.fetching.client(reserve.request_id) is not None:
             raise RequestError(f"request id {reserve.request_id!r} is in use", "request_id")
         check(reserve, self._model.vocab_size, self.admission.max_sequences)
+        self.admission.require(len(reserve.prompt) + reserve.choices * reserve.sampling.max_tokens)
+        if reserve.source == "kv":
+            codecs.for_cells(reserve.codec, self._decode.cell_type, self._geometry)
 
-    def reserve(self, client: bytes, reserve: Reserve) -> Ticket:
-        """Promise everything that the request will need, or nothing.
+    def reserve(self, client: bytes, reserve: Reserve, queued_ns: int = 0) -> Ticket:
+        """Promise everything that the request will need, or nothing; it has waited for ``queued_ns``.
 
         Raises :class:`CapacityError` if it cannot be had now. It has passed :meth:`check`.
         """
@@ -122,7 +129,7 @@ class Reservations:
             if reserve.source == "kv":
                 self._expect_kv(request, ticket, reserve, plan)
         except IsthmusError:
-            self._release(request.seq_ids)
+            self._release(list(request.seq_ids.values()))
             raise
         request.reused_tokens = plan.num_tokens
         self._requests[reserve.request_id] = request
@@ -132,7 +139,7 @@ class Reservations:
             Sequence(reserve, request.seq_ids[choice], samplers[choice], choice=choice)
             for choice in range(1, reserve.choices)
         )
-        first = Sequence(reserve, request.seq_id, samplers[0], plan.num_tokens, others=others)
+        first = Sequence(reserve, request.seq_id, samplers[0], plan.num_tokens, others=others, queued_ns=queued_ns)
         first.restored_tokens, first.restore_ns = plan.restored_tokens, plan.fetch_ns
         self._engine.admit(first, plan)
         return Ticket(
@@ -160,7 +167,26 @@ class Reservations:
             request.landing.release()
         self._engine.begin(start.request_id, start.first_token, first_text_sent=start.first_text_sent, local=start.local)
 
-    def handle(self, event: Prompted | Ended | Released | Restored | Copied | Injected) -> None:
+    def note(self, tokens: Tokens) -> None:
+        """Take in how far an answer is."""
+        if request := self._requests.get(tokens.request_id):
+            left = request.left_tokens[tokens.choice] - len(tokens.token_ids)
+            request.left_tokens[tokens.choice] = 0 if tokens.finish_reason else left
+
+    def wait_steps(self, line: Several[Reserve]) -> int:
+        """Steps until the last of ``line`` has room, if nobody ends early; 0 if that cannot be said."""
+        running = [
+            Need(self.admission.cells(request.seq_ids.values()), len(request.seq_ids), max(request.left_tokens))
+            for request in self._requests.values()
+        ]
+        wanted = [
+            Need(self._promised_cells(each) + (each.choices - 1) * each.sampling.max_tokens, each.choices,
+                 each.sampling.max_tokens)
+            for each in line
+        ]  # fmt: skip
+        return steps_until_room(self.admission.free_cells, self.admission.free_sequences, running, wanted)
+
+    def handle(self, event: Doing) -> None:
         """Take in what the engine has done."""
         request = self._requests.get(event.request_id)
         match event:
@@ -172,6 +198,12 @@ class Reservations:
             case Prompted():
                 if request is not None:
                     self._prompted(event.request_id, request)
+            case Preempted():
+                if request is not None:
+                    self.prefixes.take_back(request.seq_id)
+            case ChoiceFreed():
+                if request is not None:
+                    self.admission.release(request.seq_ids.pop(event.choice))
             case Restored():
                 self.prefixes.used(event.plan)
             case Copied():
@@ -184,9 +216,7 @@ class Reservations:
     def _admit(self, reserve: Reserve, plan: Plan) -> list[int]:
         """Promise cells for the prompt and for each choice's answer; returns a sequence id for each choice."""
         max_tokens = reserve.sampling.max_tokens
-        num_tokens = len(reserve.prompt) + max_tokens
-        self.admission.require(num_tokens + (reserve.choices - 1) * max_tokens)
-        seq_ids = [self.admission.admit(num_tokens, plan.donor, plan.shared_tokens)]
+        seq_ids = [self.admission.admit(self._promised_cells(reserve), plan.donor, plan.shared_tokens)]
         try:
             while len(seq_ids) < reserve.choices:
                 seq_ids.append(self.admission.admit(max_tokens))
@@ -195,8 +225,15 @@ class Reservations:
             raise
         return seq_ids
 
+    def _promised_cells(self, reserve: Reserve) -> int:
+        """Cells for the prompt and the first choice: fewer than its answer may need, if answers may be preempted.
+
+        The engine preempts no request with several choices, so theirs are promised in full.
+        """
+        share = self._decode.promised_share if reserve.choices == 1 else 1.0
+        return len(reserve.prompt) + math.ceil(share * reserve.sampling.max_tokens)
+
     def _expect_kv(self, request: Admitted, ticket: str, reserve: Reserve, plan: Plan) -> None:
-        codecs.for_cells(reserve.codec, self._decode.cell_type, self._geometry)
         request.reserved_buffers = self.pool.reserve(
             # As many tokens as the configuration says, in chunks of the size that injects evenly.
             self._link.credit_chunks * self._link.chunk_tokens // self.chunk_tokens
@@ -243,7 +280,7 @@ class Reservations:
     def _forget(self, request_id: str) -> None:
         request = self._requests.pop(request_id)
         self.prefixes.kept(request.keeping)
-        self._release(request.seq_ids)
+        self._release(list(request.seq_ids.values()))
         self.pool.unreserve(request.reserved_buffers)
         if request.landing is not None:
             self._receiver.cancel(request.ticket, "the request has ended")

@@ -48,10 +48,13 @@ class Sampler:
         self._ends = np.array([*model.end_tokens, *sampling.stop_token_ids], np.intp)
         self._grammar = grammar.copy() if grammar else None
         output = prompt[len(prompt) - reserve.prior_output :]
+        # The likeliest token whatever came before: nothing needs to be remembered, nor copied for llama.cpp.
+        self._argmax = False
         self._chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
         self._add_bias(model, sampling)
         self._add_penalties(model, sampling, prompt, output)
         if sampling.temperature < _GREEDY_BELOW:
+            self._argmax = not llama_cpp.llama_sampler_chain_n(self._chain)
             self._add(llama_cpp.llama_sampler_init_greedy())
         else:
             seed = _RANDOM_SEED if sampling.seed is None else (sampling.seed + choice) % _RANDOM_SEED
@@ -70,13 +73,13 @@ class Sampler:
         forbids = self._grammar is not None or self._output_tokens < self._min_tokens
         if not forbids and self._num_top is None:
             self._output_tokens += 1
-            return Sampled(int(llama_cpp.llama_sampler_sample(self._chain, context.handle, row)), None)
+            return Sampled(self._pick(context, row), None)
         logits = context.live_logits(row)
         # Other choices may sample from the same row.
         raw = logits.copy() if forbids else logits
         if forbids:
             logits[self._forbidden(logits.size)] = -np.inf
-        token = int(llama_cpp.llama_sampler_sample(self._chain, context.handle, row))
+        token = self._pick(context, row)
         self._output_tokens += 1
         if self._grammar:
             self._grammar.accept(token)
@@ -92,6 +95,11 @@ class Sampler:
     def close(self) -> None:
         """Free the chain and its samplers."""
         llama_cpp.llama_sampler_free(self._chain)
+
+    def _pick(self, context: Context, row: int) -> int:
+        if self._argmax:
+            return int(context.live_logits(row).argmax())
+        return int(llama_cpp.llama_sampler_sample(self._chain, context.handle, row))
 
     def _forbidden(self, vocab_size: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         forbidden = ~self._grammar.allowed() if self._grammar else np.zeros(vocab_size, np.bool_)

@@ -27,6 +27,7 @@ class Sequence:
         *,
         choice: int = 0,
         others: tuple[Sequence, ...] = (),
+        queued_ns: int = 0,
     ) -> None:
         self.request_id = reserve.request_id
         self.seq_id = seq_id
@@ -35,6 +36,10 @@ class Sequence:
         for other in others:
             other.choices = self.choices
         self.forked = not others
+        # Its cells and its sequence id are others' from now on.
+        self.freed = False
+        # The request is over, its last word said; cells may still be copied.
+        self.ended = False
         self.finished = False
         self.local = reserve.source == "local"
         self.sampling = reserve.sampling
@@ -46,8 +51,14 @@ class Sequence:
         self.num_cached = 0
         # The first tokens, whose KV the worker has already; it may have to come back into cells.
         self.reused_tokens = reused_tokens
+        # Those of them that had no cells, and how long it took to give them some.
+        self.restored_tokens = self.restore_ns = 0
         self.prompted = False
-        self.deadline_ns = time.monotonic_ns() + reserve.deadline_ms * 1_000_000
+        self.admitted_ns = time.monotonic_ns()
+        self.deadline_ns = self.admitted_ns + reserve.deadline_ms * 1_000_000
+        self._queued_ns = queued_ns
+        self.preemptions = 0
+        self.drafted_tokens = self.accepted_tokens = 0
         self.started = False
         self.first_token: int | None = None
         self.first_text_sent = False
@@ -74,6 +85,11 @@ class Sequence:
     def completion_tokens(self) -> int:
         """Tokens that were sampled, here or on the prefill node."""
         return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def left_tokens(self) -> int:
+        """Tokens that may still be sampled."""
+        return self.sampling.max_tokens - self.completion_tokens
 
     def start(self, first_token: int | None, *, first_text_sent: bool, now_ns: int) -> None:
         """Note Start, which came at ``now_ns``; a first token counts as this sequence's output."""
@@ -135,5 +151,11 @@ class Sequence:
             local_prefill_ns=first - self.joined_ns if self.local else 0,
             first_decode_ns=0 if self.local else first - self.joined_ns,
             decode_ns=now - first,
+            restored_tokens=self.restored_tokens,
+            restore_ns=self.restore_ns,
+            worker_queue_ns=self._queued_ns,
+            preemptions=self.preemptions,
+            drafted_tokens=sum(choice.drafted_tokens for choice in self.choices),
+            accepted_tokens=sum(choice.accepted_tokens for choice in self.choices),
             **costs,
         )

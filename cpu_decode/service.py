@@ -10,7 +10,7 @@ from pathlib import Path
 
 import structlog
 
-from cpu_decode import binding, numa, profile
+from cpu_decode import binding, memory_speed, numa, profile
 from transfer import keys
 from transfer.config import Cluster, Decode, keys_folder
 from transfer.errors import ConfigError
@@ -38,8 +38,10 @@ def run(cluster: Cluster, node: numa.Node | None = None) -> None:
         # Before llama.cpp is loaded: what is touched first by a bound thread lies on its node.
         binding.bind(node)
 
+    from cpu_decode.draft import DraftModel
     from cpu_decode.geometry import read_geometry
     from cpu_decode.llama import Context, Model
+    from cpu_decode.speculate import Guessing
     from cpu_decode.threadpool import PinnedThreads
     from cpu_decode.worker import Worker
 
@@ -53,6 +55,8 @@ def run(cluster: Cluster, node: numa.Node | None = None) -> None:
     # Pages of a mapped file are the page cache's, wherever they are: a bound worker reads its own copy.
     model = Model(gguf, mapped=decode.mmap and node is None, locked=decode.mlock)
     threads = len(cpus) or decode.threads or usable_cores()
+    memory_bytes_per_s = memory_speed.read_bytes_per_s(threads)
+    batch_threads = len(batch_cpus) or decode.batch_threads
     context = Context(
         model,
         num_cells=decode.num_cells,
@@ -60,8 +64,17 @@ def run(cluster: Cluster, node: numa.Node | None = None) -> None:
         batch_tokens=max(decode.prefill_batch_tokens, decode.max_sequences),
         threads=threads,
         cell_type=decode.cell_type,
-        batch_threads=len(batch_cpus) or decode.batch_threads,
+        batch_threads=batch_threads,
     )
+    draft = None
+    if decode.draft_gguf and decode.speculate != "off":
+        draft = DraftModel(
+            Path(decode.draft_gguf),
+            model,
+            max_sequences=decode.max_sequences,
+            threads=threads,
+            batch_threads=batch_threads,
+        )
     pinned = PinnedThreads(context, cpus, batch_cpus) if cpus else None
     huge_page_bytes = binding.take_huge_pages() if decode.huge_pages else 0
     log.info(
@@ -76,7 +89,9 @@ def run(cluster: Cluster, node: numa.Node | None = None) -> None:
     if decode.mlock:
         _say_whether_locked(gguf)
     watch = binding.MemoryWatch(node.number) if node else None
-    worker = Worker(model, context, geometry, decode, cluster.link, own_keys)
+    guessing = Guessing(decode.speculate, decode.speculate_tokens, profile.row_ns(decode), draft)
+    worker = Worker(model, context, geometry, decode, cluster.link, own_keys, guessing)
+    worker.memory_bytes_per_s = memory_bytes_per_s
     if watch:
         worker.memory = watch
         watch.start()
@@ -87,6 +102,8 @@ def run(cluster: Cluster, node: numa.Node | None = None) -> None:
     worker.run()
     if watch:
         watch.stop()
+    if draft:
+        draft.close()
     context.close()
     if pinned:
         pinned.close()
@@ -103,7 +120,8 @@ def needed_bytes(gguf: Path, geometry: KVGeometry, decode: Decode) -> int:
     from cpu_decode.state import row_bytes
 
     cells = decode.num_cells * geometry.num_layers * sum(row_bytes(geometry, decode.cell_type))
-    return gguf.stat().st_size + cells + (decode.landing_mib + decode.pool_mib << 20)
+    files = [gguf, *([Path(decode.draft_gguf)] if decode.draft_gguf else [])]
+    return sum(file.stat().st_size for file in files) + cells + (decode.landing_mib + decode.pool_mib << 20)
 
 
 def _raise_lock_limit() -> None:

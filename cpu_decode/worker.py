@@ -18,14 +18,16 @@ import zmq
 from cpu_decode.announce import Announcer
 from cpu_decode.binding import MemoryWatch
 from cpu_decode.engine import Engine
-from cpu_decode.events import Event
+from cpu_decode.events import ChoiceFreed, Event, Released
 from cpu_decode.llama import Context, Model
 from cpu_decode.pool.below import Fetched
 from cpu_decode.reservations import Reservations
+from cpu_decode.speculate import NO_GUESSING, Guessing
+from cpu_decode.waiting import Line, Waiting
 from transfer import codecs
 from transfer.config import Decode, Link
 from transfer.doorkeeper import Doorkeeper
-from transfer.errors import CapacityError, IsthmusError, ProtocolError
+from transfer.errors import CapacityError, IsthmusError, ProtocolError, RequestError
 from transfer.geometry import KVGeometry, require_same
 from transfer.keys import ServerKeys, secure_server
 from transfer.listen import bind
@@ -37,9 +39,11 @@ from transfer.messages import (
     FromWorker,
     Hello,
     Ping,
+    Queued,
     Reserve,
     Start,
     Status,
+    Ticket,
     Tokens,
     Welcome,
     decode_to_worker,
@@ -70,7 +74,11 @@ class Worker:
         decode: Decode,
         link: Link,
         keys: ServerKeys | None = None,
+        guessing: Guessing = NO_GUESSING,
     ) -> None:
+        # What the memory can do and a step reads beside KV; the service that starts this worker may know the first.
+        self.memory_bytes_per_s = 0.0
+        self._weights_bytes = model.size_bytes
         # Set by the service that binds this worker to a NUMA node.
         self.memory: MemoryWatch | None = None
         self._geometry = geometry
@@ -84,7 +92,12 @@ class Worker:
         self._drained_by_ns = 0
         self._announcer: Announcer | None = None
         batch_tokens = max(decode.prefill_batch_tokens, decode.max_sequences)
-        self.engine = Engine(context, batch_tokens=batch_tokens, emit=self._post)
+        self.engine = Engine(
+            context, batch_tokens=batch_tokens, emit=self._outbox.put, wake=self._wake_up, guessing=guessing
+        )
+        self._line = Line(decode.max_queued)
+        # Whether something has ended since the first in line was refused.
+        self._may_move = False
         self._zmq: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._keys = keys
         self._doorkeeper = Doorkeeper(self._zmq, keys) if keys else None
@@ -138,6 +151,7 @@ class Worker:
                 self._listen()
                 for arriving in self._promised.fetching.late():
                     self._answer(arriving.client, arriving.reserve)
+                self._serve_line()
                 self._receiver.turn()
                 if self._announcer:
                     self._announcer.turn(self._announcement)
@@ -187,7 +201,8 @@ class Worker:
     @property
     def status(self) -> Status:
         """What the worker would answer to a Ping now."""
-        promised = self._promised
+        promised, pace = self._promised, self.engine.meter.pace()
+        step_bytes = self._weights_bytes + pace.context_tokens * promised.prefixes.cell_bytes
         return Status(
             worker=self.name,
             used_cells=promised.admission.used_cells,
@@ -204,6 +219,16 @@ class Worker:
             retained_sequences=promised.prefixes.num_prefixes,
             prefix_hits=promised.prefixes.hits,
             reused_tokens=promised.prefixes.reused_tokens,
+            queued_requests=len(self._line),
+            preempted_sequences=self.engine.preempted_sequences,
+            decode_tokens_per_s=pace.tokens_per_s,
+            step_ns=pace.step_ns,
+            step_sequences=pace.sequences,
+            step_context_tokens=pace.context_tokens,
+            step_read_bytes_per_s=step_bytes * 1e9 / pace.step_ns if pace.step_ns else 0.0,
+            memory_bytes_per_s=self.memory_bytes_per_s,
+            drafted_tokens=self.engine.drafted_tokens,
+            accepted_tokens=self.engine.accepted_tokens,
             tiers=promised.prefixes.tiers(promised.admission.used_cells, promised.admission.num_cells),
         )
 
@@ -218,10 +243,14 @@ class Worker:
     @property
     def _drained(self) -> bool:
         late = time.monotonic_ns() > self._drained_by_ns
-        return self._draining.is_set() and (not (self._promised or self._promised.fetching) or late)
+        waiting = self._promised.fetching or self._line
+        return self._draining.is_set() and (not (self._promised or waiting) or late)
 
-    def _post(self, event: Event | Fetched) -> None:
+    def _post(self, event: Fetched) -> None:
         self._outbox.put(event)
+        self._wake_up()
+
+    def _wake_up(self) -> None:
         os.eventfd_write(self._wake, 1)
 
     # What the engine says.
@@ -231,6 +260,8 @@ class Worker:
             event = self._outbox.get()
             match event:
                 case Tokens() | Failure():
+                    if isinstance(event, Tokens):
+                        self._promised.note(event)
                     client = self._promised.client(event.request_id)
                     if client is not None and not self._send(client, event):
                         # A stream with a hole would be a wrong answer.
@@ -240,6 +271,7 @@ class Worker:
                         self._answer(arriving.client, arriving.reserve)
                 case _:
                     self._promised.handle(event)
+                    self._may_move |= isinstance(event, Released | ChoiceFreed)
 
     # What clients say.
 
@@ -269,9 +301,7 @@ class Worker:
                     case Abort():
                         if self._promised.client(request_id) is not None:
                             self._check_owner(client, request_id)
-                            self.engine.abort(request_id)
-                        elif self._promised.fetching.client(request_id) == client:
-                            self._promised.fetching.forget(request_id)
+                        self._give_up(client, request_id)
             except IsthmusError as error:
                 self._refuse(client, request_id, error)
 
@@ -306,15 +336,74 @@ class Worker:
         """Answer ``reserve``, at once or when KV for it has come from below RAM."""
         if self._draining.is_set():
             raise CapacityError("this decode worker is about to end and takes no new requests")
+        if reserve.request_id in self._line:
+            raise RequestError(f"request id {reserve.request_id!r} is in use", "request_id")
         self._promised.check(reserve)
         if not self._promised.fetching.begin(client, reserve):
             self._answer(client, reserve)
 
     def _answer(self, client: bytes, reserve: Reserve) -> None:
+        """Send a ticket, or a place in the line of those that wait for room."""
         try:
-            self._send(client, self._promised.reserve(client, reserve))
+            if not self._send(client, self._placed(client, reserve)):
+                self._give_up(client, reserve.request_id)
         except IsthmusError as error:
             self._refuse(client, reserve.request_id, error)
+
+    def _placed(self, client: bytes, reserve: Reserve) -> Ticket | Queued:
+        if not self._line:
+            try:
+                return self._promised.reserve(client, reserve)
+            except CapacityError:
+                if not self._decode.max_queued:
+                    raise
+        position = len(self._line)
+        self._line.join(Waiting(client, reserve, time.monotonic_ns()))
+        steps = self._promised.wait_steps([waiting.reserve for waiting in self._line])
+        wait_ms = steps * self.engine.meter.pace().step_ns // 1_000_000
+        return Queued(request_id=reserve.request_id, position=position, wait_ms=wait_ms)
+
+    def _serve_line(self) -> None:
+        """Give tickets to those whose turn it is, and send away those whose time is over."""
+        now = time.monotonic_ns()
+        for waiting in self._line:
+            if self._draining.is_set():
+                self._turn_away(waiting, "this decode worker is about to end")
+            elif now > waiting.deadline_ns:
+                waited_s = (now - waiting.since_ns) / 1e9
+                self._turn_away(waiting, f"there was no room on the decode worker for {waited_s:.1f} s")
+        while self._may_move and (first := self._line.first()):
+            request_id, left_ms = first.reserve.request_id, (first.deadline_ns - now) // 1_000_000
+            reserve = msgspec.structs.replace(first.reserve, deadline_ms=left_ms)
+            try:
+                ticket = self._promised.reserve(first.client, reserve, now - first.since_ns)
+            except CapacityError:
+                self._may_move = False
+                return
+            except IsthmusError as error:
+                self._line.leave(request_id)
+                self._refuse(first.client, request_id, error)
+                continue
+            self._line.leave(request_id)
+            if not self._send(first.client, ticket):
+                self.engine.abort(request_id)
+
+    def _turn_away(self, waiting: Waiting, reason: str) -> None:
+        self._leave_line(waiting.reserve.request_id)
+        self._refuse(waiting.client, waiting.reserve.request_id, CapacityError(reason))
+
+    def _leave_line(self, request_id: str) -> None:
+        self._line.leave(request_id)
+        self._may_move = True
+
+    def _give_up(self, client: bytes, request_id: str) -> None:
+        """The client of ``request_id`` is gone or no longer wants it."""
+        if self._line.client(request_id) == client:
+            self._leave_line(request_id)
+        elif self._promised.client(request_id) == client:
+            self.engine.abort(request_id)
+        elif self._promised.fetching.client(request_id) == client:
+            self._promised.fetching.forget(request_id)
 
     def _check_owner(self, client: bytes, request_id: str) -> None:
         if self._promised.client(request_id) != client:
@@ -324,11 +413,10 @@ class Worker:
         oldest = time.monotonic_ns() - int(CLIENT_SILENCE_S * 1e9)
         for client in [c for c, seen_ns in self._clients.items() if seen_ns < oldest]:
             del self._clients[client]
-            for request_id in list(self._promised.of(client)):
+            waiting = [waiting.reserve.request_id for waiting in self._line if waiting.client == client]
+            for request_id in [*self._promised.of(client), *self._promised.fetching.of(client), *waiting]:
                 log.warning("client is gone, its request with it", request_id=request_id)
-                self.engine.abort(request_id)
-            for request_id in list(self._promised.fetching.of(client)):
-                self._promised.fetching.forget(request_id)
+                self._give_up(client, request_id)
 
     def _send(self, client: bytes, message: FromWorker) -> bool:
         """Queue ``message``; False if the client is gone or has stopped reading."""

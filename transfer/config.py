@@ -71,7 +71,9 @@ class Decode(Section, frozen=True, kw_only=True):
     more than one token, 0: as many as ``threads``. Threads at barriers look ``spin_count`` times before they sleep.
     ``profile`` names a file of ``isthmus measure decode --tune``, whose settings take the place of those here.
 
-    At most ``max_queued`` requests wait for cells. ``speculate`` has tokens guessed, at most ``speculate_tokens`` at a
+    At most ``max_queued`` requests wait for cells. A request is admitted when there are cells for its prompt and for
+    ``promised_share`` of its ``max_tokens``; below 1, answers that outgrow that may have to wait in RAM for each other,
+    the newest first. ``speculate`` has tokens guessed, at most ``speculate_tokens`` at a
     time, from the text so far or by the model in ``draft_gguf``: ``auto`` where that is measured to be faster. KV that
     leaves RAM goes to ``disk_pool_mib`` of files in ``disk_pool_dir``, and to the Redis-protocol server at
     ``shared_pool_url``; neither is used where its name is empty.
@@ -98,6 +100,7 @@ class Decode(Section, frozen=True, kw_only=True):
     spin_count: Annotated[int, msgspec.Meta(ge=0)] = 1000
     profile: str = ""
     max_queued: Annotated[int, msgspec.Meta(ge=0)] = 64
+    promised_share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     speculate: Literal["auto", "off", "always"] = "auto"
     speculate_tokens: Annotated[int, msgspec.Meta(ge=1, le=64)] = 8
     draft_gguf: str = ""
