@@ -20,9 +20,9 @@ from transfer.errors import ConfigError
 
 log = structlog.get_logger()
 
-# x86-64 numbers and linux/mempolicy.h.
-_SYS_SET_MEMPOLICY, _SYS_GET_MEMPOLICY = 238, 239
-MPOL_DEFAULT, MPOL_BIND = 0, 2
+# x86-64 number and linux/mempolicy.h.
+_SYS_SET_MEMPOLICY = 238
+_MPOL_BIND = 2
 # The kernel's largest number of nodes on x86-64, and one more bit, for it takes the last one off.
 _MAX_NODES = 1024
 _MASK = ctypes.c_ulong * (_MAX_NODES // 64)
@@ -47,17 +47,9 @@ def bind(node: Node) -> None:
         os.sched_setaffinity(int(task.name), node.cpus)
     mask = _MASK()
     mask[node.number // 64] = 1 << node.number % 64
-    if _libc.syscall(_SYS_SET_MEMPOLICY, MPOL_BIND, mask, ctypes.c_ulong(_MAX_NODES + 1)):
+    if _libc.syscall(_SYS_SET_MEMPOLICY, _MPOL_BIND, mask, ctypes.c_ulong(_MAX_NODES + 1)):
         reason = os.strerror(ctypes.get_errno())
         raise ConfigError(f"memory cannot be bound to NUMA node {node.number} ({reason}); set [decode] numa to off")
-
-
-def memory_policy() -> tuple[int, list[int]]:
-    """The calling thread's memory policy (``MPOL_...``) and the nodes it names."""
-    mode, mask = ctypes.c_int(), _MASK()
-    if _libc.syscall(_SYS_GET_MEMPOLICY, ctypes.byref(mode), mask, ctypes.c_ulong(_MAX_NODES), None, 0):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return mode.value, [number for number in range(_MAX_NODES) if mask[number // 64] >> number % 64 & 1]
 
 
 def take_huge_pages() -> int:

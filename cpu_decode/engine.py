@@ -1,6 +1,6 @@
 """The step loop: one thread owns the llama.cpp context; between two batches it admits, injects, starts and aborts.
 
-Every sequence is its tokens so far and how many of them have KV in cells. A sequence that misses one decodes, with a few
+Every sequence is its tokens so far and how many of them have KV in cells. A sequence that misses one decodes, with
 guesses behind it where that pays; one that misses more prefills (a local prompt). Both share one batch. Between steps,
 KV is copied in and out in the order of asking, a few milliseconds of it at a time. Where cells run out, the newest
 sequence waits in RAM.
@@ -13,24 +13,20 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import structlog
 
-from cpu_decode import calibration
-from cpu_decode.budget import PrefillBudget
 from cpu_decode.copies import Copies
 from cpu_decode.events import ChoiceFreed, Copied, Ended, Event, Injected, Preempted, Prompted, Released, Restored
 from cpu_decode.landing import LandingReport
-from cpu_decode.llama import Batch, Context
+from cpu_decode.llama import Context
 from cpu_decode.preempt import Parked
 from cpu_decode.prefix import Block
 from cpu_decode.reuse import Plan
 from cpu_decode.sequence import Sequence
-from cpu_decode.speculate import Guessing, Speculation
+from cpu_decode.speculate import Guessing
 from cpu_decode.state import ChunkState, StateBlob, cut
-from cpu_decode.step_costs import StepCosts
-from cpu_decode.step_meter import Step, StepMeter
+from cpu_decode.steps import Steps
 from transfer.errors import CapacityError, EngineError, IsthmusError, LinkError, RequestError
 from transfer.messages import Failure, FinishReason, Tokens
 
@@ -39,18 +35,6 @@ log = structlog.get_logger()
 # Shorter prefills, or ones that shared their batches, say little about the machine's rate.
 MIN_OBSERVED_TOKENS = 64
 IDLE_POLL_S = 0.25
-
-
-class Part(NamedTuple):
-    """What one sequence has in a batch: ``count`` tokens, and ``draft`` behind them.
-
-    ``row`` is that of the last of ``count``; None if the sequence's last token is not among them.
-    """
-
-    sequence: Sequence
-    count: int
-    row: int | None
-    draft: list[int]
 
 
 class Engine:
@@ -70,18 +54,14 @@ class Engine:
         guessing: Guessing,
     ) -> None:
         self._context = context
-        self._batch = Batch(batch_tokens)
-        self._budget = PrefillBudget(batch_tokens)
-        self._batch_tokens = batch_tokens
+        self._steps = Steps(context, batch_tokens, guessing)
+        self.meter = self._steps.meter
         self._tell = emit
         self._wake = wake
         self._told = False
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._copies = Copies(context)
         self._parked = Parked(context)
-        self._guessing = guessing
-        self._speculation: Speculation | None = None
-        self.meter = StepMeter()
         self.drafted_tokens = self.accepted_tokens = 0
         self._sequences: dict[str, Sequence] = {}
         self._ended: dict[str, Sequence] = {}
@@ -166,7 +146,7 @@ class Engine:
         self._told = True
 
     def _flush(self) -> None:
-        """Have what was emitted looked at: once a step, for whoever looks takes a core from the threads that compute."""
+        """Have what was emitted looked at: once a step, for that takes a core from the threads that compute."""
         if self._told:
             self._told = False
             self._wake()
@@ -214,8 +194,9 @@ class Engine:
 
     def _copy(self, request_id: str, blocks: list[Block]) -> None:
         sequence = self._sequences.get(request_id) or self._ended.get(request_id)
-        for block in blocks if sequence else ():
-            self._copies.then(partial(self._copies.save, sequence, block))
+        if sequence is not None:
+            for block in blocks:
+                self._copies.then(partial(self._copies.save, sequence, block))
         self._copies.then(lambda: self._emit(Copied(request_id, blocks)))
 
     def _land(self, request_id: str, chunk: ChunkState) -> None:
@@ -286,15 +267,13 @@ class Engine:
             self._emit(Prompted(sequence.request_id))
 
     def _step(self) -> None:
-        began = time.monotonic_ns()
-        decoding = [s for s in self._running if s.missing_tokens == 1]
-        prefilling = [s for s in self._running if s.missing_tokens > 1]
-        parts = self._compute(decoding, prefilling)
-        if parts is None:
+        try:
+            parts = self._steps.compute(self._running)
+        except CapacityError as error:
+            if not self._preempt_newest():
+                raise EngineError(str(error)) from None
             return
         came = {}
-        for part in parts:
-            part.sequence.num_cached += part.count
         for sequence, _, row, draft in parts:
             if row is None:
                 continue
@@ -304,50 +283,7 @@ class Engine:
                 came[sequence] = self._sample(sequence, row, draft)
             else:
                 self._fork(sequence, row)
-        self._learn(decoding, parts, [came.get(s, []) for s in decoding], time.monotonic_ns() - began)
-
-    def _compute(self, decoding: list[Sequence], prefilling: list[Sequence]) -> list[Part] | None:
-        """Compute one batch; returns what is in it, or None if cells had to be made free first."""
-        drafts = self._drafts(decoding, prefilling)
-        parts = self._fill(decoding, prefilling, drafts)
-        try:
-            try:
-                self._context.decode(self._batch)
-            except CapacityError:
-                if not any(drafts):
-                    raise
-                parts = self._fill(decoding, prefilling, [[] for _ in decoding])
-                self._context.decode(self._batch)
-        except CapacityError as error:
-            if not self._preempt_newest() and not self._copies and not self._ended:
-                raise EngineError(str(error)) from None
-            return None
-        return parts
-
-    def _drafts(self, decoding: list[Sequence], prefilling: list[Sequence]) -> list[list[int]]:
-        """Guesses for each of ``decoding``: none beside a prefill, which fills the step as it is."""
-        if self._speculation is None or prefilling or not all(s.forked for s in decoding):
-            return [[] for _ in decoding]
-        return self._speculation.drafts(decoding, self._batch_tokens - len(decoding))
-
-    def _fill(self, decoding: list[Sequence], prefilling: list[Sequence], drafts: list[list[int]]) -> list[Part]:
-        self._batch.clear()
-        parts = []
-        for sequence, draft in zip(decoding, drafts, strict=True):
-            tokens = [sequence.tokens[-1], *draft]
-            row = self._batch.add(sequence.seq_id, sequence.num_cached, tokens, want_logits=len(tokens))
-            parts.append(Part(sequence, 1, row - len(draft), draft))
-        budget = min(self._batch_tokens - len(decoding), self._budget.tokens(len(decoding)))
-        for sequence in prefilling:
-            count = min(sequence.missing_tokens, budget)
-            if count == 0:
-                break
-            budget -= count
-            last = count == sequence.missing_tokens
-            tokens = sequence.tokens[sequence.num_cached : sequence.num_cached + count]
-            row = self._batch.add(sequence.seq_id, sequence.num_cached, tokens, want_logits=last)
-            parts.append(Part(sequence, count, row if last else None, []))
-        return parts
+        self._steps.learn(parts, came)
 
     def _fork(self, sequence: Sequence, row: int) -> None:
         """Sample the first token of every choice from the same row; they share the cells of what is before it."""
@@ -443,7 +379,7 @@ class Engine:
         if not self._parked:
             return
         with_cells = [s for s in (*self._sequences.values(), *self._ended.values()) if s not in self._parked]
-        resident = [choice for sequence in with_cells for choice in sequence.choices]
+        resident = [choice for sequence in with_cells for choice in sequence.choices if not choice.freed]
         sequence = self._parked.next(resident, len(self._running), self._context.num_cells)
         if sequence is not None and self._parked.bring_back(sequence):
             self.preempted_sequences = len(self._parked)
@@ -468,6 +404,10 @@ class Engine:
         for choice in sequence.choices:
             self._pause(choice)
             choice.sampler.close()
+        if sequence.num_cached > sequence.promised_tokens:
+            # What nobody preempts, and is only kept for later, must fit beside what is promised to others.
+            sequence.num_cached = sequence.promised_tokens
+            self._context.trim(sequence.seq_id, sequence.num_cached)
         if sequence.prompted or sequence.preemptions:
             self._ended[sequence.request_id] = sequence
             self._emit(Ended(sequence.request_id, sequence.tokens[: sequence.num_cached]))
@@ -477,8 +417,7 @@ class Engine:
     def _pause(self, choice: Sequence) -> None:
         """Take a choice out of the batch; the first one keeps the prompt's cells for the others."""
         self._stand_aside(choice)
-        if self._speculation is not None:
-            self._speculation.forget(choice)
+        self._steps.forget(choice)
         if choice is not choice.choices[0] and not choice.freed:
             choice.freed = True
             self._context.trim(choice.seq_id, 0)
@@ -511,28 +450,7 @@ class Engine:
             self.prefill_tokens_per_s = computed / seconds
             self.prefill_basis = f"last local prefill: {computed} tokens in {seconds:.2f} s"
 
-    def _learn(self, decoding: list[Sequence], parts: list[Part], came: list[list[int]], step_ns: int) -> None:
-        """Note how long a step took, and what came of it."""
-        drafted = sum(len(part.draft) for part in parts)
-        prefilled = self._batch.size - len(decoding) - drafted
-        if not drafted:
-            self._budget.observe(len(decoding), prefilled, step_ns)
-        if self._speculation is not None and decoding and not prefilled:
-            self._speculation.observe(decoding, came, drafted, step_ns)
-        if decoding:
-            context_tokens = sum(sequence.num_cached for sequence in decoding)
-            plain = not (drafted or prefilled)
-            new_tokens = sum(map(len, came))
-            self.meter.add(Step(time.monotonic_ns(), step_ns, len(decoding), context_tokens, new_tokens, plain))
-
     def _calibrate(self) -> None:
-        guessing = self._guessing
-        wanted = () if guessing.mode != "auto" or guessing.row_ns else guessing.rows(self._batch_tokens)
-        speed = calibration.measure(self._context, self._batch, wanted)
+        speed = self._steps.calibrate()
         self.prefill_tokens_per_s, self.prefill_basis = speed.prefill_tokens_per_s, speed.prefill_basis
         self.inject_tokens_per_s = speed.inject_tokens_per_s
-        self._budget.calibrate(speed.prefill_tokens_per_s)
-        if guessing.mode != "off":
-            if guessing.model is not None:
-                guessing.model.calibrate()
-            self._speculation = Speculation(guessing, StepCosts(guessing.row_ns or speed.row_ns))

@@ -29,7 +29,7 @@ class Lookup:
             return []
         # Behind the end of the text the guess goes on with itself: a loop is guessed as often as it fits.
         period = known.size - 1 - ends
-        guess = known[ends + 1 : ends + 1 + count].tolist()
+        guess: list[int] = known[ends + 1 : ends + 1 + count].tolist()
         while len(guess) < count:
             guess.append(guess[-period])
         return guess

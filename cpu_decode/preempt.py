@@ -50,7 +50,8 @@ class Parked:
         Cells that ``resident`` ones share count for each: the guess is on the safe side, and where nobody else is left
         there is always room.
         """
-        sequence = min((each for each in self._blobs if not each.ended), key=lambda each: each.admitted_ns, default=None)
+        waiting = [sequence for sequence in self._blobs if not sequence.ended]
+        sequence = min(waiting, key=lambda each: each.admitted_ns, default=None)
         if sequence is None:
             return None
         taken = sum(max(each.num_cached, each.prompt_tokens) for each in resident)

@@ -139,7 +139,15 @@ class Reservations:
             Sequence(reserve, request.seq_ids[choice], samplers[choice], choice=choice)
             for choice in range(1, reserve.choices)
         )
-        first = Sequence(reserve, request.seq_id, samplers[0], plan.num_tokens, others=others, queued_ns=queued_ns)
+        first = Sequence(
+            reserve,
+            request.seq_id,
+            samplers[0],
+            plan.num_tokens,
+            others=others,
+            promised_tokens=self._promised_cells(reserve),
+            queued_ns=queued_ns,
+        )
         first.restored_tokens, first.restore_ns = plan.restored_tokens, plan.fetch_ns
         self._engine.admit(first, plan)
         return Ticket(
@@ -165,7 +173,9 @@ class Reservations:
         if start.local and request.landing is not None:
             self._receiver.cancel(request.ticket, "the rest of the prompt is computed by the decode worker")
             request.landing.release()
-        self._engine.begin(start.request_id, start.first_token, first_text_sent=start.first_text_sent, local=start.local)
+        self._engine.begin(
+            start.request_id, start.first_token, first_text_sent=start.first_text_sent, local=start.local
+        )
 
     def note(self, tokens: Tokens) -> None:
         """Take in how far an answer is."""
@@ -257,7 +267,9 @@ class Reservations:
 
     def _landed(self, request_id: str, report: LandingReport) -> None:
         request = self._requests[request_id]
-        self.fetching.arrived(report.sender.num_tokens - request.reused_tokens, time.monotonic_ns() - request.reserved_ns)
+        self.fetching.arrived(
+            report.sender.num_tokens - request.reused_tokens, time.monotonic_ns() - request.reserved_ns
+        )
         self._engine.complete(request_id, report)
 
     def _prompted(self, request_id: str, request: Admitted) -> None:

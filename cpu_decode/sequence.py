@@ -27,6 +27,7 @@ class Sequence:
         *,
         choice: int = 0,
         others: tuple[Sequence, ...] = (),
+        promised_tokens: int | None = None,
         queued_ns: int = 0,
     ) -> None:
         self.request_id = reserve.request_id
@@ -49,6 +50,8 @@ class Sequence:
         self.prompt_tokens = len(reserve.prompt)
         self.tokens = list(reserve.prompt)
         self.num_cached = 0
+        # It may grow beyond its promised cells only where others can do without theirs.
+        self.promised_tokens = promised_tokens or self.prompt_tokens + reserve.sampling.max_tokens
         # The first tokens, whose KV the worker has already; it may have to come back into cells.
         self.reused_tokens = reused_tokens
         # Those of them that had no cells, and how long it took to give them some.

@@ -11,7 +11,7 @@ WINDOW_NS = 1_000_000_000
 
 
 class Step(NamedTuple):
-    """One step: ``sequences`` decoded with ``context_tokens`` tokens in all. ``plain``: no prefill, no guesses in it."""
+    """One step: ``sequences`` decoded with ``context_tokens`` tokens in all; ``plain``: without prefill and guesses."""
 
     ended_ns: int
     step_ns: int

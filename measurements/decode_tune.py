@@ -49,8 +49,10 @@ def run(setting: Setting, path: Path, rounds: int) -> None:
         scores = compare(setting, candidates, rounds, console)
         seen |= {f"{key} {value}": score for value, score in zip(values, scores, strict=True)}
         tuned = pick(candidates, scores)
+    batches = row_ns(setting, tuned)
+    seen |= {f"{rows} rows over one": ns / batches[1] for rows, ns in batches.items()}
     seen |= look(setting, programs, console)
-    profile.write(path, Profile(decode=tuned, gguf=str(setting.gguf), host=host, seen=seen))
+    profile.write(path, Profile(decode=tuned, row_ns=batches, gguf=str(setting.gguf), host=host, seen=seen))
     Console().print(table(tuned, seen))
 
 
@@ -93,6 +95,31 @@ def pick(candidates: Sequence[Tuned], scores: Sequence[float]) -> Tuned:
     """The best, or the first one if the best is hardly better."""
     best = max(range(len(scores)), key=scores.__getitem__)
     return candidates[best if scores[best] >= WORTHWHILE * scores[0] else 0]
+
+
+def row_ns(setting: Setting, tuned: Tuned) -> dict[int, float]:
+    """How long a batch takes with ``tuned``, in ns by its number of rows: what guessing tokens costs."""
+    # Read when llama.cpp is loaded.
+    os.environ["GOMP_SPINCOUNT"] = str(tuned.spin_count)
+    from cpu_decode.calibration import measure
+    from cpu_decode.llama import Batch, Context, Model
+    from cpu_decode.speculate import TIMED_ROWS
+
+    model = Model(setting.gguf, mapped=tuned.mmap)
+    context = Context(
+        model,
+        num_cells=setting.num_cells,
+        max_sequences=setting.max_sequences,
+        batch_tokens=setting.ubatch_tokens,
+        threads=tuned.threads,
+        cell_type=setting.decode.cell_type,
+        batch_threads=tuned.batch_threads,
+    )
+    try:
+        return measure(context, Batch(setting.ubatch_tokens), TIMED_ROWS).row_ns
+    finally:
+        context.close()
+        model.close()
 
 
 def look(setting: Setting, programs: Tools, console: Console) -> dict[str, float]:

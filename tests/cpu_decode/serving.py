@@ -8,8 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from cpu_decode.draft import DraftModel
 from cpu_decode.llama import Context, Model
+from cpu_decode.speculate import Guessing
 from cpu_decode.worker import Worker
 from tests.cpu_decode.worker_client import WorkerClient
 from transfer import keys
@@ -43,30 +46,32 @@ def serving(
     cell_type: CellType,
     keys_folder: Path | None = None,
     *,
-    pool_mib: int = 0,
+    draft: DraftModel | None = None,
+    **settings: Any,
 ) -> Iterator[Running]:
     """Serve on ports of the system's choice for the body, with keys of its own or those of ``keys_folder``.
 
-    Nothing is reused unless ``pool_mib`` says so. The worker must end when asked.
+    Nothing is reused, waits or is guessed unless ``settings``, keys of ``[decode]``, say so. The worker must end when
+    asked.
     """
+    ours = {"num_cells": 4096, "landing_mib": 64, "pool_mib": 0, "max_queued": 0, "speculate": "off"}
     decode = Decode(
         control_port=0,
         kv_port=0,
         kv_control_port=0,
-        num_cells=4096,
         max_sequences=MAX_SEQUENCES,
         cell_type=cell_type,
         threads=1,
-        landing_mib=64,
-        pool_mib=pool_mib,
+        **ours | settings,
     )
     context = Context(
-        model, num_cells=4096, max_sequences=MAX_SEQUENCES, batch_tokens=512, threads=1, cell_type=cell_type
+        model, num_cells=decode.num_cells, max_sequences=MAX_SEQUENCES, batch_tokens=512, threads=1, cell_type=cell_type
     )
+    guessing = Guessing(decode.speculate, decode.speculate_tokens, model=draft)
     with tempfile.TemporaryDirectory() as temporary:
         folder = keys_folder or Path(temporary)
         keys.make(folder)
-        worker = Worker(model, context, geometry, decode, LINK, keys.server(folder))
+        worker = Worker(model, context, geometry, decode, LINK, keys.server(folder), guessing)
         proxy_keys, prefill_keys = (keys.client(folder, role) for role in ("proxy", "prefill"))
         thread = threading.Thread(target=worker.run)
         thread.start()

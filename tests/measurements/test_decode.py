@@ -132,11 +132,15 @@ def test_bandwidth_is_measured() -> None:
 
 def test_a_profile_takes_the_place_of_settings(tmp_path: Path) -> None:
     file = tmp_path / "profile.json"
-    profile.write(file, Profile(decode=TUNED, gguf="m.gguf", host={}, seen={"threads 2": 1.0}))
+    profile.write(
+        file, Profile(decode=TUNED, row_ns={1: 10.0, 8: 30.5}, gguf="m.gguf", host={}, seen={"threads 2": 1.0})
+    )
     applied = profile.apply(Decode(profile=str(file), num_cells=99))
     assert (applied.threads, applied.batch_threads, applied.spin_count) == (2, 4, 7)
     assert (applied.huge_pages, applied.mmap, applied.num_cells) == (False, False, 99)
+    assert profile.row_ns(Decode(profile=str(file))) == {1: 10.0, 8: 30.5}
     assert profile.apply(Decode()) == Decode()
+    assert profile.row_ns(Decode()) == {}
 
 
 def test_a_profile_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
