@@ -40,6 +40,8 @@ def running_stack(
         prefill=msgspec.structs.replace(cluster.prefill, max_step_tokens=STEP_TOKENS),
         decode=msgspec.structs.replace(cluster.decode, cell_type="bf16", pool_mib=pool_mib),
         link=msgspec.structs.replace(cluster.link, chunk_tokens=256),
+        # Nothing is computed behind a test's back.
+        proxy=msgspec.structs.replace(cluster.proxy, parity_share=0.0),
     )
     cluster = with_keys(cluster, tmp_path_factory.mktemp("keys"))
     with Stack(cluster, tmp_path_factory.mktemp("logs")) as stack:
