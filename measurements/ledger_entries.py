@@ -67,8 +67,8 @@ def read(source: str) -> list[Spent]:
     """The entries of the proxy at the URL ``source``, or in the file of that name, newest last.
 
     A file is what the proxy keeps (``[proxy] ledger_file``, SQLite), or holds what ``GET /ledger`` answers, a list of
-    entries, or one entry a line. Raises :class:`LinkError` if the
-    proxy does not answer, :class:`ConfigError` naming the entry and the field that is wrong.
+    entries, or one entry a line. Raises :class:`LinkError` if the proxy does not answer, :class:`ConfigError` naming
+    the entry and the field that is wrong.
     """
     entries = _entries(source)
     found = []

@@ -1,7 +1,8 @@
 """``GET /events``: what happens in the proxy, as server-sent events (https://html.spec.whatwg.org/#server-sent-events).
 
-``entry`` is a ledger entry that has just been closed, with its number as the event's id; ``nodes``, once a second, is
-what ``GET /nodes`` says, and shows that the connection stands. A client that comes back with ``Last-Event-ID`` is told
+``entry`` is a ledger entry that has just been closed, with its number as the event's id (what is found out about it
+later, regret and parity, is in the ledger only); ``nodes``, once a second, is what ``GET /nodes`` says, and shows that
+the connection stands. A client that comes back with ``Last-Event-ID`` is told
 the entries that it has missed first.
 """
 

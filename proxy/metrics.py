@@ -11,10 +11,13 @@ from prometheus_client.registry import Collector
 
 from proxy.decode_node import DecodeNode
 from proxy.ledger import Entry
+from proxy.regret import Regret
 
 _LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _GAP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _KL_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
+_ERROR_BUCKETS = (-0.75, -0.5, -0.25, -0.1, -0.05, 0, 0.05, 0.1, 0.25, 0.5, 1, 3)
+_REGRET_BUCKETS = (0, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 3)
 _NS_PER_S = 1e9
 
 
@@ -83,6 +86,20 @@ class Metrics:
             buckets=_KL_BUCKETS,
             registry=registry,
         )
+        self._error = Histogram(
+            "isthmus_estimate_error_ratio",
+            "What the router predicted for the route taken, over what it took, minus 1",
+            ["route", "what"],
+            buckets=_ERROR_BUCKETS,
+            registry=registry,
+        )
+        self._regret = Histogram(
+            "isthmus_regret_ratio",
+            "How much longer a request took than by the best route that is known for it, over that",
+            buckets=_REGRET_BUCKETS,
+            registry=registry,
+        )
+        self._shadows = Counter("isthmus_shadows", "Requests run again on another route", ["status"], registry=registry)
         for name, text, read in (
             ("isthmus_running", "Requests that hold a slot", running),
             ("isthmus_queued", "Requests that wait for a slot", queued),
@@ -103,7 +120,13 @@ class Metrics:
         self._requests.labels(status).inc()
 
     def finished(self, entry: Entry) -> None:
-        """Everything a closed ledger entry says."""
+        """Everything a closed ledger entry says; of a shadow only how good the prediction was."""
+        for what, error in (("ttft", entry.ttft_error), ("e2e", entry.e2e_error)):
+            if error is not None:
+                self._error.labels(entry.route, what).observe(error)
+        if entry.shadow_of:
+            self._shadows.labels(entry.status).inc()
+            return
         self._requests.labels(entry.status).inc()
         for failed in entry.attempts[:-1]:
             self._failovers.labels(failed.error).inc()
@@ -121,6 +144,10 @@ class Metrics:
             self._gain.observe(gain_s)
             self._gained.labels(entry.codec).inc(max(gain_s, 0.0))
             self._lost.labels(entry.codec).inc(max(-gain_s, 0.0))
+
+    def regretted(self, regret: Regret) -> None:
+        """What a request took has been compared with other routes."""
+        self._regret.observe(regret.ns / max(1, regret.best_ns))
 
     def compared(self, codec: str, kl: float) -> None:
         """The parity guard has made a comparison."""

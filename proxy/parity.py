@@ -1,4 +1,4 @@
-"""The parity guard: does KV that came over the wire predict what the worker's own would?
+"""The parity guard: whether KV that came over the wire predicts what the worker's own would.
 
 An answer that is fluent and wrong is the worst that a split can do: HTTP 200, and KV in the wrong order. Of a share of
 the split requests the guard keeps the prompt and the likeliest tokens that the worker saw right after it
@@ -78,7 +78,7 @@ class Case:
 
 
 class ParityGuard:
-    """Compares a ``share`` of split requests, none if it is 0, when not ``busy``; more than ``max_kl`` nats is too much.
+    """Compares a ``share`` of split requests, none if it is 0, when not ``busy``; over ``max_kl`` nats is too much.
 
     ``found`` hears of each comparison: the entry's number, the codec and the KL.
     """

@@ -101,19 +101,20 @@ class Wanted(NamedTuple):
 class Store:
     """The file at ``path``, which keeps the newest ``max_rows`` rows; made if it is not there.
 
-    ``last_seq`` is the newest row's number when it was opened. Raises :class:`ConfigError` if the file cannot be opened, is somebody else's, or another proxy writes to it.
+    ``last_seq`` is the newest row's number when it was opened. Raises :class:`ConfigError` if the file cannot be
+    opened, is somebody else's, or another proxy writes to it.
     """
 
     def __init__(self, path: Path, max_rows: int) -> None:
         self._path = path.absolute()
         self._max_rows = max_rows
+        self.last_seq = 0
         self._overflown = self._refused = 0
         self._failing = False
         self._queue: queue.Queue[tuple[str, tuple[Any, ...]] | threading.Event | None] = queue.Queue(QUEUED_ROWS)
         self._lock = _lock(path)
         try:
             self._connection = self._open()
-            self.last_seq = self._last_seq()
         except BaseException:
             os.close(self._lock)
             raise
@@ -247,14 +248,11 @@ class Store:
                 connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
                 connection.execute(f"PRAGMA user_version = {_VERSION}")
                 connection.executescript(_SCHEMA)
+            self.last_seq = connection.execute("SELECT max(seq) FROM entries").fetchone()[0] or 0
         except BaseException:
             connection.close()
             raise
         return connection
-
-    def _last_seq(self) -> int:
-        (last_seq,) = self._connection.execute("SELECT max(seq) FROM entries").fetchone()
-        return last_seq or 0
 
     def _move_aside(self, error: sqlite3.Error) -> None:
         aside = self._path.with_name(f"{self._path.name}.broken-{time.time_ns()}")
@@ -284,7 +282,7 @@ def _is_broken(error: sqlite3.Error) -> bool:
 
 
 def _lock(path: Path) -> int:
-    """A file descriptor that holds the lock beside ``path``. SQLite's own locks are the file's: nothing else opens it."""
+    """A file descriptor that holds the lock beside ``path``; the file's own locks are SQLite's business."""
     beside = path.with_name(f"{path.name}.lock")
     try:
         descriptor = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -294,5 +292,5 @@ def _lock(path: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
-        raise ConfigError(f"[proxy] ledger_file: another proxy writes to {path}; each needs a file of its own") from None
+        raise ConfigError(f"[proxy] ledger_file: another proxy writes to {path}; each needs its own") from None
     return descriptor

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -10,7 +11,8 @@ from click.testing import CliRunner
 from isthmus.cli import cli
 from measurements import ledger, ledger_entries, ledger_spans
 from measurements.ledger_entries import Spent
-from proxy.ledger import Account, Entry
+from proxy.ledger import Account, Entry, Ledger
+from proxy.store import Store
 from transfer.errors import ConfigError, LinkError
 
 MS = 1_000_000
@@ -69,6 +71,21 @@ def test_every_form_of_file_is_read(tmp_path: Path) -> None:
         assert [each.request_id for each in ledger_entries.read(str(tmp_path / name))] == ["a", "b"]
     (tmp_path / "one.json").write_text(json.dumps(both[0]))
     assert len(ledger_entries.read(str(tmp_path / "one.json"))) == 1
+
+
+def test_a_proxys_own_file_is_read_while_it_writes(tmp_path: Path) -> None:
+    file = tmp_path / "ledger.sqlite"
+    with closing(Store(file, 1000)) as store:
+        kept = Ledger(2, store)
+        for name in ("a", "b", "c"):
+            kept.add(Account(name, "m").close("ok"))
+        assert store.flush(10)
+        assert [each.request_id for each in ledger_entries.read(str(file))] == ["a", "b", "c"]
+    assert len(ledger_entries.read(str(file))) == 3
+    damaged = tmp_path / "damaged.sqlite"
+    damaged.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(ConfigError, match=r"damaged\.sqlite is no ledger of a proxy's"):
+        ledger_entries.read(str(damaged))
 
 
 @pytest.mark.parametrize(

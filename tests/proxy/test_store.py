@@ -26,11 +26,14 @@ from proxy.store import Row, Store
 
 store = Store(Path(sys.argv[1]), 1_000_000)
 for seq in range(1, 1_000_000):
-    store.put(Row(seq, f"r{seq}", "2026-01-01T00:00:00", "split", "w", "q8", "ok", '{"seq": %d, "pad": "%s"}' % (seq, "x" * 1000)))
+    entry = '{"seq": %d, "pad": "%s"}' % (seq, "x" * 1000)
+    store.put(Row(seq, f"r{seq}", "2026-01-01T00:00:00", "split", "w", "q8", "ok", entry))
     if seq % 100 == 0:
         store.flush(10)
         print(seq, flush=True)
 """
+
+ANY = Wanted()
 
 
 @pytest.fixture
@@ -49,7 +52,7 @@ def row(seq: int, **changes: str) -> Row:
     return Row(seq=seq, closed_at="2026-01-01T00:00:00", entry=f'{{"seq":{seq}}}', **values)
 
 
-def seqs(store: Store, wanted: Wanted = Wanted(), last: int = 10_000, before: int | None = None) -> list[int]:
+def seqs(store: Store, wanted: Wanted = ANY, last: int = 10_000, before: int | None = None) -> list[int]:
     return [msgspec.json.decode(entry)["seq"] for page in store.pages(wanted, last, before) for entry in page]
 
 
@@ -91,7 +94,8 @@ def test_pages_are_the_newest_in_order_and_of_no_more_than_asked(file):
 
 def test_fields_choose(file):
     with opened(file) as store:
-        for seq, change in enumerate([{}, {"route": "gpu"}, {"status": "cancelled"}, {"worker": "v"}, {"codec": "raw"}], 1):
+        changes = [{}, {"route": "gpu"}, {"status": "cancelled"}, {"worker": "v"}, {"codec": "raw"}]
+        for seq, change in enumerate(changes, 1):
             store.put(row(seq, **change))
         store.flush(10)
         assert seqs(store, Wanted(route="gpu")) == [2]
@@ -107,7 +111,7 @@ def test_what_is_found_out_later_is_put_in(file):
         store.put(row(1))
         store.amend(1, {"parity_kl": 0.25})
         store.flush(10)
-        ((entry,),) = store.pages(Wanted(), 1)
+        ((entry,),) = store.pages(ANY, 1)
     assert msgspec.json.decode(entry) == {"seq": 1, "parity_kl": 0.25}
 
 
@@ -136,12 +140,14 @@ def test_a_file_that_is_no_database_is_moved_aside(file):
     assert aside.read_bytes().startswith(b"once upon")
 
 
-def test_damage_in_the_middle_is_moved_aside_when_it_is_met(file):
+@pytest.mark.parametrize(("first", "last"), [(0.01, 1.0), (0.3, 0.5), (0.9, 1.0)])
+def test_damage_behind_the_beginning_is_moved_aside_when_it_is_met(file, first, last):
     with opened(file, 100_000) as store:
         fill(store, 5000)
+    size = file.stat().st_size
     with file.open("r+b") as damaged:
-        damaged.seek(8192)
-        damaged.write(b"\xff" * (file.stat().st_size - 8192))
+        damaged.seek(int(first * size))
+        damaged.write(b"\xff" * int((last - first) * size))
     with opened(file, 10) as store:
         for seq in range(5001, 5100):
             store.put(row(seq))
@@ -209,7 +215,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
 
 
 def test_a_ledger_reads_memory_first_and_the_rest_from_its_file(file):
-    def found(ledger: Ledger, wanted: Wanted = Wanted(), last: int = 100) -> list[str]:
+    def found(ledger: Ledger, wanted: Wanted = ANY, last: int = 100) -> list[str]:
         pages = ledger.pages(wanted, last)
         return [msgspec.json.decode(entry, type=Entry).request_id for page in pages for entry in page]
 
@@ -233,5 +239,5 @@ def test_a_ledger_reads_memory_first_and_the_rest_from_its_file(file):
         assert again.seq == 9
         assert again.closed_at.endswith("+00:00")
         assert found(ledger) == [f"r{number}" for number in range(9)]
-        entries = [msgspec.json.decode(entry, type=Entry) for page in ledger.pages(Wanted(), 100) for entry in page]
+        entries = [msgspec.json.decode(entry, type=Entry) for page in ledger.pages(ANY, 100) for entry in page]
         assert [entry.parity_kl for entry in entries] == [0.5, *[None] * 6, 0.25, None]
