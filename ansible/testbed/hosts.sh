@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Real systemd hosts on this machine: hosts.sh up | down | ssh HOST COMMAND... | reboot HOST | ctl COMMAND...
+# Real systemd hosts on this machine:
+# hosts.sh up | down | ssh HOST COMMAND... | reboot HOST | cut HOST (its power) | path HOST MTU | ctl COMMAND...
 # Each has a root directory, a network namespace and a shaped port of its own; the controller is a third namespace.
 # Exits 77 with the reason where this machine cannot do that.
 set -euo pipefail
@@ -51,6 +52,11 @@ shape() { # on both ends of a cable, each for what it sends
 cable() { # cable HOST: a port in the host's namespace, the other end on the switch
     local host=$1
     ip netns add "$prefix-$host"
+    # The end on the switch goes a moment after its namespace has gone.
+    for _ in $(seq 50); do
+        ip -n "$prefix-ctl" link show "v-$host" >/dev/null 2>&1 || break
+        sleep 0.1
+    done
     ip -n "$prefix-$host" link add eth10g type veth peer name "v-$host" netns "$prefix-ctl"
     ip -n "$prefix-$host" link set lo up
     ip -n "$prefix-$host" link set eth10g up
@@ -98,7 +104,7 @@ boot() {
 
 await() {
     local host=$1
-    for _ in $(seq 150); do
+    for _ in $(seq 300); do
         to "$host" test -e /run/systemd/system 2>/dev/null && return
         sleep 0.2
     done
@@ -107,17 +113,41 @@ await() {
     return 1
 }
 
-halt() { # halt HOST: as a power cut would, if asking does not help
+runs() { # runs PID: it does, and is no zombie that nobody has waited for
+    [[ -r /proc/$1/stat && $(sed 's/.*) //' "/proc/$1/stat" 2>/dev/null) != Z* ]]
+}
+
+ended() { # ended PID SECONDS: whether it does within that time
+    for _ in $(seq $(($2 * 5))); do
+        runs "$1" || return 0
+        sleep 0.2
+    done
+    return 1
+}
+
+cut() { # as when the power goes: nothing is asked, nothing is written back
     local pid
     [[ -e $lab/$1/pid ]] || return 0
     pid=$(<"$lab/$1/pid")
     kill -TERM "$pid" 2>/dev/null || true
-    for _ in $(seq 150); do
-        kill -0 "$pid" 2>/dev/null || break
+    ended "$pid" 30 || kill -KILL "$pid" 2>/dev/null || true
+    rm -f "$lab/$1/pid"
+}
+
+halt() { # as `systemctl reboot` does: services get the time that they are promised
+    to "$1" systemctl reboot 2>/dev/null || true
+    ended "$(<"$lab/$1/pid")" 120 || true
+    cut "$1"
+}
+
+start() { # a new namespace: MTU, sysctls and firewall are as after any start
+    for _ in $(seq 20); do
+        ip netns del "$prefix-$1" 2>/dev/null || break
         sleep 0.2
     done
-    kill -KILL "$pid" 2>/dev/null || true
-    rm -f "$lab/$1/pid"
+    cable "$1"
+    boot "$1"
+    await "$1"
 }
 
 up() {
@@ -132,6 +162,8 @@ StrictHostKeyChecking no
 UserKnownHostsFile /dev/null
 LogLevel ERROR
 ConnectTimeout 2
+ServerAliveInterval 2
+ServerAliveCountMax 30
 SSH
     ip netns add "$prefix-ctl"
     ip -n "$prefix-ctl" link set lo up
@@ -152,7 +184,7 @@ down() {
     local each host
     for each in "${hosts[@]}"; do
         host=${each%%:*}
-        halt "$host"
+        cut "$host"
         for _ in $(seq 20); do
             mountpoint -q "$lab/$host/root" || break
             umount "$lab/$host/root" 2>/dev/null || sleep 0.3
@@ -169,6 +201,8 @@ case ${1:-} in
 up | down | check | base) "$1" ;;
 ssh) shift && to "$@" ;;
 ctl) shift && ctl "$@" ;;
-reboot) halt "$2" && boot "$2" && await "$2" ;;
-*) sed -n '2,4s/^# //p' "$0" >&2 && exit 2 ;;
+reboot) halt "$2" && start "$2" ;;
+cut) cut "$2" && start "$2" ;;
+path) ip -n "$prefix-ctl" link set "v-$2" mtu "$3" ;;
+*) sed -n '2,5s/^# //p' "$0" >&2 && exit 2 ;;
 esac
