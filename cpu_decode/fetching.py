@@ -54,7 +54,9 @@ class Fetching:
         tiers = below.paying(self._prefixes.block_bytes, block_ns)
         if not below.may_hold((names[0] for _, names in missing.chains), tiers):
             return False
-        worth_ns = min(max(int(missing.num_blocks * block_ns), LEAST_WAIT_NS), MOST_WAIT_NS, reserve.deadline_ms * 10**6)
+        worth_ns = min(
+            max(int(missing.num_blocks * block_ns), LEAST_WAIT_NS), MOST_WAIT_NS, reserve.deadline_ms * 10**6
+        )
         deadline_ns = time.monotonic_ns() + worth_ns
         if not below.fetch(Fetch(reserve.request_id, missing.chains, tiers, deadline_ns)):
             return False

@@ -1,8 +1,8 @@
 """Which token prefixes have KV in RAM: a radix tree of token blocks, bounded in bytes.
 
 A block stands for the tokens of its ancestors and its own; only blocks of full length have children. Every prompt that
-begins with the same tokens finds the same blocks, so what conversations share is kept once; tenants share nothing. Plain
-bookkeeping, owned by the worker's I/O thread; the engine fills and reads the blocks' buffers.
+begins with the same tokens finds the same blocks, so what conversations share is kept once; tenants share nothing.
+Plain bookkeeping, owned by the worker's I/O thread; the engine fills and reads the blocks' buffers.
 
 Eviction is a segmented LRU (``segmented.py``). A block is used before its ancestors are, so in the order of eviction it
 comes before them, and whatever goes is a leaf.
@@ -19,12 +19,15 @@ import numpy.typing as npt
 from cpu_decode.segmented import SegmentedLru
 from transfer.blocks import EXACT
 
+# A few tokens are computed or sent as fast as they are fetched.
+LEAST_TOKENS = 16
+
 
 class Block:
     """KV of ``tokens`` at positions from ``start_token`` on, as llama.cpp's state in ``buffer``, once ``saved``.
 
-    ``fidelity`` is the lossy codec that it, or KV before it, came by, or ``EXACT``. ``name`` is what the lower tiers and
-    the proxy's index call it (``transfer/blocks.py``); it is ``listed`` once they know. Until its first use, ``tier``
+    ``fidelity`` is the lossy codec that it, or KV before it, came by, or ``EXACT``. ``name`` is what the lower tiers
+    and the proxy's index call it (``transfer/blocks.py``); it is ``listed`` once they know. Until its first use, ``tier``
     says that it was fetched from below, in ``fetch_ns``.
     """
 
@@ -115,10 +118,14 @@ class PrefixTree:
         best, same = level[0], 0
         for parent in level:
             for block in parent.children.values():
-                if block.fidelity in (EXACT, fidelity) and (common := _common_tokens(block.tokens, due)) > same:
-                    best, same = block, common
+                # Most differ soon, and there may be thousands.
+                longer = block.tokens[: same + 1] == due[: same + 1] and len(due) > same
+                if longer and block.fidelity in (EXACT, fidelity):
+                    best, same = block, _common_tokens(block.tokens, due)
         blocks = best.path
-        self._blocks.use(reversed(blocks))
+        # Every prompt may begin with the same few tokens: that says nothing about what comes again.
+        of_use = blocks[:-1] if 0 < same < LEAST_TOKENS else blocks
+        self._blocks.use(reversed(of_use))
         return Match(blocks, at + same)
 
     def extend(self, tokens: Sequence[int], fidelity: str, tenant: str = "") -> list[Block]:

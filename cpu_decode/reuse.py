@@ -19,7 +19,7 @@ import numpy.typing as npt
 from cpu_decode.pool.below import Fetched, LowerTiers, Piece
 from cpu_decode.pool.block_log import BlockLog
 from cpu_decode.pool.stored import StoredBlock
-from cpu_decode.prefix import Block, PrefixTree
+from cpu_decode.prefix import LEAST_TOKENS, Block, PrefixTree
 from cpu_decode.state import state_bytes
 from transfer import blocks as block_names
 from transfer import codecs
@@ -28,8 +28,6 @@ from transfer.geometry import KVGeometry
 from transfer.layout import CellType
 from transfer.messages import Reserve, TierStatus
 
-# A few tokens are computed or sent as fast as they are fetched.
-LEAST_TOKENS = 16
 LOSSLESS = ("raw", "lz4", "zstd")
 
 Tokens = npt.NDArray[np.int32]

@@ -1,4 +1,4 @@
-"""``isthmus pool``: what lies in a KV pool on disk, whether it is intact, and how to be rid of it. No worker is needed."""
+"""``isthmus pool``: what lies in a KV pool on disk, whether it is intact, and how to be rid of it."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def pool_verify(folder: Path) -> None:
 
 @pool.command("purge")
 @folder_argument
-@click.option("--older-than", type=click.FloatRange(0), default=0.0, metavar="HOURS", help="Only blocks not used since.")
+@click.option(
+    "--older-than", type=click.FloatRange(0), default=0.0, metavar="HOURS", help="Only blocks not used since."
+)
 def pool_purge(folder: Path, older_than: float) -> None:
     """Delete the blocks in FOLDER. Parts that a running worker uses are left alone, and make it exit 1."""
     from isthmus import pool
@@ -76,4 +78,3 @@ def pool_purge(folder: Path, older_than: float) -> None:
     click.echo(f"deleted {deleted} blocks, {num_bytes / 2**20:,.1f} MiB")
     if busy:
         raise CapacityError(f"a running worker uses {', '.join(map(str, busy))}; stop it first")
-

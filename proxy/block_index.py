@@ -64,8 +64,8 @@ def held(
 ) -> Held:
     """How much of ``prompt`` the worker of ``welcome`` and ``index`` holds for ``tenant``, in full blocks.
 
-    What came by the lossy codec ``fidelity`` counts as well as exact KV. Blocks that one of ``others`` has on the shared
-    server count too. The prompt's last token never does: its logits are wanted.
+    What came by the lossy codec ``fidelity`` counts as well as exact KV, and so do blocks that one of ``others`` has on
+    the shared server. The prompt's last token never does: its logits are wanted.
     """
     if welcome is None or not welcome.pool_seed:
         return Held()
@@ -81,7 +81,7 @@ def held(
 
 
 def _names(prompt: Sequence[int], tenant: str, fidelity: str, seed: bytes, size: int) -> Iterator[tuple[bytes, ...]]:
-    """Each block's names, one for each fidelity that serves; made one by one, for most prompts are not held to the end."""
+    """Each block's names, one for each fidelity that serves; made one by one, for few prompts are held to the end."""
     roots = (blocks.root(seed, kind, tenant) for kind in dict.fromkeys((EXACT, fidelity)))
     return zip_longest(*(blocks.names(root, prompt, size) for root in roots), fillvalue=b"")
 
