@@ -27,8 +27,8 @@ class Block:
     """KV of ``tokens`` at positions from ``start_token`` on, as llama.cpp's state in ``buffer``, once ``saved``.
 
     ``fidelity`` is the lossy codec that it, or KV before it, came by, or ``EXACT``. ``name`` is what the lower tiers
-    and the proxy's index call it (``transfer/blocks.py``); it is ``listed`` once they know. Until its first use, ``tier``
-    says that it was fetched from below, in ``fetch_ns``.
+    and the proxy's index call it (``transfer/blocks.py``); it is ``listed`` once they know. Until its first use,
+    ``tier`` says that it was fetched from below, in ``fetch_ns``.
     """
 
     def __init__(self, parent: Block | None, tokens: tuple[int, ...], fidelity: str, num_bytes: int) -> None:
