@@ -10,16 +10,19 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
+import msgspec
 import structlog
 import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
+from proxy.block_index import BlockIndex
 from proxy.breaker import Breaker
+from proxy.load import Backlog
 from proxy.placement import Candidate
-from transfer.errors import IsthmusError, LinkError, ProtocolError, from_wire
+from transfer.errors import CapacityError, IsthmusError, LinkError, ProtocolError, from_wire
 from transfer.keys import ClientKeys, secure_client
 from transfer.messages import (
     MAX_MESSAGE_BYTES,
@@ -43,6 +46,7 @@ from transfer.messages import (
 HEARTBEAT_S = 1.0
 SILENCE_S = 3.0
 RETRY_S = 0.5
+QUEUE_KNOWN_NS = 5_000_000_000
 _HIGH_WATER_MESSAGES = 10_000
 _REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
@@ -50,30 +54,52 @@ T = TypeVar("T")
 log = structlog.get_logger()
 
 
+class Needs(NamedTuple):
+    """What a request takes of a worker: cells and sequences, and the tokens that its steps are expected to look at."""
+
+    cells: int
+    sequences: int
+    context_tokens: int
+
+
 class Conversation:
     """One request's exchange with the worker: what it says arrives here until the request ends."""
 
-    def __init__(self, node: DecodeNode, request_id: str, max_messages: int, cells: int, sequences: int) -> None:
-        self.cells, self.sequences = cells, sequences
+    def __init__(self, node: DecodeNode, request_id: str, max_messages: int, needs: Needs) -> None:
+        self.needs = needs
         self._node = node
         self._request_id = request_id
         self._max_messages = max_messages
-        self._inbox: asyncio.Queue[Ticket | Tokens | IsthmusError] = asyncio.Queue()
+        self._inbox: asyncio.Queue[Queued | Ticket | Tokens | IsthmusError] = asyncio.Queue()
         self._failed: asyncio.Future[IsthmusError] = asyncio.get_running_loop().create_future()
         self.finished = False
 
-    async def reserve(self, reserve: Reserve, timeout_s: float) -> Ticket:
-        """Ask for cells; raises what the worker answers if it refuses, and :class:`LinkError` if it is silent."""
+    async def reserve(self, reserve: Reserve, timeout_s: float, may_wait_s: float = 0.0) -> Ticket:
+        """Ask for cells, and wait for them if the worker says that they will come.
+
+        Raises what the worker answers if it refuses, :class:`LinkError` if it is silent for ``timeout_s``, and
+        :class:`CapacityError` where waiting takes longer than ``may_wait_s``.
+        """
+        began_s = time.monotonic()
         await self._node.send(reserve)
         answer = await self._receive(timeout_s)
+        while isinstance(answer, Queued):
+            waited_s = time.monotonic() - began_s
+            if waited_s + answer.wait_ms / 1e3 > may_wait_s:
+                raise CapacityError(f"the decode worker is full, {answer.position} requests wait before this one")
+            try:
+                async with asyncio.timeout(may_wait_s - waited_s):
+                    answer = await self._receive(None)
+            except TimeoutError:
+                raise CapacityError(f"the decode worker had no room for {may_wait_s:.3g} s") from None
         if not isinstance(answer, Ticket):
             raise ProtocolError("the decode worker sent Tokens before a Ticket")
         return answer
 
     @property
-    def status(self) -> Status | None:
-        """What the worker said last about itself."""
-        return self._node.status
+    def backlog(self) -> Backlog:
+        """The worker's own prefills that this proxy has asked for."""
+        return self._node.backlog
 
     async def start(self, first_token: int | None, *, first_text_sent: bool) -> None:
         """Tell the worker that prefill is done."""
@@ -106,7 +132,7 @@ class Conversation:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    async def _receive(self, timeout_s: float) -> Ticket | Tokens:
+    async def _receive(self, timeout_s: float | None) -> Queued | Ticket | Tokens:
         try:
             async with asyncio.timeout(timeout_s):
                 message = await self._inbox.get()
@@ -116,7 +142,7 @@ class Conversation:
             raise message
         return message
 
-    def deliver(self, message: Ticket | Tokens) -> None:
+    def deliver(self, message: Queued | Ticket | Tokens) -> None:
         """Take in what the worker says; more messages than tokens were asked for are a failure."""
         if self._inbox.qsize() < self._max_messages:
             self._inbox.put_nowait(message)
@@ -150,11 +176,34 @@ class DecodeNode:
         self.up = False
         self.welcome: Welcome | None = None
         self.status: Status | None = None
+        self.index = BlockIndex()
         self.down_reason = "not connected yet"
         self.conversations: dict[str, Conversation] = {}
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket | None = None
         self._heard_ns = 0
+        # Prefills of its own that this proxy has asked for; when it had no room; what it said of waiting, and when.
+        self.backlog = Backlog()
+        self.refused_ns = 0
+        self._queue: tuple[int, int] | None = None
+
+    @property
+    def open_sequences(self) -> int:
+        """Sequences that decode there, or soon will."""
+        running = self.status.running_sequences if self.status else 0
+        return max(sum(each.needs.sequences for each in self.conversations.values()), running)
+
+    @property
+    def open_context_tokens(self) -> int:
+        """The tokens that its steps look at, of this proxy's requests."""
+        return sum(each.needs.context_tokens for each in self.conversations.values())
+
+    def queue_left_ns(self, now_ns: int) -> int | None:
+        """How long a request waits for cells, as the worker said last; None if that is too long ago."""
+        if self._queue is None or now_ns - self._queue[1] > QUEUE_KNOWN_NS:
+            return None
+        wait_ns, said_ns = self._queue
+        return max(0, wait_ns - (now_ns - said_ns))
 
     @property
     def draining(self) -> bool:
@@ -192,8 +241,8 @@ class DecodeNode:
         if self.welcome is None:
             raise LinkError(f"the decode node is down: {self.down_reason}")
         status, open_here = self.status, self.conversations.values()
-        cells = max(sum(each.cells for each in open_here), status.used_cells if status else 0)
-        sequences = max(sum(each.sequences for each in open_here), status.reserved_sequences if status else 0)
+        cells = max(sum(each.needs.cells for each in open_here), status.used_cells if status else 0)
+        sequences = max(sum(each.needs.sequences for each in open_here), status.reserved_sequences if status else 0)
         most = self.welcome.max_sequences
         return Candidate(self.name, self.welcome.num_cells - cells, most - sequences, sequences / most)
 
@@ -203,15 +252,15 @@ class DecodeNode:
 
     @asynccontextmanager
     async def conversation(
-        self, request_id: str, max_tokens: int, *, cells: int = 0, sequences: int = 1
+        self, request_id: str, max_tokens: int, *, cells: int = 0, sequences: int = 1, context_tokens: int = 0
     ) -> AsyncIterator[Conversation]:
-        """Talk about one request, which needs ``cells`` and ``sequences``.
+        """Talk about one request, which needs ``cells`` and ``sequences``; steps look at ``context_tokens`` of it.
 
         Unless its last tokens have arrived, leaving the body aborts it on the worker.
         """
         if not self.up:
             raise LinkError(f"the decode node is down: {self.down_reason}")
-        conversation = Conversation(self, request_id, max_tokens + 2, cells, sequences)
+        conversation = Conversation(self, request_id, max_tokens + 3, Needs(cells, sequences, context_tokens))
         self.conversations[request_id] = conversation
         try:
             yield conversation
@@ -273,23 +322,30 @@ class DecodeNode:
             match message:
                 case Welcome():
                     self._welcomed(message)
-                    await self.send(Ping())
+                    await self.send(Ping(index_version=self.index.version))
                 case Status():
-                    self.status = message
+                    self._take(message)
                 case Queued():
-                    log.debug("waits for cells", request_id=message.request_id, position=message.position)
+                    self._queue = message.wait_ms * 1_000_000, self._heard_ns
+                    self._deliver(message)
                 case Failure(request_id=""):
                     raise from_wire(message.code, message.message)
                 case _:
                     self._deliver(message)
 
+    def _take(self, status: Status) -> None:
+        self.status = msgspec.structs.replace(status, index=None)
+        if status.index is not None:
+            self.index.take(status.index)
+
     def _welcomed(self, welcome: Welcome) -> None:
         require_protocol(welcome.protocol)
         self.welcome = welcome
+        self.index.clear()
         self.up = True
         log.info("decode node is up", name=self.name, endpoint=self.endpoint, worker=welcome.worker)
 
-    def _deliver(self, message: Ticket | Tokens | Failure) -> None:
+    def _deliver(self, message: Queued | Ticket | Tokens | Failure) -> None:
         conversation = self.conversations.get(message.request_id)
         if conversation is None:
             log.debug("message about a closed request", request_id=message.request_id, kind=type(message).__name__)
@@ -304,7 +360,7 @@ class DecodeNode:
             if time.monotonic_ns() - self._heard_ns > SILENCE_S * 1e9:
                 raise LinkError(f"no word from the decode worker for {SILENCE_S:g} s")
             if self.up:
-                await self.send(Ping())
+                await self.send(Ping(index_version=self.index.version))
             await asyncio.sleep(HEARTBEAT_S)
 
     async def _watch(self, monitor: zmq.asyncio.Socket) -> None:
@@ -326,6 +382,7 @@ class DecodeNode:
             log.warning("decode node is down", name=self.name, endpoint=self.endpoint, reason=str(reason))
         self.up = False
         self.status = None
+        self.index.clear()
         self.announced_draining = False
         self._socket = None
         self.down_reason = str(reason)

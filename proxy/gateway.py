@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import structlog
 
-from proxy import costs, handoff, router
+from proxy import tracing
 from proxy.api_keys import NOBODY, ApiKey
-from proxy.breaker import Breaker
-from proxy.costs import PrefillTime
 from proxy.decode_node import DecodeNode
-from proxy.handoff import PREFILL, Job, NodeFailedError, Piece, Pieces, Vllm
+from proxy.dispatch import Dispatcher
+from proxy.events import Events
+from proxy.handoff import Job, Piece, Pieces
 from proxy.ledger import Account, Entry, Ledger
 from proxy.limits import Admission
 from proxy.metrics import Metrics
 from proxy.nodes import DecodePool
 from proxy.openai import Body, ChatBody
+from proxy.parity import ParityGuard
 from proxy.prefill_node import PrefillNode, PromptLogprobs
 from proxy.registry import Registry
+from proxy.regret import Regrets
 from proxy.render import Renderer
-from proxy.router import Route
-from proxy.transcript import Transcript
+from proxy.router import Objectives, Route
+from proxy.shadow import Shadows
+from proxy.store import Store
+from proxy.tracing import Tracing
+from proxy.witness import Witness
 from transfer import keys
 from transfer.config import Cluster, keys_folder
-
-# A request is served by so many nodes, one after the other, if they fail it.
-MAX_ATTEMPTS = 3
 
 log = structlog.get_logger()
 
@@ -43,6 +45,9 @@ class Call(NamedTuple):
     forced_route: Route | None
     codec: str | None
     api_key: ApiKey = NOBODY
+    # W3C's headers, if there are any.
+    trace_context: dict[str, str] = {}
+    objectives: Objectives = Objectives()
 
 
 class Gateway:
@@ -54,20 +59,34 @@ class Gateway:
         self.prefill = PrefillNode(
             f"http://{cluster.prefill.host}:{cluster.prefill.port}", self.model, cluster.proxy.max_running
         )
-        self.prefill_breaker = Breaker()
-        self.prefill_time = PrefillTime()
         folder = keys_folder(cluster)
         self._keys = keys.client(folder, "proxy") if folder else None
         self.workers = DecodePool(_pinned(cluster, self._keys), self._keys)
         self.renderer = Renderer(cluster.pair.hf_dir)
+        self.dispatcher = Dispatcher(cluster, self.prefill, self.workers, self.renderer)
         self.admission = Admission(cluster.proxy.max_running, cluster.proxy.max_queued)
-        self.ledger = Ledger(cluster.proxy.ledger_entries)
+        proxy = cluster.proxy
+        self.store = Store(Path(proxy.ledger_file), proxy.ledger_rows) if proxy.ledger_file else None
+        self.ledger = Ledger(proxy.ledger_entries, self.store)
+        self.events = Events()
+        self.tracing = Tracing(proxy.otlp_endpoint, self.model) if proxy.otlp_endpoint else None
+        self.parity = ParityGuard(
+            self.workers,
+            proxy.parity_share,
+            proxy.parity_max_kl,
+            busy=lambda: self.admission.running + self.admission.queued > 0 or self.shadows.running,
+            found=self._compared,
+        )
+        self.regrets = Regrets()
+        self.shadows = Shadows(self.dispatcher, proxy.shadow_share, idle=self._is_idle, closed=self.close)
         self.metrics = Metrics(
             running=lambda: self.admission.running,
             queued=lambda: self.admission.queued,
             prefill_up=lambda: self.prefill.up,
             decode_up=lambda: self.workers.up,
             workers=lambda: self.workers,
+            alarms=lambda: len(self.parity.alarms),
+            unwritten=lambda: self.store.unwritten if self.store else 0,
         )
 
     @asynccontextmanager
@@ -75,7 +94,10 @@ class Gateway:
         """Load the tokenizer and stay in touch with all nodes for the body."""
         await self.renderer.load()
         proxy = self.cluster.proxy
-        clients = [asyncio.create_task(self.prefill.run()), asyncio.create_task(self.workers.run())]
+        clients = [
+            asyncio.create_task(run)
+            for run in (self.prefill.run(), self.workers.run(), self.parity.run(), self.shadows.run())
+        ]
         if proxy.registry_port:
             registry = Registry(proxy.host, proxy.registry_port, self._keys, self.workers.heard)
             clients.append(asyncio.create_task(registry.run()))
@@ -87,12 +109,19 @@ class Gateway:
                 with suppress(asyncio.CancelledError):
                     await client
             self.renderer.close()
+            for keeper in (self.store, self.tracing):
+                if keeper:
+                    await asyncio.to_thread(keeper.close)
 
     async def pieces(self, call: Call, account: Account) -> Pieces:
         """The answer to ``call``, which has one prompt: wait for a slot, tokenize, route, hand off.
 
         Closing it gives everything back.
         """
+        self.shadows.interrupt()
+        account.witness = Witness(self.parity.wants)
+        if self.tracing:
+            account.trace = tracing.describe(call.body, call.trace_context)
         async with AsyncExitStack() as held:
             with account.meter.stage("queue"):
                 slot = self.admission.slot(call.request_id, call.api_key, call.body.guessed_prompt_tokens)
@@ -101,20 +130,30 @@ class Gateway:
             with account.meter.stage("tokenize"):
                 prompt = await self._tokenize(call.body)
             with account.meter.stage("route"):
-                job = self._plan(call, prompt, account)
+                job = self.dispatcher.plan(self._job(call, prompt), account)
             if call.body.prompt_logprobs is not None:
                 scored = await self._scored(job, call.body.prompt_logprobs)
                 for choice in range(job.choices):
                     yield Piece("", choice=choice, prompt_logprobs=scored)
-            async with aclosing(self._served(call, job, account)) as pieces:
+            async with aclosing(self.dispatcher.served(job, account)) as pieces:
                 async for piece in pieces:
                     yield piece
+            self.shadows.offer(job, account)
 
     def close(self, account: Account, status: str) -> Entry:
         """Enter a request that ended with ``status`` into the ledger and the metrics."""
-        entry = account.close(status)
-        self.ledger.add(entry)
+        entry = self.ledger.add(account.close(status))
+        self.dispatcher.planner.estimates.learn(entry)
+        regret = self.regrets.learn(entry, account.prompt)
+        if regret:
+            self.ledger.amend(regret.seq, regret_ns=regret.ns)
+            self.metrics.regretted(regret)
         self.metrics.finished(entry)
+        self.events.closed_entry(entry)
+        if account.witness.evidence:
+            self.parity.keep(entry.seq, account.witness.evidence)
+        if self.tracing and account.trace:
+            self.tracing.record(entry, account.trace)
         log.info(
             "request closed",
             request_id=entry.request_id,
@@ -127,6 +166,15 @@ class Gateway:
         )
         return entry
 
+    def _is_idle(self) -> bool:
+        """Whether no node does anything for this proxy."""
+        waiting = self.admission.running + self.admission.queued
+        return not waiting and not any(node.conversations for node in self.workers)
+
+    def _compared(self, seq: int, codec: str, kl: float) -> None:
+        self.ledger.amend(seq, parity_kl=kl)
+        self.metrics.compared(codec, kl)
+
     async def _tokenize(self, body: Body) -> list[int]:
         self.renderer.require_known(body.logit_bias or (), "logit_bias")
         self.renderer.require_known(body.stop_token_ids or (), "stop_token_ids")
@@ -135,114 +183,26 @@ class Gateway:
             return await self.renderer.chat(body.turns(), tools, body.template_options())
         return await self.renderer.completion(body.prompt[0])
 
-    def _plan(self, call: Call, prompt: list[int], account: Account) -> Job:
-        account.prompt = prompt
+    def _job(self, call: Call, prompt: list[int]) -> Job:
         body = call.body
-        barred = router.bar(body.sampling(self.cluster.prefill.max_model_len), echo=body.echoes_logprobs)
-        route, reason = router.choose(
-            call.forced_route,
-            prefill_up=self.prefill.up,
-            decode_up=self.workers.up,
-            barred=barred,
-            prefill_failing=self.prefill_breaker.failing(time.monotonic_ns()),
-            decode_failing=self.workers.failing,
-        )
-        context = router.context_tokens(route, self.cluster)
-        # vLLM counts every choice on its own; the worker's cells are there once.
-        sharing = 1 if route == "gpu" else body.choices
-        max_tokens = router.fit(len(prompt), body.token_limit, context, sharing)
-        account.route, account.reason = route, reason
-        account.alternative = costs.cpu_prefill(len(prompt), self.workers.any_status)
         return Job(
             call.request_id,
             prompt,
-            body.sampling(max_tokens),
+            body.sampling(body.token_limit or self.cluster.prefill.max_model_len),
             call.codec,
             self.cluster.link.codec,
-            self.cluster.link.transfer_deadline_s,
+            self.dispatcher.deadline_ns(),
             body.choices,
             body.echoes_logprobs,
-            forced=call.forced_route is not None,
+            forced=call.forced_route,
             tenant="" if self.cluster.proxy.share_prefixes else call.api_key.tenant,
+            limit=body.token_limit,
+            objectives=call.objectives,
         )
 
     async def _scored(self, job: Job, num_top: int) -> PromptLogprobs:
         """What only vLLM gives, whichever route the answer takes: the log probabilities of the prompt's tokens."""
         return await self.prefill.prompt_logprobs(f"{job.request_id}-prompt", job.prompt, num_top, tenant=job.tenant)
-
-    async def _served(self, call: Call, job: Job, account: Account) -> Pieces:
-        """The answer to ``job``, by as many nodes as it takes; what nodes fail with is raised if no other may go on."""
-        transcript = Transcript(job, self.renderer.vocabulary)
-        for attempt in range(1, MAX_ATTEMPTS + 1):
-            try:
-                async with aclosing(self._take(job, account)) as pieces:
-                    async for piece in pieces:
-                        yield transcript.take(piece)
-                        if transcript.ended:
-                            break
-            except NodeFailedError as failed:
-                job = self._go_on(call, job, transcript, failed, account, last=attempt == MAX_ATTEMPTS)
-            else:
-                self._succeeded(account)
-                return
-            if not transcript.left_tokens:
-                yield transcript.end()
-                return
-
-    def _go_on(
-        self, call: Call, job: Job, transcript: Transcript, failed: NodeFailedError, account: Account, *, last: bool
-    ) -> Job:
-        """What is left to do after ``failed``, with its route chosen; raises the error where nobody may do it."""
-        self._blame(failed)
-        rest = None if last else transcript.rest()
-        if rest is None:
-            raise failed.error
-        avoid = job.avoid | {failed.node}
-        barred = router.bar(rest.sampling, echo=rest.echo, prior_output=rest.prior_output)
-        route = router.go_on(
-            call.forced_route,
-            prefill_up=self.prefill.up and PREFILL not in avoid,
-            another_worker_up=self.workers.another(avoid),
-            some_worker_up=self.workers.up,
-            barred={route: "context" for route in router.ROUTES if not self._fits(rest, route)} | barred,
-        )
-        if route is None:
-            raise failed.error
-        log.warning("a node failed a request, going on", request_id=call.request_id, route=route, reason=str(failed))
-        account.failed(failed.error.code, transcript.num_tokens)
-        account.route, account.reason = route, "failed_over"
-        # A node that failed may not have let go of the request yet.
-        number = len(account.attempts)
-        return rest._replace(request_id=f"{call.request_id}-{number}", avoid=avoid)
-
-    def _fits(self, job: Job, route: Route) -> bool:
-        sharing = 1 if route == "gpu" else job.choices
-        return len(job.prompt) + sharing * job.sampling.max_tokens <= router.context_tokens(route, self.cluster)
-
-    def _take(self, job: Job, account: Account) -> Pieces:
-        match account.route:
-            case "gpu":
-                self.prefill_breaker.tried(time.monotonic_ns())
-                return handoff.gpu(job, self.prefill, account)
-            case "cpu":
-                return handoff.cpu(job, self.workers, account)
-            case _:
-                self.prefill_breaker.tried(time.monotonic_ns())
-                vllm = Vllm(self.prefill, self.prefill_time, self._blame)
-                return handoff.split(job, vllm, self.workers, account)
-
-    def _blame(self, failed: NodeFailedError) -> None:
-        node = self.workers.nodes.get(failed.node)
-        breaker = self.prefill_breaker if failed.node == PREFILL else node.breaker if node else None
-        if breaker:
-            breaker.failed(time.monotonic_ns())
-
-    def _succeeded(self, account: Account) -> None:
-        node = self.workers.nodes.get(account.worker or "")
-        if node:
-            node.breaker.succeeded()
-        if account.route != "cpu":
-            self.prefill_breaker.succeeded()
 
 
 def _pinned(cluster: Cluster, own_keys: keys.ClientKeys | None) -> DecodeNode | None:

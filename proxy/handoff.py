@@ -6,7 +6,6 @@ both nodes.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
@@ -15,19 +14,20 @@ from typing import NamedTuple
 import structlog
 
 from proxy import costs
-from proxy.costs import PrefillTime
 from proxy.decode_node import Conversation, DecodeNode
 from proxy.ledger import Account
+from proxy.load import Backlog, VllmLoad
 from proxy.nodes import DecodePool
+from proxy.planner import Planned
+from proxy.policy import computes_the_rest
 from proxy.prefill_node import STREAM_SILENCE_S, Counts, FirstToken, PrefillNode, PromptLogprobs
-from proxy.router import choose_codec, computes_the_rest, unknown_to_vllm
+from proxy.router import Objectives, Route, unknown_to_vllm
 from transfer.errors import CapacityError, CodecError, EngineError, IsthmusError, LinkError, ProtocolError
 from transfer.messages import FinishReason, Reserve, Sampling, Ticket, TokenLogprob
 
 RESERVE_S = 10.0
 # A reservation outlives vLLM's time, so that the worker can still compute what vLLM did not.
 RESERVED_LONGER_S = 2.0
-FULL_RETRY_S = 0.05
 _REPLACEMENT = "\ufffd"
 
 log = structlog.get_logger()
@@ -36,8 +36,8 @@ log = structlog.get_logger()
 class Piece(NamedTuple):
     """Text of one choice for the client, and what was sampled; a choice's last piece has its ``finish_reason``.
 
-    Text may lag behind tokens: ``token_ids`` and ``logprobs`` come as soon as they are known. ``prompt_logprobs``, where
-    they are asked for, come before everything else.
+    Text may lag behind tokens: ``token_ids`` and ``logprobs`` come as soon as they are known. ``prompt_logprobs``,
+    where they are asked for, come before everything else.
     """
 
     text: str
@@ -52,12 +52,17 @@ Pieces = AsyncGenerator[Piece, None]
 
 
 class Job(NamedTuple):
-    """A request once its route is known. ``deadline_s`` bounds prefill and, after it, the wait for KV.
+    """A request once it is known what is to be done.
+
+    ``deadline_ns``, on the monotonic clock, bounds the wait for cells, the prefill and the wait for KV, together and in
+    all attempts; only tokens for the client give a new one.
 
     ``codec`` is the one the client asks for, ``default_codec`` the one where it asks for none. ``choices`` answers are
     made. ``echo`` repeats the prompt, with log probabilities, in front of them (route ``gpu``). The last
     ``prior_output`` tokens of the prompt are output of nodes that failed; workers in ``avoid`` are among those. A
-    ``forced`` route is kept. KV is shared with requests of the same ``tenant`` only.
+    ``forced`` route is kept. KV is shared with requests of the same ``tenant`` only, and with none without ``reuse``.
+    The client allows each answer ``limit`` tokens, None: any number, and has ``objectives``. ``planned`` is where the
+    router sends it.
     """
 
     request_id: str
@@ -65,18 +70,39 @@ class Job(NamedTuple):
     sampling: Sampling
     codec: str | None
     default_codec: str
-    deadline_s: float
+    deadline_ns: int
     choices: int = 1
     echo: bool = False
     prior_output: int = 0
     avoid: frozenset[str] = frozenset()
-    forced: bool = False
+    forced: Route | None = None
     tenant: str = ""
+    reuse: bool = True
+    limit: int | None = None
+    objectives: Objectives = Objectives()
+    planned: Planned | None = None
 
     @property
     def cells(self) -> int:
         """Cells that a worker needs for it."""
         return len(self.prompt) + self.choices * self.sampling.max_tokens
+
+    @property
+    def left_s(self) -> float:
+        """Until its deadline; a little more than nothing after it."""
+        return max(0.001, (self.deadline_ns - time.monotonic_ns()) / 1e9)
+
+    @property
+    def decoder_samples(self) -> bool:
+        """Whether vLLM's first token is of no use.
+
+        A seeded draw cannot start in vLLM's random numbers and go on in llama.cpp's (greedy picking draws nothing), a
+        grammar's state cannot change hands, some samplers are llama.cpp's own, and every choice draws for itself.
+        """
+        sampling = self.sampling
+        seeded = sampling.seed is not None and sampling.temperature > 0
+        foreign = unknown_to_vllm(sampling, self.prior_output) is not None
+        return seeded or sampling.constrained or self.choices > 1 or foreign
 
 
 # Names of nodes beside the workers' own.
@@ -91,22 +117,31 @@ class NodeFailedError(Exception):
         self.node, self.error = node, error
 
 
+class WorkerFullError(Exception):
+    """The worker ``node`` has no room for a request, or not soon enough; ``error`` is what it says."""
+
+    def __init__(self, node: DecodeNode, error: CapacityError) -> None:
+        super().__init__(f"{node.name}: {error}")
+        self.node, self.error = node, error
+
+
 class Vllm(NamedTuple):
-    """The prefill node and what is known of it. ``failed`` takes in that it failed a request which goes on."""
+    """The prefill node and what it does. ``failed`` takes in that it failed a request which goes on."""
 
     node: PrefillNode
-    time: PrefillTime
+    load: VllmLoad
     failed: Callable[[NodeFailedError], None]
 
 
 async def split(job: Job, vllm: Vllm, workers: DecodePool, account: Account) -> Pieces:
-    """Prefill in vLLM, decode in llama.cpp. Like all routes raises :class:`NodeFailedError` if a node fails it.
+    """Prefill in vLLM, decode in llama.cpp. Like all routes raises :class:`NodeFailedError` if a node fails it, and
+    :class:`WorkerFullError` if its worker has no room.
 
     Unless the route is forced, the worker computes the prompt itself where its cells lack little of it, and where vLLM
     fails.
     """
     async with _reserved(job, workers, account, kv=True) as (conversation, ticket):
-        if not job.forced and computes_the_rest(ticket, len(job.prompt), conversation.status, vllm.time):
+        if not job.forced and _computes_the_rest(job, ticket):
             account.turn_local("cached")
             first = None
         else:
@@ -114,26 +149,26 @@ async def split(job: Job, vllm: Vllm, workers: DecodePool, account: Account) -> 
         if first is None:
             account.cached_tokens = ticket.reused_tokens
             await conversation.start_local()
-            async with aclosing(_decoded(conversation, account, job, STREAM_SILENCE_S)) as pieces:
+            async with aclosing(_computed(conversation, account, job)) as pieces:
                 async for piece in pieces:
                     yield piece
             return
         account.cached_tokens = max(first.cached_tokens, ticket.reused_tokens)
         log.info("prefilled", request_id=job.request_id, ticket=ticket.ticket, cached_tokens=first.cached_tokens)
-        keep = not _decoder_samples(job)
+        keep = not job.decoder_samples
         if _is_all(first, job):
             account.route_tokens = 1
             yield Piece(first.text, first.finish_reason, 0, (first.token,), first.logprobs)
             return
         sent = keep and _can_send(first, job.sampling)
-        account.witness.transplanted([*job.prompt, first.token] if keep else job.prompt)
+        account.witness.transplanted(job.prompt, first.token if keep else None)
         await conversation.start(first.token if keep else None, first_text_sent=sent)
         if sent:
             account.route_tokens = 1
             yield Piece(first.text, None, 0, (first.token,), first.logprobs)
         # The worker knows no log probabilities of a token that it did not sample.
         held = first.logprobs if keep and not sent else ()
-        decoded = _decoded(conversation, account, job, job.deadline_s, repeated=int(sent))
+        decoded = _decoded(conversation, account, job, job.left_s, repeated=int(sent))
         async with aclosing(decoded) as pieces:
             async for piece in pieces:
                 yield piece._replace(logprobs=held + piece.logprobs)
@@ -145,27 +180,29 @@ async def cpu(job: Job, workers: DecodePool, account: Account) -> Pieces:
     async with _reserved(job, workers, account, kv=False) as (conversation, ticket):
         account.cached_tokens = ticket.reused_tokens
         await conversation.start(None, first_text_sent=False)
-        async with aclosing(_decoded(conversation, account, job, STREAM_SILENCE_S)) as pieces:
+        async with aclosing(_computed(conversation, account, job)) as pieces:
             async for piece in pieces:
                 yield piece
 
 
-async def gpu(job: Job, prefill: PrefillNode, account: Account) -> Pieces:
+async def gpu(job: Job, vllm: Vllm, account: Account) -> Pieces:
     """Prefill and decode in vLLM."""
-    stream = prefill.stream(
+    stream = vllm.node.stream(
         job.request_id, job.prompt, job.sampling, choices=job.choices, echo=job.echo, tenant=job.tenant
     )
     with _blaming(PREFILL):
         async with aclosing(stream) as deltas:
-            with account.meter.stage("prefill"):
+            with account.meter.stage("prefill"), _working(vllm.load.backlog, _expected_ns(job, "gpu")):
                 delta = await anext(deltas)
-            while not isinstance(delta, Counts):
-                account.route_tokens += len(delta.token_ids)
-                yield Piece(*delta)
-                with account.meter.stage("decode"):
-                    delta = await anext(deltas)
+            vllm.load.prefixes.add(job.prompt, job.tenant)
+            with vllm.load.decoding(job.choices, _context_tokens(job)):
+                while not isinstance(delta, Counts):
+                    account.route_tokens += len(delta.token_ids)
+                    yield Piece(*delta)
+                    with account.meter.stage("decode"):
+                        delta = await anext(deltas)
             account.route_tokens = delta.completion_tokens
-            account.cached_tokens = delta.cached_tokens
+            account.cached_tokens = account.prefill_cached_tokens = delta.cached_tokens
 
 
 async def _prefilled(
@@ -176,15 +213,14 @@ async def _prefilled(
     async def ask() -> FirstToken:
         with _blaming(PREFILL):
             first = await vllm.node.prefill(
-                job.request_id, job.prompt, job.sampling, ticket, job.deadline_s, tenant=job.tenant
+                job.request_id, job.prompt, job.sampling, ticket, job.left_s, tenant=job.tenant
             )
             if first.export_error and not _is_all(first, job):
                 raise EngineError(f"the KV was not exported: {first.export_error}")
             return first
 
-    began_ns = time.monotonic_ns()
     try:
-        with account.meter.stage("prefill"):
+        with account.meter.stage("prefill"), _working(vllm.load.backlog, _expected_ns(job, "split")):
             first = await conversation.guard(ask())
     except NodeFailedError as failed:
         if failed.node != PREFILL or job.forced:
@@ -192,13 +228,14 @@ async def _prefilled(
         vllm.failed(failed)
         account.turn_local("failed_over", failed.error.code)
         return None
-    vllm.time.observe(len(job.prompt) - first.cached_tokens, time.monotonic_ns() - began_ns)
+    vllm.load.prefixes.add(job.prompt, job.tenant)
+    account.prefill_cached_tokens = first.cached_tokens
     return first
 
 
 def _is_all(first: FirstToken, job: Job) -> bool:
     """Whether vLLM's first token ends the answer."""
-    return not _decoder_samples(job) and (first.finish_reason == "stop" or job.sampling.max_tokens == 1)
+    return not job.decoder_samples and (first.finish_reason == "stop" or job.sampling.max_tokens == 1)
 
 
 @contextmanager
@@ -210,39 +247,75 @@ def _blaming(node: str) -> Iterator[None]:
         raise NodeFailedError(node, error) from error
 
 
+@contextmanager
+def _working(backlog: Backlog, expected_ns: int) -> Iterator[None]:
+    """The body is a prefill that is expected to take so long."""
+    work = backlog.begin(expected_ns)
+    try:
+        yield
+    finally:
+        backlog.end(work)
+
+
+def _expected_ns(job: Job, route: Route) -> int:
+    """What the prefill alone was predicted to take, 0 if nothing was."""
+    if job.planned is None:
+        return 0
+    decision, inputs = job.planned
+    if route == "cpu":
+        worker = next((each for each in inputs.workers if each.name == decision.worker), None)
+        new_tokens = len(job.prompt) - worker.held_tokens if worker else 0
+        return worker.prefill.at(new_tokens, 1, new_tokens * worker.sequences) if worker and worker.prefill else 0
+    prefill = inputs.vllm.prefill
+    return prefill.at(len(job.prompt) - inputs.vllm.cached_tokens, 1) if prefill else 0
+
+
+def _context_tokens(job: Job) -> int:
+    """What decode steps are expected to look at, half of the answer made."""
+    answer_tokens = job.planned.inputs.ask.answer_tokens if job.planned else job.sampling.max_tokens
+    return len(job.prompt) + job.choices * answer_tokens // 2
+
+
+def _computes_the_rest(job: Job, ticket: Ticket) -> bool:
+    if job.planned is None:
+        return False
+    decision, inputs = job.planned
+    return computes_the_rest(inputs, decision.worker, decision.codec, ticket.reused_tokens)
+
+
 @asynccontextmanager
 async def _reserved(
     job: Job, workers: DecodePool, account: Account, *, kv: bool
 ) -> AsyncIterator[tuple[Conversation, Ticket]]:
-    """A conversation with a worker that has promised cells; it is blamed for what fails in the body.
-
-    Where the chosen worker is full, the choice is made again until ``job.deadline_s`` has passed.
-    """
-    deadline_ns = time.monotonic_ns() + int(job.deadline_s * 1e9)
+    """A conversation with a worker that has promised cells; it is blamed for what fails in the body."""
+    node, reserve = _placed(job, workers, account, kv=kv)
     max_tokens = job.choices * (job.sampling.max_tokens + 1)
-    while True:
-        with account.meter.stage("reserve"):
-            node, reserve = _placed(job, workers, account, kv=kv)
-        with _blaming(node.name):
-            async with node.conversation(
-                job.request_id, max_tokens, cells=job.cells, sequences=job.choices
-            ) as conversation:
-                with account.meter.stage("reserve"):
-                    ticket = await _ask(conversation, reserve, deadline_ns)
-                if ticket is not None:
-                    yield conversation, ticket
-                    return
-        with account.meter.stage("reserve"):
-            await asyncio.sleep(FULL_RETRY_S)
+    with _blaming(node.name):
+        async with node.conversation(
+            job.request_id, max_tokens, cells=job.cells, sequences=job.choices, context_tokens=_context_tokens(job)
+        ) as conversation:
+            with account.meter.stage("reserve"):
+                try:
+                    ticket = await conversation.reserve(reserve, RESERVE_S, _may_wait_s(job))
+                except CapacityError as error:
+                    node.refused_ns = time.monotonic_ns()
+                    raise WorkerFullError(node, error) from error
+            yield conversation, ticket
+
+
+def _may_wait_s(job: Job) -> float:
+    """How long waiting for cells is worth while."""
+    patience_ns = job.planned.decision.patience_ns if job.planned else None
+    return job.left_s if patience_ns is None or job.forced else min(job.left_s, patience_ns / 1e9)
 
 
 def _placed(job: Job, workers: DecodePool, account: Account, *, kv: bool) -> tuple[DecodeNode, Reserve]:
-    """The worker for ``job``, and what it is asked for; raises what the choices of worker and codec raise."""
-    with _blaming(NO_WORKER):
-        node = workers.place(job.prompt, job.cells, job.choices, avoid=job.avoid, last_resort=not kv)
-    codec = None
-    if kv and node.welcome:
-        codec = choose_codec(job.codec, job.default_codec, node.welcome.codecs, node.distrusted)
+    """The worker that was chosen for ``job``, and what it is asked for."""
+    decision = job.planned.decision if job.planned else None
+    node = workers.nodes.get((decision and decision.worker) or "")
+    if node is None:
+        raise NodeFailedError(NO_WORKER, LinkError("the decode node is down: it has just been forgotten"))
+    codec = decision.codec if decision and kv else None
     account.worker, account.codec = node.name, codec
     account.alternative = costs.cpu_prefill(account.prompt_tokens, node.status)
     reserve = Reserve(
@@ -250,10 +323,10 @@ def _placed(job: Job, workers: DecodePool, account: Account, *, kv: bool) -> tup
         prompt=job.prompt,
         sampling=account.witness.ask(job.sampling, node.name, codec),
         # What was kept of wrong KV would be as wrong.
-        reuse=bool(node.codecs) or not node.distrusted,
+        reuse=job.reuse and (bool(node.codecs) or not node.distrusted),
         source="kv" if kv else "local",
         codec=codec or "raw",
-        deadline_ms=round((job.deadline_s + RESERVED_LONGER_S) * 1000),
+        deadline_ms=round((job.left_s + RESERVED_LONGER_S) * 1000),
         choices=job.choices,
         prior_output=job.prior_output,
         tenant=job.tenant,
@@ -261,14 +334,16 @@ def _placed(job: Job, workers: DecodePool, account: Account, *, kv: bool) -> tup
     return node, reserve
 
 
-async def _ask(conversation: Conversation, reserve: Reserve, deadline_ns: int) -> Ticket | None:
-    """The ticket, or None if the worker is full and there is time to ask again."""
+async def _computed(conversation: Conversation, account: Account, job: Job) -> Pieces:
+    """What the worker streams when it computes the prompt, or the rest of it, itself."""
+    work = conversation.backlog.begin(_expected_ns(job, "cpu"))
     try:
-        return await conversation.reserve(reserve, RESERVE_S)
-    except CapacityError:
-        if time.monotonic_ns() > deadline_ns:
-            raise
-        return None
+        async with aclosing(_decoded(conversation, account, job, STREAM_SILENCE_S)) as pieces:
+            async for piece in pieces:
+                conversation.backlog.end(work)
+                yield piece
+    finally:
+        conversation.backlog.end(work)
 
 
 async def _decoded(
@@ -292,17 +367,6 @@ async def _decoded(
         open_choices -= tokens.finish_reason is not None
         logprobs = account.witness.take(tokens.logprobs)
         yield Piece(tokens.text, tokens.finish_reason, tokens.choice, tuple(token_ids), logprobs)
-
-
-def _decoder_samples(job: Job) -> bool:
-    """Whether vLLM's first token is of no use.
-
-    A seeded draw cannot start in vLLM's random numbers and go on in llama.cpp's (greedy picking draws nothing), a
-    grammar's state cannot change hands, some samplers are llama.cpp's own, and every choice draws for itself.
-    """
-    sampling = job.sampling
-    seeded = sampling.seed is not None and sampling.temperature > 0
-    return seeded or sampling.constrained or job.choices > 1 or unknown_to_vllm(sampling, job.prior_output) is not None
 
 
 def _can_send(first: FirstToken, sampling: Sampling) -> bool:

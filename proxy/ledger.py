@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from proxy.costs import Estimate
+from proxy.policy import Inputs, Prediction
 from proxy.router import Reason, Route
+from proxy.store import PAGE_ROWS, Row, Store, Wanted
 from proxy.witness import Witness
 from transfer.stages import DecodeReport, Meter
+
+if TYPE_CHECKING:
+    from proxy.tracing import Trace
 
 
 class Attempt(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,6 +38,14 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     for ``gpu``. ``specialization_gain_ns`` is what prefill on the other node saved; only ``split`` has one.
     ``status`` is ``ok``, ``cancelled`` or an error code. ``failed_over`` is the code with which the first node failed
     the request; ``route``, ``worker`` and ``codec`` are then of the last of ``attempts``.
+
+    ``max_tokens`` is the client's own limit for each answer. ``cached_tokens`` of the prompt were computed before,
+    ``prefill_cached_tokens`` of them by vLLM; ``local_prefill_ns`` is the worker's own prefill on any route.
+    ``predicted`` is what the first decision expected of each open route, and ``decision`` all that it was made from
+    (``policy.py``; arrays in the order of the fields there). ``ttft_error`` and ``e2e_error`` are how far that was off
+    for the route taken and an answer of the length that it had, as a share of what it took (0.1: a tenth too much).
+    A request that was run again to test the predictions has a ``shadow_of``, the first one's id. ``regret_ns`` is how
+    much sooner the best route that is known of for this very request would have ended it.
 
     ``seq`` counts entries as they are closed; ``closed_at`` is the proxy's wall clock then, for people. ``parity_kl``
     is what the parity guard found afterwards, if it looked (``parity.py``).
@@ -71,6 +87,22 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     seq: int = 0
     closed_at: str = ""
     parity_kl: float | None = None
+    max_tokens: int | None = None
+    cached_tokens: int = 0
+    prefill_cached_tokens: int = 0
+    local_prefill_ns: int = 0
+    worker_queue_ns: int = 0
+    predicted: dict[Route, Prediction] = {}
+    decision: Inputs | None = None
+    shadow_of: str | None = None
+    regret_ns: int | None = None
+    ttft_error: float | None = None
+    e2e_error: float | None = None
+
+    @property
+    def served_ns(self) -> int:
+        """From the decision to the end."""
+        return self.total_ns - self.queue_ns - self.tokenize_ns - self.route_ns
 
     def server_timing(self) -> str:
         """The stages as a ``Server-Timing`` header, in milliseconds (https://www.w3.org/TR/server-timing/)."""
@@ -112,9 +144,16 @@ class Account:
         self.carried_tokens = 0
         self.route_tokens = 0
         self.cached_tokens = 0
+        self.prefill_cached_tokens = 0
+        # The first decision; what is expected of an attempt that goes on says nothing of the whole request.
+        self.predicted: dict[Route, Prediction] = {}
+        self.decision: Inputs | None = None
+        self.max_tokens: int | None = None
+        self.shadow_of: str | None = None
         self.alternative: Estimate | None = None
         self.report: DecodeReport | None = None
         self.witness = Witness()
+        self.trace: Trace | None = None
         self._began_ns = time.monotonic_ns()
         self._first_text_ns: int | None = None
         self._last_text_ns = 0
@@ -173,6 +212,7 @@ class Account:
         gain_ns = None
         if self.route == "split" and self.report and self.alternative:
             gain_ns = self.alternative.ns - (prefill_ns + report.transfer_exposed_ns)
+        ttft_error, e2e_error = self._errors(now_ns) if status == "ok" and not failed_over else (None, None)
         return Entry(
             request_id=self.request_id,
             model=self.model,
@@ -207,19 +247,85 @@ class Account:
             failed_over=failed_over,
             attempts=self.attempts,
             status=status,
+            max_tokens=self.max_tokens,
+            cached_tokens=self.cached_tokens,
+            prefill_cached_tokens=self.prefill_cached_tokens,
+            local_prefill_ns=report.local_prefill_ns,
+            worker_queue_ns=report.worker_queue_ns,
+            predicted=dict(self.predicted),
+            decision=self.decision,
+            shadow_of=self.shadow_of,
+            ttft_error=ttft_error,
+            e2e_error=e2e_error,
+        )
+
+    def _errors(self, now_ns: int) -> tuple[float | None, float | None]:
+        """How far predictions were off: of the first token, and of as many tokens as there were."""
+        predicted = self.predicted.get(self.route) if self.route else None
+        if predicted is None or self.decision is None or self._first_text_ns is None:
+            return None, None
+        ns = self.meter.ns
+        decided_ns = self._began_ns + ns["queue"] + ns["tokenize"] + ns["route"]
+        steps = max(0, self.completion_tokens // self.decision.ask.choices - 1)
+        return (
+            round(predicted.ttft_ns / max(1, self._first_text_ns - decided_ns) - 1, 4),
+            round((predicted.ttft_ns + steps * predicted.tpot_ns) / max(1, now_ns - decided_ns) - 1, 4),
         )
 
 
 class Ledger:
-    """The last ``size`` entries."""
+    """The newest ``size`` entries in memory and, with a ``store``, more of them in its file."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, store: Store | None = None) -> None:
         self._entries: deque[Entry] = deque(maxlen=size)
+        self._store = store
+        self._last_seq = store.last_seq if store else 0
 
-    def add(self, entry: Entry) -> None:
-        """Keep ``entry``, forgetting the oldest one if need be."""
+    def add(self, entry: Entry) -> Entry:
+        """Number ``entry`` and keep it, forgetting the oldest one if need be; returns it as it was kept."""
+        self._last_seq += 1
+        closed_at = datetime.now(UTC).isoformat(timespec="milliseconds")
+        entry = msgspec.structs.replace(entry, seq=self._last_seq, closed_at=closed_at)
         self._entries.append(entry)
+        if self._store:
+            fields = (entry.route, entry.worker, entry.codec, entry.status)
+            self._store.put(Row(entry.seq, entry.request_id, closed_at, *fields, _json(entry)))
+        return entry
+
+    def amend(self, seq: int, **changes: Any) -> None:
+        """Change fields of the entry ``seq``: what was found out after the request had been closed."""
+        for place, entry in enumerate(self._entries):
+            if entry.seq == seq:
+                self._entries[place] = msgspec.structs.replace(entry, **changes)
+        if self._store:
+            self._store.amend(seq, changes)
 
     def last(self, count: int) -> list[Entry]:
-        """The newest ``count`` entries, newest last."""
+        """The newest ``count`` entries in memory, newest last."""
         return list(self._entries)[-count:]
+
+    def pages(self, wanted: Wanted, last: int) -> Iterator[list[str]]:
+        """The newest ``last`` entries that are ``wanted``, as JSON, newest last, a page at a time.
+
+        Call it where entries are added. What it returns may be read on any thread, which may have to wait for the file.
+        """
+        kept = list(self._entries)
+        oldest = kept[0].seq if kept else None
+        found = [entry for entry in kept if wanted.admits(entry)][-last:]
+        store = self._store
+        if oldest is not None and wanted.since >= oldest - 1:
+            store = None
+        return _pages(found, store, wanted, last - len(found), oldest)
+
+
+def _pages(
+    found: list[Entry], store: Store | None, wanted: Wanted, missing: int, before: int | None
+) -> Iterator[list[str]]:
+    if store and missing:
+        yield from store.pages(wanted, missing, before)
+    for start in range(0, len(found), PAGE_ROWS):
+        yield [_json(entry) for entry in found[start : start + PAGE_ROWS]]
+
+
+def _json(entry: Entry) -> str:
+    return msgspec.json.encode(entry).decode()

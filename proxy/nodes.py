@@ -11,9 +11,8 @@ import structlog
 
 from proxy.block_index import Held, held
 from proxy.decode_node import DecodeNode
-from proxy.placement import place
 from transfer.blocks import EXACT
-from transfer.errors import LinkError, ProtocolError
+from transfer.errors import ProtocolError
 from transfer.keys import ClientKeys
 from transfer.messages import Announce, Status
 
@@ -71,31 +70,13 @@ class DecodePool:
         return next((node.status for node in self if node.status), None)
 
     def held(self, node: DecodeNode, prompt: Sequence[int], tenant: str) -> Held:
-        """How much of ``prompt`` ``node`` has as exact KV for ``tenant``; what others have on the shared server counts."""
+        """How much of ``prompt`` ``node`` has as exact KV for ``tenant``, the shared server included."""
         others = [other.index for other in self if other is not node]
         return held(prompt, tenant, EXACT, node.welcome, node.index, others)
 
     def another(self, avoid: frozenset[str]) -> bool:
         """Whether some worker that is not in ``avoid`` takes requests."""
         return any(node.takes_requests for node in self if node.name not in avoid)
-
-    def place(
-        self, prompt: list[int], cells: int, sequences: int, *, avoid: frozenset[str], last_resort: bool
-    ) -> DecodeNode:
-        """The worker for a request that needs ``cells`` and ``sequences``, not one of ``avoid``.
-
-        Workers that fail again and again are left out while there are others; with ``last_resort``, which is for
-        requests without KV, so are those in ``avoid``. Workers that no KV can be sent to get none. Raises :class:`LinkError` if none is left.
-        """
-        up = [node for node in self if node.takes_requests]
-        wanted = [node for node in up if node.name not in avoid and (last_resort or node.codecs or not node.distrusted)]
-        now_ns = time.monotonic_ns()
-        left = [node for node in wanted if not node.breaker.failing(now_ns)] or wanted or (up if last_resort else [])
-        if not left:
-            raise LinkError(f"the decode node is down: {self.down_reason or 'it has just failed'}")
-        node = self.nodes[place(prompt, cells, sequences, [node.candidate for node in left])]
-        node.breaker.tried(now_ns)
-        return node
 
     def heard(self, announce: Announce) -> None:
         """Take in that a worker is there; :class:`ProtocolError` if it cannot be one, or there are too many."""

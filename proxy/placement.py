@@ -1,4 +1,4 @@
-"""Which decode worker a request goes to: a pure decision, so that it can be replayed."""
+"""Which decode workers a request prefers, and what is free there."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 # Turns of one conversation begin alike, and so do requests with one system prompt.
 AFFINITY_TOKENS = 64
-# So much more of its sequences than the least loaded worker's may be taken on the preferred one.
-MAX_EXTRA_LOAD = 0.25
 
 
 class Candidate(NamedTuple):
@@ -22,17 +20,14 @@ class Candidate(NamedTuple):
     load: float
 
 
-def place(prompt: Sequence[int], cells: int, sequences: int, candidates: Sequence[Candidate]) -> str:
-    """The name of the worker for a request that needs ``cells`` and ``sequences``; ``candidates`` are not empty.
+def ranked(prompt: Sequence[int], candidates: Sequence[Candidate]) -> list[str]:
+    """The workers' names as a request prefers them, where they cost about the same.
 
     Prompts that begin alike prefer the workers in the same order, which changes little when workers come and go
-    (rendezvous hashing, Thaler and Ravishankar 1996). The first one that has room and is not much more loaded than the
-    least loaded gets the request; where none has room, the same among all.
+    (rendezvous hashing, Thaler and Ravishankar 1996).
     """
-    ranked = sorted(candidates, key=lambda candidate: _weight(prompt, candidate.name), reverse=True)
-    roomy = [each for each in ranked if each.free_cells >= cells and each.free_sequences >= sequences] or ranked
-    most_load = min(each.load for each in roomy) + MAX_EXTRA_LOAD
-    return next(each.name for each in roomy if each.load <= most_load)
+    first = sorted(candidates, key=lambda candidate: _weight(prompt, candidate.name), reverse=True)
+    return [candidate.name for candidate in first]
 
 
 def _weight(prompt: Sequence[int], name: str) -> bytes:

@@ -1,45 +1,60 @@
-"""Which route a request takes: a pure decision, so that it can be replayed."""
+"""Which routes a request may take: what it asks for, what each engine can do, and what is up. ``policy.py`` picks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
-from proxy import costs
-from proxy.costs import PrefillTime
 from proxy.failures import ContextLengthError
 from transfer.codecs import CODECS
 from transfer.config import AUTO_CODEC, Cluster
 from transfer.errors import CodecError, LinkError, RequestError
-from transfer.messages import Sampling, Status, Ticket
+from transfer.messages import Sampling
 
 Route = Literal["split", "gpu", "cpu"]
 Reason = Literal[
+    "min_ttft",
+    "min_e2e",
+    "max_goodput",
+    "round_robin",
     "forced",
-    "both_up",
+    "cold",
+    "explores",
     "prefill_down",
     "prefill_failing",
     "decode_down",
     "decode_failing",
     "only_vllm_can",
+    "worker_full",
     "failed_over",
     "cached",
+    "shadow",
 ]
 
 HEADER = "X-Isthmus-Route"
 REASON_HEADER = "X-Isthmus-Reason"
 CODEC_HEADER = "X-Isthmus-Codec"
+SLO_TTFT_HEADER = "X-SLO-TTFT-Ms"
+SLO_TPOT_HEADER = "X-SLO-TPOT-Ms"
 ROUTES: tuple[Route, ...] = get_args(Route)
-# Fewer than this a worker computes before vLLM's first frame has arrived.
-ALWAYS_LOCAL_TOKENS = 32
+LOSSLESS = frozenset(("raw", "lz4", "zstd"))
+_MAX_OBJECTIVE_MS = 86_400_000
 _NEEDS = {"split": ("prefill", "decode"), "gpu": ("prefill",), "cpu": ("decode",)}
 
 
-class Decision(NamedTuple):
-    """The route and why it was taken; both are metric labels."""
+class Open(NamedTuple):
+    """The routes that may be taken, and why there is only one."""
 
-    route: Route
-    reason: Reason
+    routes: tuple[Route, ...]
+    reason: Reason | None = None
+
+
+class Objectives(NamedTuple):
+    """What a client wants at most, in ns: time to first token, time per output token. None: as the file says."""
+
+    ttft_ns: int | None = None
+    tpot_ns: int | None = None
 
 
 def parse_route(header: str | None) -> Route | None:
@@ -59,6 +74,38 @@ def parse_codec(header: str | None) -> str | None:
     raise RequestError(f"{CODEC_HEADER} is {header!r}; use one of {', '.join(CODECS)}, auto", CODEC_HEADER)
 
 
+def parse_objectives(headers: Mapping[str, str]) -> Objectives:
+    """What a client's headers want, in milliseconds; :class:`RequestError` for what is no such number."""
+    ttft, tpot = ((name, headers.get(name)) for name in (SLO_TTFT_HEADER, SLO_TPOT_HEADER))
+    return Objectives(_objective_ns(*ttft), _objective_ns(*tpot))
+
+
+def _objective_ns(name: str, header: str | None) -> int | None:
+    if header is None:
+        return None
+    try:
+        value_ms = float(header)
+    except ValueError:
+        value_ms = math.nan
+    if not 0 < value_ms <= _MAX_OBJECTIVE_MS:
+        raise RequestError(f"{name} is {header!r}; it must be a number of milliseconds, at most a day", name)
+    return round(value_ms * 1e6)
+
+
+def possible_codecs(
+    asked: str | None, configured: str, possible: Sequence[str], distrusted: Mapping[str, str]
+) -> tuple[str, ...]:
+    """Those of ``possible`` that may carry a request's KV, the preferred one first; raises as :func:`choose_codec`.
+
+    Where nobody names one they are the first and those without loss.
+    """
+    first = choose_codec(asked, configured, possible, distrusted)
+    if (asked or configured) != AUTO_CODEC:
+        return (first,)
+    others = (name for name in possible if name in LOSSLESS and name != first and name not in distrusted)
+    return (first, *others)
+
+
 def choose_codec(
     asked: str | None, configured: str, possible: Sequence[str], distrusted: Mapping[str, str] | None = None
 ) -> str:
@@ -69,7 +116,7 @@ def choose_codec(
     is not, or none is.
     """
     distrusted = distrusted or {}
-    if asked in distrusted:
+    if asked is not None and asked in distrusted:
         raise RequestError(f"{CODEC_HEADER}: {asked} is switched off: {distrusted[asked]}", CODEC_HEADER)
     possible = [codec for codec in possible if codec not in distrusted]
     wanted = asked or (AUTO_CODEC if configured in distrusted else configured)
@@ -102,6 +149,7 @@ def unknown_to_vllm(sampling: Sampling, prior_output: int = 0) -> str | None:
             "presence_penalty": sampling.presence_penalty,
             "frequency_penalty": sampling.frequency_penalty,
             "response_format": sampling.json_schema,
+            "structured_outputs": sampling.regex,
         }
     return next((field for field, used in asked.items() if used), None)
 
@@ -117,7 +165,7 @@ def bar(sampling: Sampling, *, echo: bool, prior_output: int = 0) -> dict[Route,
     return {"gpu": field} if field else {}
 
 
-def choose(
+def open_routes(
     forced: Route | None,
     *,
     prefill_up: bool,
@@ -125,8 +173,8 @@ def choose(
     barred: Mapping[Route, str] | None = None,
     prefill_failing: bool = False,
     decode_failing: bool = False,
-) -> Decision:
-    """Split where both nodes are up, else the one that is, but never a route that is ``barred`` (see :func:`bar`).
+) -> Open:
+    """The routes whose nodes are up, but none that is ``barred`` (see :func:`bar`).
 
     A node that is up and fails again and again is left out where the other one can serve alone.
 
@@ -139,63 +187,54 @@ def choose(
         raise RequestError(
             f"route {forced} cannot serve {barred[forced]}; leave it out, or use {allowed}", barred[forced]
         )
-    if "split" in barred:
+    if "cpu" in barred:
         if not prefill_up:
-            raise LinkError(f"{barred['split']} needs the prefill node, which is down")
-        return Decision("gpu", "forced" if forced else "only_vllm_can")
+            raise LinkError(f"{barred['cpu']} needs the prefill node, which is down")
+        return Open(("gpu",), "forced" if forced else "only_vllm_can")
     if "gpu" in barred and not decode_up:
         raise LinkError(f"{barred['gpu']} needs the decode node, which is down")
     if forced:
         down = [node for node in _NEEDS[forced] if not up[node]]
         if down:
             raise LinkError(f"route {forced} needs the {' and the '.join(down)} node, which is down")
-        return Decision(forced, "forced")
+        return Open((forced,), "forced")
     if prefill_up and decode_up and prefill_failing != decode_failing:
-        alone: Decision = Decision("cpu", "prefill_failing") if prefill_failing else Decision("gpu", "decode_failing")
-        if alone.route not in barred:
+        alone = Open(("cpu",), "prefill_failing") if prefill_failing else Open(("gpu",), "decode_failing")
+        if alone.routes[0] not in barred:
             return alone
     if prefill_up and decode_up:
-        return Decision("split", "both_up")
+        return Open(tuple(route for route in ROUTES if route not in barred))
     if prefill_up:
-        return Decision("gpu", "decode_down")
+        return Open(("gpu",), "decode_down")
     if decode_up:
-        return Decision("cpu", "prefill_down")
+        return Open(("cpu",), "prefill_down")
     raise LinkError("the prefill node and the decode node are down")
 
 
-def go_on(
+def ways_on(
     forced: Route | None,
     *,
     prefill_up: bool,
     another_worker_up: bool,
     some_worker_up: bool,
     barred: Mapping[Route, str],
-) -> Route | None:
-    """The route on which an answer goes on after a node has failed it; None if there is none.
+) -> tuple[Route, ...]:
+    """The routes on which an answer may go on after a node has failed it.
 
-    ``prefill_up`` and ``another_worker_up`` leave the nodes out that have failed this request. vLLM has its prompt in
-    its prefix cache, so routes with vLLM come first; a worker that has failed it is asked again only where nothing else
-    is left. A ``forced`` route stays, on other nodes.
+    ``prefill_up`` and ``another_worker_up`` leave the nodes out that have failed this request. A worker that has failed
+    it is asked again only where nothing else is left. A ``forced`` route stays, on other nodes.
     """
     possible: dict[Route, bool] = {
         "split": prefill_up and another_worker_up,
         "gpu": prefill_up,
-        "cpu": another_worker_up or (some_worker_up and forced is None),
+        "cpu": another_worker_up,
     }
-    return next(
-        (route for route, can in possible.items() if can and route not in barred and forced in (None, route)), None
+    ways: tuple[Route, ...] = tuple(
+        route for route, can in possible.items() if can and route not in barred and forced in (None, route)
     )
-
-
-def computes_the_rest(ticket: Ticket, prompt_tokens: int, status: Status | None, vllm: PrefillTime) -> bool:
-    """Whether the worker, which has the prompt's beginning in its cells, had better compute the rest than vLLM."""
-    missing_tokens = prompt_tokens - ticket.reused_tokens
-    if not ticket.reused_tokens:
-        return False
-    if missing_tokens <= ALWAYS_LOCAL_TOKENS:
-        return True
-    here, there_ns = costs.cpu_prefill(missing_tokens, status), vllm.ns(missing_tokens)
-    return here is not None and there_ns is not None and here.ns <= there_ns
+    if not ways and forced is None and some_worker_up and "cpu" not in barred:
+        return ("cpu",)
+    return ways
 
 
 def context_tokens(route: Route, cluster: Cluster) -> int:

@@ -19,6 +19,8 @@ from transformers import PreTrainedTokenizerFast
 
 from proxy.app import create_app
 from proxy.breaker import Breaker
+from proxy.costs import WINDOW
+from proxy.estimates import Estimates
 from proxy.gateway import Gateway
 from proxy.ledger import Ledger
 from tests.proxy.fake_prefill import FakePrefill, PrefillScript
@@ -102,7 +104,8 @@ class Stack:
         wait_until(lambda: not self.worker.open and not self.prefill.open)
 
 
-def make_cluster(hf_dir: Path, **proxy: int) -> Cluster:
+def make_cluster(hf_dir: Path, **proxy: Any) -> Cluster:
+    proxy = {"parity_share": 0.0} | proxy
     return Cluster(
         pair=Pair(name="tiny", hf_dir=str(hf_dir), gguf=str(hf_dir)),
         prefill=Prefill(port=free_port(), max_model_len=201),
@@ -138,6 +141,16 @@ def shared_stack(hf_dir: Path) -> Iterator[Stack]:
         yield stack
 
 
+def split_is_best() -> Estimates:
+    """As if many requests had shown that, so that a test need not say which route it means."""
+    estimates = Estimates()
+    for _ in range(WINDOW):
+        estimates.vllm_prefill.observe(1, 1, 0)
+        estimates.vllm_step.observe(10**12, 1, 0, 0)
+        estimates.worker("some").step.observe(1, 1, 0, 0)
+    return estimates
+
+
 @pytest.fixture
 def stack(shared_stack: Stack) -> Iterator[Stack]:
     """The shared proxy with fresh scripts, nothing recorded and an empty ledger; idle again after the test."""
@@ -146,7 +159,8 @@ def stack(shared_stack: Stack) -> Iterator[Stack]:
     shared_stack.prefill.bodies.clear()
     shared_stack.worker.said.clear()
     shared_stack.gateway.ledger = Ledger(1000)
-    shared_stack.gateway.prefill_breaker = Breaker()
+    shared_stack.gateway.dispatcher.prefill_breaker = Breaker()
+    shared_stack.gateway.dispatcher.planner.estimates = split_is_best()
     for node in shared_stack.gateway.workers:
         node.breaker = Breaker()
     yield shared_stack

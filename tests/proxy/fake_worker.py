@@ -18,6 +18,7 @@ from transfer.messages import (
     Landing,
     Message,
     Ping,
+    Queued,
     Reserve,
     Start,
     Status,
@@ -58,6 +59,8 @@ class Script:
     silent_after_start: bool = False
     kv_failure: Failure | None = None
     endless: bool = False
+    # A Reserve waits for so long, says the worker; until this is None again.
+    queue_ms: int | None = None
     prefill_tokens_per_s: float = 400.0
     draining: bool = False
     reused_tokens: int = 0
@@ -83,6 +86,7 @@ class FakeWorker:
         self._prompts: dict[str, Reserve] = {}
         self._stop = threading.Event()
         self._mute = threading.Event()
+        self._queued: dict[str, tuple[bytes, Reserve]] = {}
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 0
@@ -112,6 +116,8 @@ class FakeWorker:
             if self._mute.is_set() or not self._socket.poll(20):
                 self._stop.wait(0.005)
                 self._stream_endlessly()
+                while self.script.queue_ms is None and self._queued:
+                    self._reserve(*self._queued.pop(next(iter(self._queued))))
                 continue
             client, data = self._socket.recv_multipart()
             message = decode_to_worker(data)
@@ -143,6 +149,7 @@ class FakeWorker:
             case Start():
                 self._start(client, message)
             case Abort():
+                self._queued.pop(message.request_id, None)
                 self.open.pop(message.request_id, None)
 
     def _welcome(self) -> Welcome:
@@ -175,6 +182,10 @@ class FakeWorker:
         if self.script.refuse_reserve:
             refusal = self.script.refuse_reserve
             self._say(client, msgspec.structs.replace(refusal, request_id=reserve.request_id))
+            return
+        if self.script.queue_ms is not None:
+            self._queued[reserve.request_id] = client, reserve
+            self._say(client, Queued(request_id=reserve.request_id, position=1, wait_ms=self.script.queue_ms))
             return
         self.open[reserve.request_id] = client
         self._prompts[reserve.request_id] = reserve

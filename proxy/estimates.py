@@ -1,0 +1,196 @@
+"""What the proxy has learned from requests that have ended: how long each part of the next one will take."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from typing import Any
+
+from proxy.costs import Average, Cost, Learner
+from proxy.ledger import Entry
+from proxy.policy import Inputs, WorkerFacts
+from transfer.messages import Status
+
+# Workers that are gone are forgotten when there are so many names.
+MAX_NAMES = 128
+# An answer of which nothing is known.
+ANSWER_TOKENS = 128
+_NS_PER_S = 1_000_000_000
+# A calibration is worth as much as two requests, so that the route is not tried for the sake of its numbers.
+_CALIBRATED = 2
+
+
+class AnswerLengths:
+    """How long answers get under limits of about the same size (powers of two), or without one."""
+
+    def __init__(self) -> None:
+        self._by_limit: dict[int, Average] = {}
+
+    def observe(self, limit: int | None, tokens: int) -> None:
+        """An answer that might have had ``limit`` tokens had ``tokens``."""
+        self._by_limit.setdefault(_size(limit), Average()).observe(tokens)
+
+    def expected(self, limit: int | None, most: int) -> int:
+        """What to expect, at most ``most``."""
+        known = self._by_limit.get(_size(limit))
+        tokens = known.value if known and known.value is not None else (limit or ANSWER_TOKENS)
+        return max(1, min(round(tokens), most))
+
+
+class CodecEstimates:
+    """One codec on the link: how much of a transfer shows, what it saves and how fast both ends are."""
+
+    def __init__(self) -> None:
+        # By (tokens sent, transfers).
+        self.exposed = Learner(2)
+        self.ratio, self.encode_bytes_per_s, self.decode_bytes_per_s = Average(), Average(), Average()
+
+    def learn(self, entry: Entry) -> None:
+        """From a request whose KV travelled."""
+        self.exposed.observe(entry.transfer_exposed_ns, entry.prompt_tokens - entry.kv_reused_tokens, 1)
+        self.ratio.observe(entry.kv_wire_bytes / entry.kv_raw_bytes)
+        for average, took_ns in (
+            (self.encode_bytes_per_s, entry.encode_ns),
+            (self.decode_bytes_per_s, entry.decode_frame_ns),
+        ):
+            if took_ns:
+                average.observe(entry.kv_raw_bytes / took_ns * _NS_PER_S)
+
+
+class WorkerEstimates:
+    """One decode worker: its own prefill by (new tokens, requests, new tokens x sequences beside), and its steps by
+    (steps, sequences, context tokens).
+    """
+
+    def __init__(self) -> None:
+        self.prefill = Learner(3)
+        self.step = Learner(3)
+        # How long a request holds its place.
+        self.service_ns = Average()
+        self._status: Status | None = None
+
+    def learn_status(self, status: Status) -> None:
+        """From what the worker says of its steps. Where it speculates, a step is not a token: only requests tell."""
+        if status is not self._status and status.step_ns and status.step_sequences and not status.drafted_tokens:
+            self.step.observe(status.step_ns, 1, status.step_sequences, status.step_context_tokens)
+        self._status = status
+
+
+class Estimates:
+    """Everything that is learned. :meth:`learn` needs nothing but an entry, so that a stored ledger can be read in."""
+
+    def __init__(self) -> None:
+        # By (new tokens, requests) and by (steps, sequences, context tokens).
+        self.vllm_prefill = Learner(2)
+        self.vllm_step = Learner(3)
+        self.answers = AnswerLengths()
+        self.codecs: dict[str, CodecEstimates] = {}
+        self._workers: OrderedDict[str, WorkerEstimates] = OrderedDict()
+        # The pace of late transfers; the best of them is what the link can do, for most wait for prefill.
+        self._paces: deque[float] = deque(maxlen=32)
+
+    @property
+    def link_bytes_per_s(self) -> float | None:
+        """The link's goodput, as far as transfers have asked for it."""
+        return max(self._paces, default=None)
+
+    def worker(self, name: str) -> WorkerEstimates:
+        """What is known of the worker ``name``."""
+        known = self._workers.setdefault(name, WorkerEstimates())
+        self._workers.move_to_end(name)
+        if len(self._workers) > MAX_NAMES:
+            self._workers.popitem(last=False)
+        return known
+
+    def worker_prefill(self, name: str, status: Status | None) -> Cost | None:
+        """The worker's own prefill, as requests took it, or else as it has measured it itself."""
+        learned = self.worker(name).prefill.cost
+        if learned is None and status is not None and status.prefill_tokens_per_s > 0:
+            return Cost((float(f"{_NS_PER_S / status.prefill_tokens_per_s:.4g}"), 0, 0), _CALIBRATED, "calibrated")
+        return learned
+
+    def worker_step(self, name: str, status: Status | None) -> Cost | None:
+        """The worker's decode step; another's where this one has made none yet."""
+        own = self.worker(name)
+        if status is not None:
+            own.learn_status(status)
+        if own.step.cost is not None:
+            return own.step.cost
+        found = next((other.step.cost for other in reversed(self._workers.values()) if other.step.cost), None)
+        return Cost(found.ns, found.samples, "another worker") if found else None
+
+    def learn(self, entry: Entry) -> None:
+        """Take in a request that has ended well, at the first attempt."""
+        inputs = entry.decision
+        if entry.status != "ok" or entry.failed_over or inputs is None or not entry.completion_tokens:
+            return
+        if entry.shadow_of is None:
+            limit = entry.max_tokens
+            self.answers.observe(limit, entry.completion_tokens // inputs.ask.choices)
+        match entry.route:
+            case "gpu":
+                self._learn_vllm_prefill(entry, inputs)
+                vllm = inputs.vllm
+                _learn_step(self.vllm_step, entry, inputs, 1, vllm.sequences, vllm.context_tokens)
+            case "split":
+                self._learn_vllm_prefill(entry, inputs)
+                self._learn_worker_step(entry, inputs, 2)
+                if entry.codec and entry.kv_raw_bytes:
+                    self.codecs.setdefault(entry.codec, CodecEstimates()).learn(entry)
+                    if entry.wire_ns:
+                        self._paces.append(entry.kv_wire_bytes / entry.wire_ns * _NS_PER_S)
+            case "cpu":
+                self._learn_worker_prefill(entry, inputs)
+                self._learn_worker_step(entry, inputs, 1)
+
+    def view(self) -> dict[str, Any]:
+        """What is known, for people."""
+        speeds = {
+            name: {
+                "ratio": codec.ratio.value,
+                "encode_bytes_per_s": codec.encode_bytes_per_s.value,
+                "decode_bytes_per_s": codec.decode_bytes_per_s.value,
+                "exposed": codec.exposed.cost,
+            }
+            for name, codec in self.codecs.items()
+        }
+        workers = {name: {"prefill": each.prefill.cost, "step": each.step.cost} for name, each in self._workers.items()}
+        vllm = {"prefill": self.vllm_prefill.cost, "step": self.vllm_step.cost}
+        return {"vllm": vllm, "workers": workers, "codecs": speeds, "link_bytes_per_s": self.link_bytes_per_s}
+
+    def _learn_vllm_prefill(self, entry: Entry, inputs: Inputs) -> None:
+        # What stood before it is not its own; but that is only an estimate.
+        own_ns = max(entry.prefill_ns - inputs.vllm.backlog_ns, entry.prefill_ns // 2)
+        self.vllm_prefill.observe(own_ns, max(1, entry.prompt_tokens - entry.prefill_cached_tokens), 1)
+
+    def _learn_worker_prefill(self, entry: Entry, inputs: Inputs) -> None:
+        beside = _of(inputs, entry.worker)
+        if entry.local_prefill_ns and entry.worker and beside:
+            own_ns = max(entry.local_prefill_ns - beside.backlog_ns, entry.local_prefill_ns // 2)
+            new_tokens = max(1, entry.prompt_tokens - entry.kv_reused_tokens)
+            self.worker(entry.worker).prefill.observe(own_ns, new_tokens, 1, new_tokens * beside.sequences)
+
+    def _learn_worker_step(self, entry: Entry, inputs: Inputs, made_before: int) -> None:
+        beside = _of(inputs, entry.worker)
+        if entry.worker and beside:
+            worker = self.worker(entry.worker)
+            worker.service_ns.observe(entry.prefill_ns + entry.decode_ns)
+            _learn_step(worker.step, entry, inputs, made_before, beside.sequences, beside.context_tokens)
+
+
+def _learn_step(
+    step: Learner, entry: Entry, inputs: Inputs, made_before: int, sequences: int, context_tokens: int
+) -> None:
+    """From ``entry.decode_ns``, which begins when ``made_before`` tokens of each choice are known."""
+    choices = inputs.ask.choices
+    made = entry.completion_tokens // choices
+    if made > made_before and entry.decode_ns:
+        own_tokens = entry.prompt_tokens + choices * made // 2
+        step.observe(entry.decode_ns // (made - made_before), 1, sequences + choices, context_tokens + own_tokens)
+
+
+def _of(inputs: Inputs, worker: str | None) -> WorkerFacts | None:
+    return next((each for each in inputs.workers if each.name == worker), None)
+
+
+def _size(limit: int | None) -> int:
+    return limit.bit_length() if limit else 0
