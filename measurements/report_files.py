@@ -13,15 +13,17 @@ from measurements.result import SCHEMA
 from transfer.errors import ConfigError
 
 # The questions that `measure` asks; a report without one of them says so.
-MEASURES = ("codec", "link", "prefill", "decode", "fidelity", "crossover", "advise", "ledger")
+MEASURES = ("codec", "link", "prefill", "decode", "proxy", "pool", "fidelity", "crossover", "advise", "ledger")
 # Numbers that each summary must have, as far as others are told to rely on them.
 REQUIRED = {
     "codec": ("memcpy_gb_per_s", "raw", "q8"),
     "link": ("loopback_raw_gb_per_s", "loopback_raw_vs_zmq"),
     "prefill": ("export_on_vs_off_900", "export_on_vs_off_3500", "tokens_per_s"),
     "decode": ("vs_batched_bench", "vs_llama_server", "itl_p99_handoff_ratio", "bandwidth_vs_stream"),
+    "proxy": ("added_ttft_ms_p50", "added_ttft_ms_p99", "throughput_vs_direct", "split_efficiency", "auto_vs_best"),
     "fidelity": ("kl_native",),
-    "crossover": ("verdict",),
+    "crossover": ("verdict", "crossover_concurrency", "tokens_per_s", "ttft_s", "goodput_per_s"),
+    "pool": ("ttft_vs_cold", "wire_bytes_per_new_token"),
     "advise": ("validation_error_median",),
     "ledger": ("ways", "net_gain_s"),
 }
@@ -139,6 +141,9 @@ def _doubts(each: Result) -> Iterator[str]:
         yield f"the machine had a load of {load:.2f} before it began"
     if each.picture is None:
         yield "has no picture"
+    # What a measurement found wrong with itself.
+    problems = each.summary.get("problems")
+    yield from map(str, problems if isinstance(problems, list) else ())
 
 
 def _disagreements(results: Sequence[Result]) -> Iterator[str]:

@@ -8,7 +8,7 @@ by name. ``top_k``, ``min_p``, ``repetition_penalty``, ``ignore_eos``, ``min_tok
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 

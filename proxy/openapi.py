@@ -39,7 +39,7 @@ _STATUSES = {
     "401": "No valid API key",
     "404": "There is no such model",
     "413": "The body is too large",
-    "429": "This key's minute is used up; come back after `Retry-After` seconds",
+    "429": "This key's minute, or its part of the queue, is used up; come back after `Retry-After` seconds",
     "500": "A defect",
     "502": "An engine failed",
     "503": "A node is down or all slots are taken; come back after `Retry-After` seconds",

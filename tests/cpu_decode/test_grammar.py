@@ -64,6 +64,18 @@ def test_output_obeys_a_gbnf_grammar(running):
         assert re.fullmatch(r"(19|20)\d\d-[01]\d", answer.text)
 
 
+def test_output_obeys_a_regular_expression(running):
+    for seed in range(3):
+        answer = ask(running, but(FREE, temperature=2.0, seed=seed, regex=r"[ab]{2}|c\.d (e)"))
+        assert re.fullmatch(r"[ab]{2}|c\.d (e)", answer.text)
+        assert answer.finish_reason == "stop"
+
+
+def test_output_obeys_a_lark_grammar(running):
+    answer = ask(running, but(FREE, temperature=2.0, grammar='start: WORD "!"\nWORD: /[xy]{3}/'))
+    assert re.fullmatch("[xy]{3}!", answer.text)
+
+
 def test_a_grammar_ends_the_answer_whatever_else_is_wished(running):
     answer = ask(running, but(FREE, grammar='root ::= "a" | "b"', ignore_eos=True, min_tokens=20))
     assert answer.text in {"a", "b"}

@@ -66,6 +66,7 @@ class FakePrefill:
             "token_ids": self.script.ids(self.script.first_text, 42),
             "prompt_token_ids": body["prompt"],
             "logprobs": _logprobs(body, [42]),
+            "prompt_logprobs": _prompt_logprobs(body),
         }
         usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": 1, "total_tokens": len(body["prompt"]) + 1}
         return JSONResponse(
@@ -114,6 +115,14 @@ def _logprobs(body: dict[str, Any], tokens: list[int], prompt: list[int] | None 
         "top_logprobs": [None if prompt and place == 0 else row for place, row in enumerate(top)],
         "text_offset": [0] * len(every),
     }
+
+
+def _prompt_logprobs(body: dict[str, Any]) -> list[dict[str, Any] | None] | None:
+    """As vLLM writes them: nothing for the first token, for each other one what stood in its place, by ids."""
+    if body.get("prompt_logprobs") is None:
+        return None
+    rows = [{str(token): {"logprob": -0.5, "rank": 1, "decoded_token": "?"}} for token in body["prompt"][1:]]
+    return [None, *rows]
 
 
 def _event(chunk: dict[str, Any]) -> str:

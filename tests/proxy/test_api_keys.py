@@ -10,13 +10,16 @@ from click.testing import CliRunner
 
 from isthmus.cli import cli
 from proxy import api_keys
+from proxy.api_keys import ApiKey, Limits
 from proxy.failures import RateLimitError
 from proxy.rates import Rates
 from tests.proxy.conftest import Stack, make_cluster, running
-from tests.proxy.test_failures import error_of
+from tests.proxy.test_failures import SPLIT, error_of
 from transfer.errors import ConfigError
+from transfer.messages import Reserve
 
 OPEN_PATHS = ("/health", "/health/live", "/health/ready")
+A, B = ApiKey(name="a"), ApiKey(name="b")
 GUARDED_PATHS = ("/v1/models", "/metrics", "/ledger", "/nodes", "/docs", "/openapi.json", "/nothing")
 
 
@@ -68,7 +71,7 @@ def test_a_key_comes_in(stack: Stack, alice):
 def test_the_environments_key(monkeypatch):
     monkeypatch.setenv(api_keys.ENVIRONMENT, "open sesame")
     keys = api_keys.load("")
-    assert keys.holder("open sesame") == "environment"
+    assert keys.holder("open sesame").name == "environment"
     assert keys.holder("open") is None
     monkeypatch.delenv(api_keys.ENVIRONMENT)
     assert not api_keys.load("")
@@ -79,14 +82,23 @@ def test_names_and_comments_in_the_file(tmp_path):
     path.write_text("# people\n\n")
     keys = {name: api_keys.make(path, name) for name in ("a", "b")}
     loaded = api_keys.load(str(path))
-    assert {name: loaded.holder(key) for name, key in keys.items()} == {"a": "a", "b": "b"}
+    assert {name: loaded.holder(key).name for name, key in keys.items()} == {"a": "a", "b": "b"}
     with pytest.raises(ConfigError, match="has a key called 'a'"):
         api_keys.make(path, "a")
     with pytest.raises(ConfigError, match="letters"):
         api_keys.make(path, "a b")
 
 
-@pytest.mark.parametrize("line", ["alice", "alice abc", "alice " + "G" * 64, "a b " + "0" * 64])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "alice",
+        "alice abc",
+        "alice " + "G" * 64,
+        "a b " + "0" * 64,
+        *(f"alice {'0' * 64} {limits}" for limits in ("weight", "weight=0", "weight=x", "speed=3", "max_running=-1")),
+    ],
+)
 def test_a_line_that_is_no_key_is_named(tmp_path, line):
     path = tmp_path / "keys"
     path.write_text(f"ok {'0' * 64}\n{line}\n")
@@ -105,23 +117,78 @@ def test_a_name_twice_and_a_file_that_is_not_there(tmp_path):
 
 def test_requests_in_a_minute_by_key():
     rates = Rates(2, 0)
-    rates.admit("a")
-    rates.admit("a")
+    rates.admit(A)
+    rates.admit(A)
     with pytest.raises(RateLimitError, match="2 requests") as caught:
-        rates.admit("a")
+        rates.admit(A)
     assert 1 <= caught.value.retry_after_s <= 60
-    rates.admit("b")
+    rates.admit(B)
 
 
 def test_tokens_in_a_minute_by_key():
     rates = Rates(0, 100)
-    rates.admit("a")
-    rates.spend("a", 99)
-    rates.admit("a")
-    rates.spend("a", 500)
+    rates.admit(A)
+    rates.spend(A, 99)
+    rates.admit(A)
+    rates.spend(A, 500)
     with pytest.raises(RateLimitError, match="100 tokens"):
-        rates.admit("a")
-    rates.admit("b")
+        rates.admit(A)
+    rates.admit(B)
+
+
+def test_a_keys_own_limits_count():
+    rates = Rates(1, 100)
+    freed = ApiKey(name="freed", limits=Limits(requests_per_minute=0, tokens_per_minute=200))
+    for _ in range(5):
+        rates.admit(freed)
+    rates.spend(freed, 150)
+    rates.admit(freed)
+    rates.spend(freed, 50)
+    with pytest.raises(RateLimitError, match="200 tokens"):
+        rates.admit(freed)
+    bound = ApiKey(name="bound", limits=Limits(requests_per_minute=2))
+    rates.admit(bound)
+    rates.admit(bound)
+    with pytest.raises(RateLimitError, match="2 requests"):
+        rates.admit(bound)
+
+
+def test_limits_and_tenants_are_read_back(tmp_path):
+    path = tmp_path / "keys"
+    plain = api_keys.make(path, "plain")
+    limits = Limits(weight=2.5, requests_per_minute=0, tokens_per_minute=70, max_running=3)
+    limited = api_keys.make(path, "limited", limits)
+    assert (
+        path.read_text()
+        .splitlines()[1]
+        .endswith(" weight=2.5 requests_per_minute=0 tokens_per_minute=70 max_running=3")
+    )
+    first, second = (api_keys.load(str(path)).holder(key) for key in (plain, limited))
+    assert first.limits == Limits()
+    assert second.limits == limits
+    # Of its own, the same after a restart, and nothing that the file gives away.
+    assert len({first.tenant, second.tenant}) == 2
+    assert api_keys.load(str(path)).holder(plain).tenant == first.tenant
+    assert first.tenant not in path.read_text()
+    assert api_keys.NOBODY.tenant == ""
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_prefixes_are_a_tenants_own_unless_shared(hf_dir, tmp_path, shared):
+    path = tmp_path / "keys"
+    keys = [api_keys.make(path, name) for name in ("a", "b")]
+    with running(make_cluster(hf_dir, api_keys_file=str(path), share_prefixes=shared)) as stack:
+        for key in keys:
+            assert stack.chat({"Authorization": f"Bearer {key}", **SPLIT}).status_code == 200
+        tenants = [reserve.tenant for reserve in stack.worker.heard(Reserve)]
+        salts = [body["cache_salt"] for body in stack.prefill.bodies]
+        if shared:
+            assert tenants == ["", ""]
+            assert salts == [None, None]
+        else:
+            assert salts == tenants
+            assert len(set(tenants)) == 2
+            assert not {"a", "b", ""} & set(tenants)
 
 
 def test_a_client_that_asks_too_much_is_told_when_to_come_back(hf_dir, tmp_path):
@@ -156,6 +223,11 @@ def test_the_command_that_makes_keys(tmp_path):
     path = tmp_path / "keys"
     made = CliRunner().invoke(cli, ["api-key", "make", str(path), "alice"])
     assert made.exit_code == 0
-    assert api_keys.load(str(path)).holder(made.output.strip()) == "alice"
+    assert api_keys.load(str(path)).holder(made.output.strip()).name == "alice"
+    options = ["--weight", "2", "--requests-per-minute", "5", "--tokens-per-minute", "6", "--max-running", "7"]
+    made = CliRunner().invoke(cli, ["api-key", "make", str(path), "bob", *options])
+    assert api_keys.load(str(path)).holder(made.output.strip()).limits == Limits(
+        weight=2, requests_per_minute=5, tokens_per_minute=6, max_running=7
+    )
     again = CliRunner().invoke(cli, ["api-key", "make", str(path), "alice"])
     assert isinstance(again.exception, ConfigError)

@@ -40,6 +40,31 @@ def test_every_spelling_reaches_both_engines(stack, endpoint, fields, schema):
     assert decoded["structured_outputs"] == {"json": schema}
 
 
+@pytest.mark.parametrize(
+    ("fields", "regex"),
+    [
+        ({"structured_outputs": {"regex": "[ab]+"}}, "[ab]+"),
+        ({"structured_outputs": {"choice": ["a.b", "c (d)"]}}, r"a\.b|c \(d\)"),
+        ({"guided_regex": r"\d{3}"}, r"\d{3}"),
+        ({"guided_choice": ["yes", "no"]}, "yes|no"),
+    ],
+)
+def test_expressions_and_choices_reach_both_engines(stack, fields, regex):
+    assert stack.chat(SPLIT, **fields).status_code == stack.chat(GPU, **fields).status_code == 200
+    assert stack.worker.heard(Reserve)[0].sampling.regex == regex
+    assert stack.worker.heard(Start)[0].first_token is None
+    prefilled, decoded = stack.prefill.bodies
+    assert prefilled["structured_outputs"] is None
+    assert decoded["structured_outputs"] == {"regex": regex}
+
+
+@pytest.mark.parametrize("fields", [{"structured_outputs": {"grammar": "start: A"}}, {"guided_grammar": "start: A"}])
+def test_grammars_are_the_decoders_by_every_name(stack, fields):
+    assert stack.chat(SPLIT, **fields).status_code == 200
+    assert stack.worker.heard(Reserve)[0].sampling.grammar == "start: A"
+    assert error_of(stack.chat(GPU, **fields), 400)["param"] == "grammar"
+
+
 def test_free_text(stack):
     assert stack.chat(SPLIT, response_format={"type": "text"}).status_code == 200
     assert stack.worker.heard(Reserve)[0].sampling.json_schema == ""
@@ -53,8 +78,11 @@ def test_free_text(stack):
         ("response_format", {"type": "json_schema"}),
         ("response_format", {"type": "json_schema", "json_schema": {"name": "x"}}),
         ("response_format", {"type": "json_schema", "json_schema": {"schema": {"type": "number of things"}}}),
-        ("structured_outputs", {"regex": "a+"}),
-        ("structured_outputs", {"choice": ["a"]}),
+        ("structured_outputs", {"structural_tag": "x"}),
+        ("structured_outputs", {"choice": []}),
+        ("structured_outputs", {"choice": ["a"], "regex": "a"}),
+        ("guided_choice", [""]),
+        ("guided_regex", ""),
         ("structured_outputs", {"json": "{"}),
         ("guided_json", "[1]"),
         ("guided_json", {"minimum": "one"}),
@@ -76,6 +104,7 @@ def test_one_constraint_only(stack):
     error = error_of(stack.chat(response_format=ASKED, guided_json=SCHEMA), 400)
     assert "response_format and guided_json" in error["message"]
     assert error_of(stack.chat(json_schema=SCHEMA, grammar="root ::= [a]"), 400)["param"] == "json_schema"
+    assert error_of(stack.chat(guided_regex="a", guided_choice=["a"]), 400)["param"] == "guided_regex"
 
 
 @pytest.mark.parametrize(

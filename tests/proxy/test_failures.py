@@ -61,7 +61,7 @@ def error_of(response, status: int) -> dict[str, object]:
         ("min_tokens", 1000),
         ("stop_token_ids", [258]),
         ("typical_p", 0),
-        ("prompt_logprobs", 1),
+        ("prompt_logprobs", 21),
         ("functions", [{}]),
     ],
 )

@@ -190,8 +190,12 @@ def test_a_template_that_knows_tools_is_left_to_it(stack, monkeypatch):
         ("tool_choice", {"tools": TOOLS, "tool_choice": "sometimes"}),
         ("tool_choice", {"tool_choice": "required"}),
         ("tool_choice", {"tools": [CLOCK], "tool_choice": NAMED}),
-        ("functions", {"functions": [{"name": "a"}]}),
-        ("function_call", {"function_call": "auto"}),
+        ("functions", {"functions": [{"name": "a"}], "tools": TOOLS}),
+        ("functions", {"functions": [{"name": "a", "parameters": {"type": 5}}]}),
+        ("functions", {"functions": [{}]}),
+        ("function_call", {"function_call": {"name": "a"}}),
+        ("function_call", {"functions": [{"name": "a"}], "function_call": {"name": "b"}}),
+        ("function_call", {"functions": [{"name": "a"}], "function_call": "required"}),
         ("messages", {"messages": [{"role": "assistant"}]}),
         ("messages", {"messages": [{"role": "tool", "content": "x"}]}),
         (
@@ -241,3 +245,42 @@ def test_definitions_that_contradict():
 def test_turns_without_tools_are_left_alone():
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     assert spell_out(turns, []) == turns
+
+
+FUNCTIONS = [WEATHER["function"], CLOCK["function"]]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_function_call_of_the_older_form(stack, client, stream):
+    stack.prefill.script.first_text = "So: "
+    stack.worker.script.texts = [CALL, CALL]
+    ask = {"model": "tiny", "messages": QUESTION, "functions": FUNCTIONS, "function_call": "auto"}
+    if stream:
+        chunks = list(client.chat.completions.create(**ask, stream=True))
+        (call,) = [chunk.choices[0].delta.function_call for chunk in chunks if chunk.choices[0].delta.function_call]
+        reason = chunks[-1].choices[0].finish_reason
+    else:
+        choice = client.chat.completions.create(**ask).choices[0]
+        call, reason = choice.message.function_call, choice.finish_reason
+        assert choice.message.tool_calls is None
+    assert (call.name, json.loads(call.arguments)) == ("weather", {"town": "Ulm"})
+    assert reason == "function_call"
+    assert json.dumps(WEATHER["function"]) in prompt_of(stack)
+
+
+def test_a_named_function_of_the_older_form(stack, client):
+    say(stack, '{"town"', ': "Ulm"}')
+    ask = {"model": "tiny", "messages": QUESTION, "functions": FUNCTIONS, "function_call": {"name": "weather"}}
+    choice = client.chat.completions.create(**ask).choices[0]
+    assert json.loads(choice.message.function_call.arguments) == {"town": "Ulm"}
+    assert choice.finish_reason == "stop"
+    assert json.loads(stack.worker.heard(Reserve)[0].sampling.json_schema) == PARAMETERS
+    stack.chat(functions=FUNCTIONS, function_call="none")
+    assert "weather" not in prompt_of(stack)
+
+
+def test_a_conversation_of_the_older_form(stack):
+    past = {"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": '{"town": "Ulm"}'}}
+    result = {"role": "function", "name": "weather", "content": "sunny"}
+    assert stack.chat(messages=[*QUESTION, past, result], functions=FUNCTIONS).status_code == 200
+    assert f"{CALL}</s><user><tool_response>\nsunny" in prompt_of(stack)

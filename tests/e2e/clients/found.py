@@ -1,0 +1,28 @@
+"""Clients that live in environments of their own, because their requirements clash with ours or are large.
+
+Each is looked for in a folder of its name under ``ISTHMUS_CLIENTS`` (``~/.cache/isthmus/clients`` if unset), made with
+``python -m venv FOLDER/NAME && FOLDER/NAME/bin/pip install ...``.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(os.environ.get("ISTHMUS_CLIENTS") or Path.home() / ".cache" / "isthmus" / "clients")
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "NO_PROXY": "*"}
+
+
+def program(name: str, command: str, requirement: str) -> Path:
+    """``command`` of the environment called ``name``; the test is skipped where there is none."""
+    found = FOLDER / name / "bin" / command
+    if not found.exists():
+        pytest.skip(f"no {found}; python -m venv {FOLDER / name} && {FOLDER / name}/bin/pip install '{requirement}'")
+    return found
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Variables for a client that must download nothing and keeps its files in ``home``."""
+    return {**os.environ, **OFFLINE, "HF_HOME": str(home), "XDG_CACHE_HOME": str(home)}

@@ -1,0 +1,88 @@
+"""Load generators and an evaluation harness, as people run them, against the real engines."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.clients.found import environment, program
+from tests.e2e.conftest import Running
+
+pytestmark = pytest.mark.engines
+
+TASK = """
+task: tiny
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+output_type: {kind}
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{{target}}}}}"
+{more}
+"""
+CHOICES = 'doc_to_choice: "{{choices}}"\nmetric_list: [{metric: acc}]'
+GENERATED = 'generation_kwargs: {until: ["."], max_gen_toks: 8}\nmetric_list: [{metric: exact_match}]'
+ROWS = [
+    {"question": "The sky is", "choices": [" blue", " xqz vvw"], "answer": 0},
+    {"question": "One, two,", "choices": [" zebra hat", " three"], "answer": 1},
+    {"question": "Cats and", "choices": [" dogs", " perpendicular"], "answer": 0},
+]
+
+
+def run(command: list[str], home: Path) -> str:
+    done = subprocess.run(
+        command, env=environment(home), capture_output=True, text=True, timeout=240, check=False, cwd=home
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_vllm_bench_serve(stack: Running, tmp_path: Path):
+    command = [str(Path(sys.executable).parent / "vllm"), "bench", "serve", "--backend", "openai-chat"]
+    command += ["--base-url", stack.proxy_url, "--endpoint", "/v1/chat/completions", "--dataset-name", "random"]
+    command += ["--random-input-len", "40", "--random-output-len", "6", "--num-prompts", "6", "--max-concurrency", "3"]
+    command += ["--model", stack.cluster.pair.name, "--tokenizer", stack.cluster.pair.hf_dir, "--temperature", "0"]
+    command += ["--save-result", "--save-detailed", "--result-dir", str(tmp_path), "--result-filename", "found.json"]
+    run(command, tmp_path)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["completed"], found["failed"]) == (6, 0)
+    assert found["output_lens"] == [6] * 6
+    assert all(ttft > 0 for ttft in found["ttfts"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "more"), [("multiple_choice", "answer", CHOICES), ("generate_until", "answer", GENERATED)]
+)
+def test_lm_eval(stack: Running, tmp_path: Path, kind: str, target: str, more: str):
+    command = [str(program("lm-eval", "lm_eval", "lm-eval[api]"))]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "tiny.yaml").write_text(TASK.format(rows=rows, kind=kind, target=target, more=more))
+    model = f"model={stack.cluster.pair.name},base_url={stack.proxy_url}/v1/completions,num_concurrent=2,max_retries=1"
+    model += f",tokenizer={stack.cluster.pair.hf_dir},tokenizer_backend=huggingface,tokenized_requests=False"
+    command += ["--model", "local-completions", "--model_args", model, "--tasks", "tiny"]
+    command += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"), "--log_samples"]
+    run(command, tmp_path)
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    found: dict[str, Any] = json.loads(results.read_text())["results"]["tiny"]
+    if kind == "multiple_choice":
+        assert found["acc,none"] == 1.0
+    else:
+        assert 0.0 <= found["exact_match,none"] <= 1.0
+
+
+def test_guidellm(stack: Running, tmp_path: Path):
+    command = [str(program("guidellm", "guidellm", "guidellm")), "benchmark", "run"]
+    command += ["--target", stack.proxy_url, "--model", stack.cluster.pair.name, "--profile", "concurrent"]
+    command += ["--rate", "2", "--max-requests", "6", "--processor", stack.cluster.pair.hf_dir]
+    command += ["--data", "prompt_tokens=40,output_tokens=6", "--output-path", str(tmp_path / "found.json")]
+    run(command, tmp_path)
+    (benchmark,) = json.loads((tmp_path / "found.json").read_text())["benchmarks"]
+    made = benchmark["requests"]
+    assert len(made["successful"]) >= 6
+    assert not made["errored"]
