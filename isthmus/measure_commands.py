@@ -48,6 +48,20 @@ def measure_prefill(json: Path | None, plot: Path | None, rounds: int) -> None:
     run(json, plot, rounds)
 
 
+@measure.command("proxy")
+@json_option
+@plot_option
+@click.option("--quick", is_flag=True, help="Two rounds and few requests: under five minutes on two cores.")
+def measure_proxy(json: Path | None, plot: Path | None, quick: bool) -> None:
+    """What the proxy adds to an engine, how many streams it holds, what a split loses, and what `auto` finds.
+
+    Starts the whole stack with the default model. Requests come from `vllm bench serve`.
+    """
+    from measurements.proxy import FULL, QUICK, run
+
+    run(json, plot, QUICK if quick else FULL)
+
+
 @measure.command("link")
 @json_option
 @plot_option
@@ -135,6 +149,50 @@ def measure_memory(json: Path | None, rounds: int) -> None:
     run(json, rounds)
 
 
+@measure.command("crossover")
+@json_option
+@plot_option
+@click.option("--quick", is_flag=True, help="Small requests and few: the embedded pair on two cores in 15 minutes.")
+@click.option("--work", type=click.Path(path_type=Path), help="Folder for finished runs; a rerun goes on behind them.")
+@click.option("--workload", "workloads", multiple=True, help="Only this workload, or 'prompt length'. Repeatable.")
+@click.option(
+    "--concurrency", "concurrencies", type=click.IntRange(1, 256), multiple=True, help="Only so many requests."
+)
+@click.option("--rounds", type=click.IntRange(1, 100), help="Rounds, interleaved; 3, or 2 with --quick.")
+@click.option("--config", type=click.Path(path_type=Path), help="The cluster file with pair and settings.")
+@click.option("--stack", metavar="URL", help="A proxy that runs; without it a stack is brought up on this host.")
+@click.option(
+    "--replicated", metavar="URL", help='With --stack: a proxy to the same nodes with policy = "round_robin".'
+)
+def measure_crossover(
+    json: Path | None,
+    plot: Path | None,
+    quick: bool,
+    work: Path | None,
+    workloads: tuple[str, ...],
+    concurrencies: tuple[int, ...],
+    rounds: int | None,
+    config: Path | None,
+    stack: str | None,
+    replicated: str | None,
+) -> None:
+    """Is splitting worth it on this hardware? gpu, cpu, both replicated, split and auto under the same real load.
+
+    Driven by `vllm bench serve`. Says for each workload whether to split, and where splitting starts or stops paying.
+    """
+    if replicated and not stack:
+        raise ConfigError("--replicated is for --stack; a stack of its own has both proxies")
+    cluster = load(config) if config else None
+    from isthmus.pair import default_pair
+    from measurements import crossover, crossover_plan
+
+    plan = crossover_plan.quick() if quick else crossover_plan.full()
+    plan = crossover_plan.only(plan, workloads, concurrencies, rounds)
+    cluster = cluster or crossover.cluster_for(plan, default_pair())
+    where = crossover.Where(cluster, stack, replicated)
+    crossover.run(plan, where, work or crossover.work_folder(plan, where), json, plot)
+
+
 @measure.command("advise")
 @json_option
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the curves into this file: .png, .svg or .pdf.")
@@ -145,8 +203,14 @@ def measure_memory(json: Path | None, rounds: int) -> None:
 @click.option("--codec", "names", multiple=True, default=("raw", "q8"), show_default=True, help="Codec. Repeatable.")
 @click.option("--workload", "workloads", multiple=True, help="Only this workload. Repeatable.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="A number, as gpu.memory_gb_per_s=600.")
-@click.option("--results", type=click.Path(path_type=Path), help="Folder whose codec.json and link.json to go by.")
-@click.option("--validate", is_flag=True, help="Only compare the simulation with published measurements.")
+@click.option("--results", type=click.Path(path_type=Path), help="Folder of results of `measure` to go by.")
+@click.option(
+    "--validate",
+    is_flag=False,
+    flag_value="published",
+    metavar="[FILE]",
+    help="Only compare the simulation: with published measurements, or with a result of `measure crossover`.",
+)
 def measure_advise(
     json: Path | None,
     plot: Path | None,
@@ -158,16 +222,21 @@ def measure_advise(
     workloads: tuple[str, ...],
     assignments: tuple[str, ...],
     results: Path | None,
-    validate: bool,
+    validate: str | None,
 ) -> None:
-    """Simulate the architectures gpu, cpu, replicated and split on hardware given by numbers, and say which pays.
+    """Simulate gpu, cpu, replicated, split and auto on hardware given by numbers, and say which pays.
 
-    Profiles of hardware and models are TOML or JSON; those that ship name the sources of their numbers.
+    Profiles of hardware and models are TOML or JSON; those that ship name the sources of their numbers. --results takes
+    codecs and link from codec.json and link.json, and, with --model smollm2-135m, which they measure, the engines from
+    prefill.json and decode.json.
     """
-    from measurements import advise, profiles
+    from measurements import advise, calibrate, profiles
 
-    if validate:
+    if validate == "published":
         advise.validate(json)
+        return
+    if validate is not None:
+        advise.validate_crossover(Path(validate), json)
         return
     setup = profiles.Setup(
         gpu=profiles.read(gpu, profiles.Device),
@@ -178,6 +247,8 @@ def measure_advise(
     )
     if results is not None:
         setup = profiles.with_results(setup, results)
+        if model == calibrate.MEASURED_MODEL:
+            setup = calibrate.with_engines(setup, results)
     advise.run(profiles.changed(setup, assignments), workloads, json, plot)
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from measurements import published, result
+from measurements import crossover_validation, picture, published, result
 from measurements.profiles import Setup
 from measurements.roofline import kv_bytes_per_token, kv_capacity_tokens, wire_seconds
 from measurements.verdict import (
@@ -204,8 +204,19 @@ def draw(setup: Setup, samples: Sequence[Sample], summary: dict[str, Any], path:
     figure.suptitle(
         f"simulation: {setup.model.name} on {setup.gpu.name} and {setup.cpu.name} over {setup.link.name}", fontsize=11
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    picture.save(figure, path)
+
+
+def validate_crossover(source: Path, json: Path | None) -> None:
+    """Print the simulation's errors against a result of ``measure crossover``, and write them."""
+    environment = result.environment()
+    found = crossover_validation.from_result(source)
+    if why := found.get("why"):
+        raise ConfigError(f"{source}: {why}")
+    if json is not None:
+        summary = {key: found[key] for key in ("setup", "errors")} | published.summary()
+        result.write(json, "advise", environment, found["points"], summary)
+    Console().print(crossover_validation.table(found))
 
 
 def validate(json: Path | None) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from measurements import result
+from measurements import picture, result
 from transfer.codecs import CELL_ELEMENT, CODECS, Codec
 from transfer.config import Link
 from transfer.frames import Element
@@ -313,5 +313,4 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     speed.set_ylim(top=4 * summary["memcpy_gb_per_s"]["median"])
     speed.set(yscale="log", ylabel="GB/s of 16-bit elements, one core", title="speed: medians and quartiles")
     speed.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    picture.save(figure, path)

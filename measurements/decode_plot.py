@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from measurements import picture
+
 
 def draw(summary: dict[str, Any], path: Path) -> None:
     """Four panels in the format of ``path``'s name."""
@@ -38,5 +40,4 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     roofline.axhline(summary["stream_triad_gb_per_s"], color="grey", linestyle=":", label="STREAM triad, measured")
     roofline.set(xlabel="sequences", ylabel="GB/s of weights and cells", title="roofline: what each step must read")
     roofline.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    picture.save(figure, path)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from measurements import result
+from measurements import picture, result
 from transfer.codecs import CODECS, Codec
 from transfer.config import Link, Pair
 from transfer.errors import ConfigError
@@ -245,5 +245,4 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     for axes in (left, right):
         axes.tick_params("x", rotation=35)
         axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    picture.save(figure, path)

@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from measurements import ledger_entries, ledger_spans, result
+from measurements import ledger_entries, ledger_spans, picture, result
 from measurements.ledger_entries import Spent
 from measurements.ledger_spans import WAITED
 
@@ -194,5 +194,4 @@ def draw(entry: Spent, summary: dict[str, Any], path: Path) -> None:
     many.invert_yaxis()
     many.set(xlabel="ms, medians", title="what the client waits for, by way")
     many.legend(fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    picture.save(figure, path)

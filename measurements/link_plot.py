@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from measurements import picture
 from measurements.link_summary import IPERF3, MEMCPY
 
 Summary = dict[str, Any]
@@ -36,8 +37,7 @@ def draw(summary: Summary, path: Path) -> None:
             axes.set(ylabel="GB/s of 16-bit KV", title=TITLES[part])
             if IPERF3 in summary[part]:
                 axes.axhline(summary[part][IPERF3]["gb_per_s"]["median"], color="grey", linestyle="--")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    picture.save(figure, path)
 
 
 def _bars(axes: Any, rows: dict[str, dict[str, float]], scale: float = 1.0) -> None:

@@ -24,7 +24,7 @@ from isthmus.children import Child, Children
 from isthmus.pair import default_pair
 from isthmus.progress import starting
 from isthmus.up import GRACE_S, START_DEADLINE_S, cluster_on_free_ports, free_ports, with_keys
-from measurements import result
+from measurements import picture, result
 from measurements.prefill_sink import Sink
 from transfer.config import Cluster
 from transfer.errors import EngineError
@@ -221,5 +221,4 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     axes.set_xticks(at, lengths)
     axes.set(xlabel="tokens of the prompt", ylabel="tokens a second", title="prefill in vLLM: medians")
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    picture.save(figure, path)

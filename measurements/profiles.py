@@ -31,6 +31,8 @@ class Device(Profile, frozen=True, kw_only=True):
     Peaks of one engine and the shares of them that it reaches: ``compute`` in prefill, ``memory`` in decoding.
     ``memory_gib`` is for weights and KV. Every step costs ``step_overhead_ms`` more. ``step_tokens`` is vLLM's
     ``max_num_batched_tokens`` or our ``prefill_batch_tokens``. KV from elsewhere is written at ``inject_gb_per_s``.
+    Measured devices may also have ``sequence_ms`` for every sequence that a step decodes, and ``request_ms`` for every
+    request before its prefill.
     """
 
     engine: Literal["vllm", "llama.cpp"]
@@ -44,6 +46,8 @@ class Device(Profile, frozen=True, kw_only=True):
     step_tokens: Count
     max_sequences: Count
     inject_gb_per_s: Positive = 10.0
+    sequence_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    request_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0
 
 
 class LinkSpeed(Profile, frozen=True, kw_only=True):
@@ -76,13 +80,14 @@ class CodecCost(Profile, frozen=True, kw_only=True):
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
-    """All of it."""
+    """All of it. With ``shared_cores`` both devices are the same cores, and engines that compute at once get half."""
 
     gpu: Device
     cpu: Device
     link: LinkSpeed
     model: ModelShape
     codecs: tuple[CodecCost, ...]
+    shared_cores: bool = False
 
 
 P = TypeVar("P", bound=Profile)
@@ -150,7 +155,8 @@ def with_results(setup: Setup, folder: Path) -> Setup:
 
     Reads ``codec.json`` and ``link.json``, as far as they are in ``folder``; :class:`ConfigError` if neither is.
     """
-    found = {name: summary for name in ("codec", "link") if (summary := _summary(folder / f"{name}.json", name))}
+    files = {name: envelope_of(folder / f"{name}.json", name) for name in ("codec", "link")}
+    found = {name: envelope["summary"] for name, envelope in files.items() if envelope is not None}
     if not found:
         raise ConfigError(f"{folder} has neither codec.json nor link.json; see `isthmus measure codec --json`")
     if codec := found.get("codec"):
@@ -172,17 +178,17 @@ def _measured(codec: CodecCost, summary: dict[str, Any]) -> CodecCost:
     )
 
 
-def _summary(path: Path, measure: str) -> dict[str, Any] | None:
+def envelope_of(path: Path, measure: str) -> dict[str, Any] | None:
+    """A result file, None if there is none; :class:`ConfigError` if it is not of that measurement."""
     if not path.exists():
         return None
     try:
-        envelope = json.loads(path.read_text())
+        envelope: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(envelope, dict) or (envelope.get("schema"), envelope.get("measure")) != (SCHEMA, measure):
         raise ConfigError(f"{path} is not a result of `isthmus measure {measure}`")
-    summary: dict[str, Any] = envelope["summary"]
-    return summary
+    return envelope
 
 
 def _is(path: Path, kind: type[Profile]) -> bool:

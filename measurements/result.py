@@ -80,9 +80,14 @@ def _output(*command: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with ``+`` behind it if files differ from it; None outside a checkout."""
+    """The checkout's commit, with ``+`` behind it if files differ from it; None outside a checkout.
+
+    Results that earlier measurements have written change nothing.
+    """
     commit = _output("git", "rev-parse", "HEAD")
-    return f"{commit}+" if commit and _output("git", "status", "--porcelain", "--untracked-files=no") else commit
+    but_results = (":(top)", ":(top,exclude)measurements/results")
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", *but_results)
+    return f"{commit}+" if commit and changed else commit
 
 
 def _versions() -> dict[str, str]:

@@ -58,7 +58,14 @@ def step_seconds(device: Device, model: ModelShape, decoding: Sequence[int], chu
     read_bytes += kv_bytes_per_token(model) * (sum(decoding) + sum(chunk.context for chunk in chunks))
     reading_s = read_bytes / (device.memory_gb_per_s * device.memory_efficiency * 1e9)
     computing_s = flops(model, decoding, chunks) / (device.compute_tflops * device.compute_efficiency * 1e12)
-    return max(reading_s, computing_s) + device.step_overhead_ms / 1e3
+    return max(reading_s, computing_s) + (device.step_overhead_ms + device.sequence_ms * len(decoding)) / 1e3
+
+
+def prefill_seconds(device: Device, model: ModelShape, tokens: int) -> float:
+    """How long ``tokens`` of prompts take on one engine that does nothing else, as one prompt."""
+    starts = range(0, max(tokens, 1), device.step_tokens)
+    chunks = [Chunk(start, min(device.step_tokens, tokens - start)) for start in starts]
+    return sum(step_seconds(device, model, [], [chunk]) for chunk in chunks)
 
 
 def wire_seconds(link: LinkSpeed, codec: CodecCost, model: ModelShape, tokens: float) -> float:

@@ -16,6 +16,30 @@ from measurements.roofline import Chunk, kv_bytes_per_token, kv_capacity_tokens,
 Process = Generator[simpy.Event, Any, None]
 
 
+class Cores:
+    """Cores that several engines compute on: those that do at the same time get equal shares of them."""
+
+    def __init__(self, env: simpy.Environment) -> None:
+        self.env = env
+        self._busy = 0
+        self._changed = env.event()
+
+    def compute(self, seconds: float) -> Process:
+        """What would take ``seconds`` alone."""
+        self._step(+1)
+        while seconds > 0:
+            began_s, busy, changed = self.env.now, self._busy, self._changed
+            done = self.env.timeout(seconds * busy)
+            yield done | changed
+            seconds = 0.0 if done.processed else seconds - (self.env.now - began_s) / busy
+        self._step(-1)
+
+    def _step(self, change: int) -> None:
+        self._busy += change
+        changed, self._changed = self._changed, self.env.event()
+        changed.succeed()
+
+
 class NoRoomError(Exception):
     """A request that this engine could not hold if it were alone."""
 
@@ -51,10 +75,11 @@ class Engine:
     (preemption, the youngest first, recomputed later); our worker promises whole answers and never has to.
     """
 
-    def __init__(self, env: simpy.Environment, device: Device, model: ModelShape) -> None:
+    def __init__(self, env: simpy.Environment, device: Device, model: ModelShape, cores: Cores) -> None:
         self.env = env
         self.device = device
         self.model = model
+        self._cores = cores
         self.capacity_tokens = kv_capacity_tokens(device, model)
         self.steps = self.preemptions = 0
         # Tokens of the workload's shared prefix that are in its cells, once for all.
@@ -69,6 +94,20 @@ class Engine:
     def load(self) -> int:
         """Requests that are here."""
         return len(self._waiting) + len(self._active)
+
+    @property
+    def queued_prompt_tokens(self) -> int:
+        """Tokens of prompts that are not computed yet."""
+        return sum(sequence.prompt for sequence in (*self._waiting, *self._active))
+
+    @property
+    def contexts(self) -> list[int]:
+        """Tokens of every request that decodes here, or will."""
+        return [each.held + each.prompt for each in (*self._waiting, *self._active) if each.output]
+
+    def fits(self, prompt: int, output: int) -> bool:
+        """Whether a request of this size could be held, alone."""
+        return self.capacity_tokens >= (prompt if self.device.engine == "vllm" else prompt + output)
 
     def submit(
         self,
@@ -130,7 +169,7 @@ class Engine:
             for sequence, tokens in chunks:
                 if sequence.computed:
                     sequence.computed(tokens, self.env.now + step_s)
-            yield self.env.timeout(step_s)
+            yield from self._cores.compute(step_s)
             self.steps += 1
             self._advance(decoding, chunks)
 

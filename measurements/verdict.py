@@ -24,6 +24,9 @@ NUMBERS = (
     "link.gbit_per_s",
 )
 
+# The router chooses among the others, so it is on neither side of a verdict.
+ROUTER = "auto"
+
 Row = dict[str, Any]
 
 
@@ -42,7 +45,7 @@ class Gain(NamedTuple):
 
 def options(setup: Setup) -> list[str]:
     """What there is to choose from: the architectures, split once for each codec."""
-    return [*ARCHITECTURES[:-1], *(f"split {codec.name}" for codec in setup.codecs)]
+    return ["gpu", "cpu", "replicated", *(f"split {codec.name}" for codec in setup.codecs), ROUTER]
 
 
 def outcome(setup: Setup, option: str, workload: Workload, concurrency: int) -> Row | None:
@@ -78,10 +81,7 @@ def _is_good(answer: Answer, workload: Workload) -> bool:
 
 def gain(rows: Mapping[str, Row | None]) -> Gain | None:
     """Splitting against the rest, by option; None if either side has no room for the workload."""
-    split, other = (
-        _best({option: row for option, row in rows.items() if row and option.startswith("split") == is_split})
-        for is_split in (True, False)
-    )
+    split, other = (_best(_side(rows, is_split)) for is_split in (True, False))
     if split is None or other is None:
         return None
     (split_name, ours), (other_name, theirs) = split, other
@@ -92,6 +92,10 @@ def gain(rows: Mapping[str, Row | None]) -> Gain | None:
         return Gain(split_name, other_name, "goodput", None, bool(ours["goodput_per_s"]))
     ratio = ours["tokens_per_s"] / theirs["tokens_per_s"]
     return Gain(split_name, other_name, "tokens/s", ratio, ratio >= WORTH)
+
+
+def _side(rows: Mapping[str, Row | None], is_split: bool) -> dict[str, Row]:
+    return {name: row for name, row in rows.items() if row and name != ROUTER and name.startswith("split") == is_split}
 
 
 def _best(rows: Mapping[str, Row]) -> tuple[str, Row] | None:
@@ -158,6 +162,6 @@ def contenders(rows: Mapping[str, Row | None]) -> list[str]:
     """The options that are not too far behind the best of their side to overtake it, whatever number changes by two."""
     near = []
     for is_split in (True, False):
-        side = {name: row["tokens_per_s"] for name, row in rows.items() if row and name.startswith("split") == is_split}
+        side = {name: row["tokens_per_s"] for name, row in _side(rows, is_split).items()}
         near += [name for name, rate in side.items() if rate * max(FACTORS) >= max(side.values())]
     return near

@@ -43,6 +43,15 @@ WORKLOADS = (
     Workload("burst", 1024, 128, ttft_slo_s=5.0, tpot_slo_s=0.15, together=True),
 )
 
+# The same kinds of requests for a small model on a few cores: `measure crossover` in its quick profile.
+QUICK_WORKLOADS = (
+    Workload("short chat", 64, 24, ttft_slo_s=2.0, tpot_slo_s=0.15, spread=0.0),
+    Workload("long document", 384, 8, ttft_slo_s=4.0, tpot_slo_s=0.15, spread=0.0),
+    Workload("long output", 32, 64, ttft_slo_s=2.0, tpot_slo_s=0.15, spread=0.0),
+    Workload("shared prefix", 320, 16, ttft_slo_s=2.0, tpot_slo_s=0.15, shared_tokens=256, spread=0.0),
+    Workload("burst", 160, 16, ttft_slo_s=3.0, tpot_slo_s=0.15, together=True, spread=0.0),
+)
+
 
 def asks(workload: Workload, client: int, rounds: int) -> Iterator[Ask]:
     """The ``rounds`` requests of one client: the same ones on every call."""

@@ -32,7 +32,7 @@ def test_a_run_has_every_option_and_a_verdict(written: Path) -> None:
     envelope = json.loads((written / "a.json").read_text())
     assert (envelope["schema"], envelope["measure"]) == ("isthmus.measure/1", "advise")
     places = [(s["workload"], s["option"], s["concurrency"]) for s in envelope["samples"]]
-    options = ("gpu", "cpu", "replicated", "split raw", "split q8")
+    options = ("gpu", "cpu", "replicated", "split raw", "split q8", "auto")
     assert places == [("long document", option, concurrency) for concurrency in (1, 8) for option in options]
     summary = envelope["summary"]
     assert summary["setup"]["link"]["gbit_per_s"] == 25
@@ -104,6 +104,8 @@ def test_gain(gpu: dict, split: dict, ratio: float | None, pays: bool) -> None:
 def test_no_gain_without_room() -> None:
     assert gain({"gpu": None, "cpu": None, "split raw": row(1, 1)}) is None
     assert gain({"gpu": row(1, 1), "split raw": None}) is None
+    # The router is on neither side.
+    assert gain({"auto": row(9, 9), "split raw": row(1, 1)}) is None
     assert sentence({1: None}) == "no verdict: the model and its KV do not fit"
 
 

@@ -41,7 +41,7 @@ def test_a_result_in_order_has_no_problem_but_what_is_missing_beside_it(tmp_path
     results, problems = report_files.collect(tmp_path)
     assert [result.measure for result in results] == ["codec"]
     (missing,) = problems
-    assert missing.what == "not measured: link, prefill, decode, fidelity, crossover, advise, ledger"
+    assert missing.what == "not measured: link, prefill, decode, proxy, pool, fidelity, crossover, advise, ledger"
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,15 @@ def test_a_result_in_order_has_no_problem_but_what_is_missing_beside_it(tmp_path
 def test_doubts(tmp_path: Path, changes: dict, said: str | None) -> None:
     save(tmp_path, "codec", **changes)
     assert whats(tmp_path) == ([said] if said else [])
+
+
+def test_what_a_measurement_says_against_itself_stands_above_the_numbers(tmp_path: Path) -> None:
+    summary = {"memcpy_gb_per_s": 1, "raw": 1, "q8": 1, "problems": ["not counted: gpu at 4: it died"]}
+    save(tmp_path, "codec", summary=summary)
+    assert whats(tmp_path) == ["not counted: gpu at 4: it died"]
+    assert "- **codec.json**: not counted: gpu at 4: it died" in report.render(
+        "report.md.j2", *report_files.collect(tmp_path)
+    )
 
 
 def test_a_picture_that_is_missing(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import msgspec
 import pytest
 import simpy
@@ -19,7 +21,7 @@ from measurements.roofline import (
     wire_seconds,
 )
 from measurements.simulate import ARCHITECTURES, ROUNDS, Architecture, Run, simulate
-from measurements.simulate_engine import Engine, NoRoomError
+from measurements.simulate_engine import Cores, Engine, NoRoomError
 from measurements.workloads import WORKLOADS, Workload, asks
 
 # 1 MB of weights, 64 bytes of KV a token.
@@ -214,7 +216,54 @@ def test_a_model_without_room_is_no_result() -> None:
     assert simulate(small, "split", RAW, ONE, 1) is None
     assert simulate(small, "cpu", RAW, ONE, 1) is not None
     with pytest.raises(NoRoomError):
-        Engine(simpy.Environment(), small.gpu, MODEL).submit(301, 1)
+        env = simpy.Environment()
+        Engine(env, small.gpu, MODEL, Cores(env)).submit(301, 1)
+
+
+def test_engines_that_compute_at_once_share_the_cores() -> None:
+    env = simpy.Environment()
+    cores = Cores(env)
+    ended = {}
+
+    def work(name: str, begin_s: float, seconds: float) -> Generator[simpy.Event, None, None]:
+        yield env.timeout(begin_s)
+        yield from cores.compute(seconds)
+        ended[name] = env.now
+
+    for name, begin_s, seconds in (("long", 0, 3), ("short", 1, 1), ("alone", 10, 2)):
+        env.process(work(name, begin_s, seconds))
+    env.run()
+    # From 1 s on each gets half: the short one is done at 3 s, when the long one has 1 s left.
+    assert ended == {"short": pytest.approx(3), "long": pytest.approx(4), "alone": pytest.approx(12)}
+
+
+def test_replicas_on_the_same_cores_are_no_faster_than_one() -> None:
+    many = ONE._replace(together=True)
+    apart, shared = (
+        sum(a.e2e_s for a in run(msgspec.structs.replace(SETUP, shared_cores=each), "replicated", many, 8).answers)
+        for each in (False, True)
+    )
+    assert shared > 1.5 * apart
+
+
+def test_what_every_request_and_every_sequence_costs() -> None:
+    slower = msgspec.structs.replace(SETUP, gpu=device("vllm", request_ms=20.0, sequence_ms=2.0))
+    before, after = (run(setup, "gpu").answers[0] for setup in (SETUP, slower))
+    assert after.ttft_s - before.ttft_s == pytest.approx(0.020)
+    assert after.tpot_s - before.tpot_s == pytest.approx(0.002)
+
+
+@pytest.mark.parametrize(
+    ("changes", "best"),
+    [
+        ({"cpu": device("llama.cpp", compute_tflops=1e-3, memory_gb_per_s=0.05)}, "gpu"),
+        ({"gpu": device("vllm", compute_tflops=1e-3, memory_gb_per_s=0.05)}, "cpu"),
+        ({"gpu": device("vllm", memory_gb_per_s=0.05), "cpu": device("llama.cpp", compute_tflops=1e-3)}, "split"),
+    ],
+)
+def test_the_router_takes_what_is_cheapest(changes: dict[str, Device], best: Architecture) -> None:
+    setup = msgspec.structs.replace(SETUP, **changes)
+    assert run(setup, "auto").answers == run(setup, best).answers
 
 
 def test_a_workload_is_the_same_every_time() -> None:
