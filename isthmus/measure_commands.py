@@ -193,6 +193,21 @@ def measure_crossover(
     crossover.run(plan, where, work or crossover.work_folder(plan, where), json, plot)
 
 
+@measure.command("pool")
+@json_option
+@plot_option
+@click.option("--rounds", type=click.IntRange(1, 20), default=3, show_default=True, help="Prompts of 4,033 tokens.")
+def measure_pool(json: Path | None, plot: Path | None, rounds: int) -> None:
+    """What the KV pool saves: TTFT of a repeated prompt from each tier, and what conversations compute and send.
+
+    Starts the stack with the default model and a redis-server, and its worker anew for every tier; evictions are
+    simulated. Three rounds take about four minutes on two cores.
+    """
+    from measurements.pool import run
+
+    run(json, plot, rounds)
+
+
 @measure.command("advise")
 @json_option
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the curves into this file: .png, .svg or .pdf.")
