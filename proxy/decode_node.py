@@ -137,7 +137,7 @@ class Conversation:
             async with asyncio.timeout(timeout_s):
                 message = await self._inbox.get()
         except TimeoutError:
-            raise LinkError(f"the decode worker said nothing about this request for {timeout_s:g} s") from None
+            raise LinkError(f"the decode worker said nothing about this request for {timeout_s:.3g} s") from None
         if isinstance(message, IsthmusError):
             raise message
         return message

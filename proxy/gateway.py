@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import structlog
 
 from proxy import tracing
@@ -147,6 +148,8 @@ class Gateway:
         regret = self.regrets.learn(entry, account.prompt)
         if regret:
             self.ledger.amend(regret.seq, regret_ns=regret.ns)
+            if regret.seq == entry.seq:
+                entry = msgspec.structs.replace(entry, regret_ns=regret.ns)
             self.metrics.regretted(regret)
         self.metrics.finished(entry)
         self.events.closed_entry(entry)

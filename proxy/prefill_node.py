@@ -193,7 +193,7 @@ class PrefillNode:
                 async with self._post(request_id, body) as response:
                     completion = _parse(await response.aread())
         except TimeoutError:
-            raise LinkError(f"the prefill node took longer than {timeout_s:g} s") from None
+            raise LinkError(f"the prefill node took longer than {timeout_s:.3g} s") from None
         if not completion.choices or not completion.choices[0].token_ids:
             raise EngineError("vLLM answered without a token id; it must understand return_token_ids")
         choice = completion.choices[0]
