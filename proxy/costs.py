@@ -8,12 +8,10 @@ from typing import NamedTuple
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from transfer.messages import Status
 
 _NS_PER_S = 1_000_000_000
-Floats = npt.NDArray[np.float64]
 # Observations that are kept, and what each is worth in relation to the one after it.
 WINDOW = 64
 KEEP = 0.95
@@ -24,7 +22,7 @@ _SMALL_NS = 100_000.0
 # What took longer than predicted by more than this share counts less, the further off the less (Huber's weights): a
 # hiccup is no trend. What takes less cannot be off by more than all of it.
 _FAR = 0.5
-_PASSES = 2
+_AGES = KEEP ** np.arange(WINDOW - 1, -1, -1)
 
 
 class Cost(msgspec.Struct, frozen=True, array_like=True):
@@ -42,50 +40,62 @@ class Cost(msgspec.Struct, frozen=True, array_like=True):
 class Learner:
     """A :class:`Cost` of ``num_terms`` terms from observations, by weighted least squares; no term is less than 0.
 
-    The newest ``WINDOW`` observations count, each ``KEEP`` of the one after it. Errors are relative to what is
-    predicted, and those far off count less: iteratively reweighted least squares, a pass or two with each observation.
+    The newest ``WINDOW`` observations count, each ``KEEP`` of the one after it. Errors are relative to what was
+    predicted before, and those far off count less: iteratively reweighted least squares, a step with each observation.
     Of the sums that explain the past about equally well the one with the fewest terms is taken, and of those the one
     with the earlier terms: work that was seen in one size only is all due to the first term.
     """
 
     def __init__(self, num_terms: int) -> None:
-        self._subsets = [
-            list(terms) for count in range(1, num_terms + 1) for terms in combinations(range(num_terms), count)
-        ]
-        self._none = np.zeros(num_terms)
-        self._seen: deque[tuple[tuple[float, ...], int]] = deque(maxlen=WINDOW)
+        self._subsets = [terms for count in range(1, num_terms + 1) for terms in combinations(range(num_terms), count)]
+        self._num_terms = num_terms
+        self._seen: deque[tuple[float, ...]] = deque(maxlen=WINDOW)
         self._count = 0
         self.cost: Cost | None = None
 
     def observe(self, took_ns: int, *terms: float) -> None:
         """Work of the size ``terms`` took ``took_ns``."""
-        self._seen.append((terms, took_ns))
+        self._seen.append((*terms, took_ns))
         self._count += 1
-        sizes = np.array([terms for terms, _ in self._seen], np.float64)
-        took = np.array([ns for _, ns in self._seen], np.float64)
-        predicted = sizes @ np.array(self.cost.ns) if self.cost else took
-        for _ in range(_PASSES):
-            found = self._pass(sizes, took, predicted)
-            predicted = sizes @ found
-        self.cost = Cost(tuple(float(f"{ns:.4g}") for ns in found.tolist()), self._count)
+        table = np.array(self._seen, np.float64)
+        sizes, took = table[:, :-1], table[:, -1]
+        scale = np.maximum(sizes @ np.array(self.cost.ns) if self.cost else took, _SMALL_NS)
+        weights = _AGES[-len(took) :] * np.minimum(1, _FAR / np.maximum(took / scale - 1, _FAR))
+        weights /= weights.sum() * scale**2
+        weighted = table * weights[:, None]
+        found = self._fit((sizes.T @ weighted).tolist(), float(took @ weighted[:, -1]))
+        self.cost = Cost(tuple(float(f"{ns:.4g}") for ns in found), self._count)
 
-    def _pass(self, sizes: Floats, took: Floats, predicted: Floats) -> Floats:
-        scale = np.maximum(predicted, _SMALL_NS)
-        off = took / scale - 1
-        worth = KEEP ** np.arange(len(took) - 1, -1, -1) * np.minimum(1, _FAR / np.maximum(off, _FAR))
-        worth /= worth.sum() * scale**2
-        products, targets = sizes.T @ (sizes * worth[:, None]), sizes.T @ (took * worth)
-        best, best_error = self._none, float((took**2 * worth).sum())
+    def _fit(self, products: list[list[float]], squares: float) -> list[float]:
+        """Solve the normal equations, ``products`` with the right side in its last column, for the best subset."""
+        best, best_error = [0.0] * self._num_terms, squares
         for terms in self._subsets:
-            try:
-                ns = np.linalg.solve(products[np.ix_(terms, terms)], targets[terms])
-            except np.linalg.LinAlgError:
+            ns = _solved([[*(products[row][column] for column in terms), products[row][-1]] for row in terms])
+            if ns is None or min(ns) < 0:
                 continue
-            error = float(((sizes[:, terms] @ ns - took) ** 2 * worth).sum()) + _TERM_PENALTY * len(terms)
-            if (ns >= 0).all() and error < best_error - 1e-9:
-                best, best_error = self._none.copy(), error
-                best[terms] = ns
+            explained = sum(value * products[row][-1] for value, row in zip(ns, terms, strict=True))
+            error = squares - explained + _TERM_PENALTY * len(terms)
+            if error < best_error - 1e-9:
+                best_error = error
+                best = [ns[terms.index(term)] if term in terms else 0.0 for term in range(self._num_terms)]
         return best
+
+
+def _solved(rows: list[list[float]]) -> list[float] | None:
+    """The solution of a symmetric, positive semidefinite system of a few equations; None if it is singular."""
+    size = len(rows)
+    scale = [rows[number][number] for number in range(size)]
+    for pivot in range(size):
+        if rows[pivot][pivot] <= 1e-9 * scale[pivot]:
+            return None
+        for lower in range(pivot + 1, size):
+            factor = rows[lower][pivot] / rows[pivot][pivot]
+            rows[lower] = [value - factor * above for value, above in zip(rows[lower], rows[pivot], strict=True)]
+    found = [0.0] * size
+    for row in reversed(range(size)):
+        known = sum(rows[row][column] * found[column] for column in range(row + 1, size))
+        found[row] = (rows[row][-1] - known) / rows[row][row]
+    return found
 
 
 class Average:
