@@ -265,8 +265,8 @@ class Context:
         """The logits of batch row ``row`` that samplers read, fp32 ``[vocab_size]``; valid until the next batch."""
         pointer = llama_cpp.llama_get_logits_ith(self.handle, row)
         # Much faster than np.ctypeslib.as_array, and every token needs one.
-        row = self._row.from_address(ctypes.addressof(pointer.contents))
-        return np.frombuffer(memoryview(row), np.float32)
+        elements = self._row.from_address(ctypes.addressof(pointer.contents))
+        return np.frombuffer(memoryview(elements), np.float32)
 
     def state(self, seq_id: int) -> bytes:
         """The sequence's state as llama.cpp writes it (format: ``cpu_decode/state.py``)."""

@@ -14,14 +14,14 @@ from tests.cpu_decode.worker_client import WorkerClient
 from transfer.errors import CapacityError, RequestError
 from transfer.messages import Abort, Failure, Queued, Reserve, Sampling, Ticket
 
-# Three quarters of the cells: two of these never fit.
-LARGE = Sampling(max_tokens=380, temperature=0.0, ignore_eos=True)
+# Two thirds of the cells: two of these never fit.
+LARGE = Sampling(max_tokens=200, temperature=0.0, ignore_eos=True)
 SMALL = Sampling(max_tokens=3, temperature=0.0, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
 def running(model, geometry) -> Iterator[Running]:
-    with serving(model, geometry, "bf16", num_cells=512, max_queued=2) as running:
+    with serving(model, geometry, "bf16", num_cells=300, max_queued=2) as running:
         yield running
 
 
@@ -92,7 +92,7 @@ def test_what_could_never_be_served_does_not_wait(running):
     first = ask(running, reserve("a"))
     assert ask(running, reserve("b")).position == 0
     for message in (
-        reserve("c", Sampling(max_tokens=600)),
+        reserve("c", Sampling(max_tokens=300)),
         reserve("d", Sampling(max_tokens=0)),
         reserve("e", SMALL, choices=MAX_SEQUENCES + 1),
     ):
@@ -140,10 +140,10 @@ def test_a_client_that_vanishes_leaves_the_line(running, monkeypatch):
 
 def test_cells_of_choices_that_have_ended_are_others(running):
     # Without ignore_eos and with a likely end, the choices end at different steps.
-    uneven = Sampling(max_tokens=60, temperature=1.0, seed=3, logit_bias={2: 9.0})
+    uneven = Sampling(max_tokens=40, temperature=1.0, seed=3, logit_bias={2: 9.0})
     ticket = running.client.reserve(PROMPT, uneven, "local", choices=5)
     before = running.client.status()
-    assert (before.used_cells, before.reserved_sequences) == (len(PROMPT) + 5 * 60, 5)
+    assert (before.used_cells, before.reserved_sequences) == (len(PROMPT) + 5 * 40, 5)
     running.client.start(ticket)
     seen = set()
     finished = []
@@ -157,7 +157,7 @@ def test_cells_of_choices_that_have_ended_are_others(running):
             break
     assert len(finished) == 5
     # The first one's cells hold the prompt for the others; those of each of the others come back when it ends.
-    assert any(sequences < 5 and cells <= len(PROMPT) + sequences * 60 for sequences, cells in seen if sequences)
+    assert any(sequences < 5 and cells <= len(PROMPT) + sequences * 40 for sequences, cells in seen if sequences)
 
 
 def test_landing_buffers_are_waited_for_like_cells(model, geometry):
