@@ -14,13 +14,15 @@ from rich.table import Table
 
 from cpu_decode.pool import block_files
 from measurements import picture, pool_eviction, prompts, result
-from measurements.pool_stack import PoolStack, redis_server
+from measurements.pool_stack import Answer, PoolStack, redis_server
 
 # 63 blocks of 64 tokens and the one whose logits are wanted.
 PROMPT_TOKENS = 4033
 ANSWER_TOKENS = 16
 BACKGROUND_TOKENS = 1500
 TURNS, TURN_CHARACTERS, TURN_ANSWER_TOKENS = 20, 200, 48
+# Answers are compared on prompts of text, of 8 blocks and one token.
+QUESTIONS, QUESTION_TOKENS = 6, 513
 SESSIONS, SYSTEM_TOKENS, SESSION_TOKENS = 32, 2000, 49
 RAM_MIB, DISK_MIB = 2048, 4096
 TIERS = ("cells", "ram", "disk", "shared")
@@ -63,21 +65,35 @@ def measure(stack: PoolStack, folder: Path, url: str, rounds: int, console: Cons
         # The default model's vocabulary, without its special tokens.
         return [int(token) for token in random.integers(100, 40_000, count)]
 
+    def in_turn(tier: str) -> Iterator[Sample]:
+        for turn, prompt in enumerate(repeated):
+            yield _ttft(tier, turn, stack.ask(prompt, ANSWER_TOKENS, "cpu"))
+        for prompt, text in zip(questions, texts, strict=True):
+            yield _same(tier, stack.ask(prompt, ANSWER_TOKENS, "cpu", alone=True), text)
+
     disk = {"disk_pool_dir": str(folder), "disk_pool_mib": DISK_MIB}
     repeated = [tokens(PROMPT_TOKENS) for _ in range(rounds)]
-    texts: dict[int, str] = {}
+    story = prompts.texts()["prose"]
+    questions = [
+        stack.tokenize(f"Part {part} of a story. {story[part * 300 :]}")[:QUESTION_TOKENS] for part in range(QUESTIONS)
+    ]
+    texts: list[str] = []
     with stack.worker(pool_mib=RAM_MIB, shared_pool_url=url, **disk):
         stack.ask(tokens(PROMPT_TOKENS), ANSWER_TOKENS, "split")
         for turn, prompt in enumerate(repeated):
             console.print(f"prompt {turn + 1} of {rounds}", highlight=False)
             cold = stack.ask(prompt, ANSWER_TOKENS, "split")
-            texts[turn] = cold.text
-            yield _ttft("cold", turn, cold, cold.text)
+            yield _ttft("cold", turn, cold)
             with stack.asking(prompt, BACKGROUND_TOKENS, "cpu") as background:
                 next(background)
-                yield _ttft("cells", turn, stack.ask(prompt, ANSWER_TOKENS, "cpu"), cold.text)
-            yield _ttft("ram", turn, stack.ask(prompt, ANSWER_TOKENS, "cpu"), cold.text)
-        blocks = (rounds + 1) * (PROMPT_TOKENS // 64)
+                yield _ttft("cells", turn, stack.ask(prompt, ANSWER_TOKENS, "cpu"))
+        for prompt in questions:
+            texts.append(stack.ask(prompt, ANSWER_TOKENS, "split", alone=True).text)
+            with stack.asking(prompt, BACKGROUND_TOKENS, "cpu") as background:
+                next(background)
+                yield _same("cells", stack.ask(prompt, ANSWER_TOKENS, "cpu", alone=True), texts[-1])
+        yield from in_turn("ram")
+        blocks = (rounds + 1) * (PROMPT_TOKENS // 64) + QUESTIONS * (QUESTION_TOKENS // 64)
         for tier in ("disk", "shared"):
             stack.settle(tier, blocks)
         console.print("conversation", highlight=False)
@@ -90,8 +106,7 @@ def measure(stack: PoolStack, folder: Path, url: str, rounds: int, console: Cons
         with stack.worker(pool_mib=RAM_MIB, **pool):
             if tier == "disk":
                 stack.settle(tier, blocks)
-            for turn, prompt in enumerate(repeated):
-                yield _ttft(tier, turn, stack.ask(prompt, ANSWER_TOKENS, "cpu"), texts[turn])
+            yield from in_turn(tier)
             yield {"part": "tier", **stack.tiers()[tier]}
 
 
@@ -127,15 +142,15 @@ def summarize(samples: list[Sample]) -> dict[str, Any]:
         tier: float(np.median([s["ttft_s"] for s in samples if s["part"] == "ttft" and s["tier"] == tier]))
         for tier in ("cold", *TIERS)
     }
-    reused = [s for s in samples if s["part"] == "ttft" and s["tier"] != "cold"]
+    answers = [s for s in samples if s["part"] == "answer"]
     turns, each = ([s for s in samples if s["part"] == part] for part in ("conversation", "session"))
     return {
         "prompt_tokens": PROMPT_TOKENS,
         "ttft_s": ttft,
         "share_of_cold": {tier: ttft[tier] / ttft["cold"] for tier in TIERS},
         "limits": LIMITS,
-        "same_answers": sum(s["same"] for s in reused),
-        "answers": len(reused),
+        "same_answers": sum(s["same"] for s in answers),
+        "answers": len(answers),
         "read_bytes_per_s": {s["name"]: s["read_bytes_per_s"] for s in samples if s["part"] == "tier"},
         "conversation": _totals(turns),
         "sessions": _totals(each)
@@ -195,24 +210,28 @@ def draw(summary: dict[str, Any], samples: list[Sample], path: Path) -> None:
     wire.set(xlabel="turn", ylabel="MiB", title="and sends it", ylim=(0, None))
     wire.legend(fontsize=7)
     names = [f"{row['exponent']:g}{' scans' if row['scan'] else ''}" for row in summary["eviction"]]
-    at = np.arange(len(names))
-    hits.bar(at - 0.2, [row["tree"] for row in summary["eviction"]], 0.4, label="the pool's tree", color="tab:blue")
-    hits.bar(at + 0.2, [row["lru"] for row in summary["eviction"]], 0.4, label="LRU", color="tab:grey")
-    hits.set_xticks(at, names, rotation=30)
+    places = np.arange(len(names))
+    hits.bar(places - 0.2, [row["tree"] for row in summary["eviction"]], 0.4, label="the pool's tree", color="tab:blue")
+    hits.bar(places + 0.2, [row["lru"] for row in summary["eviction"]], 0.4, label="LRU", color="tab:grey")
+    hits.set_xticks(places, names, rotation=30)
     hits.set(ylabel="hit rate", title="prompts by Zipf's law")
     hits.legend(fontsize=7)
     picture.save(figure, path)
 
 
-def _ttft(tier: str, turn: int, answer: Any, expected: str) -> Sample:
+def _ttft(tier: str, turn: int, answer: Answer) -> Sample:
     return {
         "part": "ttft",
         "tier": tier,
         "round": turn,
         "ttft_s": answer.ttft_s,
         "reused_tokens": answer.entry["kv_reused_tokens"],
-        "same": answer.text == expected,
     }
+
+
+def _same(tier: str, answer: Answer, expected: str) -> Sample:
+    reused_tokens = answer.entry["kv_reused_tokens"]
+    return {"part": "answer", "tier": tier, "reused_tokens": reused_tokens, "same": answer.text == expected}
 
 
 def _sent(part: str, number: int, entry: dict[str, Any]) -> Sample:

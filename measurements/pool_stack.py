@@ -103,9 +103,16 @@ class PoolStack:
         while self._status() and time.monotonic() < deadline:
             time.sleep(0.1)
 
-    def ask(self, prompt: list[int] | str, max_tokens: int, route: str) -> Answer:
-        """A greedy answer by ``route``, to its last token."""
-        with self.asking(prompt, max_tokens, route) as texts:
+    def tokenize(self, text: str) -> list[int]:
+        """The tokens of ``text``."""
+        answer = self._http.post("/tokenize", json={"model": self.cluster.pair.name, "prompt": text})
+        if answer.is_error:
+            raise EngineError(f"the proxy does not tokenize: {answer.text[:500]}")
+        return [int(token) for token in answer.json()["tokens"]]
+
+    def ask(self, prompt: list[int] | str, max_tokens: int, route: str, *, alone: bool = False) -> Answer:
+        """A greedy answer by ``route``, to its last token; ``alone``, the worker samples the first one by itself."""
+        with self.asking(prompt, max_tokens, route, alone=alone) as texts:
             began = time.monotonic_ns()
             text = next(texts)
             ttft_s = (time.monotonic_ns() - began) / 1e9
@@ -113,11 +120,14 @@ class PoolStack:
         return Answer(ttft_s, text, self._entry(f"pool-{self._asked}"))
 
     @contextmanager
-    def asking(self, prompt: list[int] | str, max_tokens: int, route: str) -> Iterator[Iterator[str]]:
+    def asking(
+        self, prompt: list[int] | str, max_tokens: int, route: str, *, alone: bool = False
+    ) -> Iterator[Iterator[str]]:
         """The texts of an answer as they come; leaving the body gives it up. Nothing is sent before the first one."""
         self._asked += 1
         body = {"model": self.cluster.pair.name, "prompt": prompt, "max_tokens": max_tokens, "stream": True}
-        body |= {"temperature": 0, "ignore_eos": True}
+        # vLLM's first token is of other weights than the worker's; a seed has the worker draw it, from one candidate.
+        body |= {"ignore_eos": True} | ({"temperature": 1, "top_k": 1, "seed": 1} if alone else {"temperature": 0})
         headers = {"X-Isthmus-Route": route, "X-Request-Id": f"pool-{self._asked}"}
         with ExitStack() as opened:
 
