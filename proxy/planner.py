@@ -173,6 +173,8 @@ class Planner:
         except RequestError:
             raise
         except CodecError:
+            if alone and all(node.distrusted for node in nodes):
+                raise LinkError("no decode worker's cells can be trusted with KV from the wire; see /health") from None
             if alone:
                 raise
 

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from tests.e2e.conftest import Running
-from tests.proxy.conftest import free_port, split_is_best, wait_until
+from tests.proxy.conftest import SplitIsBest, free_port, wait_until
 from tests.proxy.real_workers import MAX_TOKENS, Workers, workers_of
 
 pytestmark = pytest.mark.engines
@@ -36,7 +36,7 @@ def workers(stack: Running, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.mark.parametrize("forced", [True, False])
 def test_another_worker_goes_on_with_kv_from_vllm(workers: Workers, shipped_text: str, forced: bool) -> None:
     headers = SPLIT if forced else {}
-    workers.gateway.dispatcher.planner.estimates = split_is_best()
+    workers.gateway.dispatcher.planner.estimates = SplitIsBest()
     prompt = shipped_text[:2000]
     undisturbed = "".join(workers.stream(prompt, SPLIT))
     texts = workers.stream(prompt, headers)

@@ -22,7 +22,7 @@ from proxy.breaker import Breaker
 from proxy.costs import WINDOW
 from proxy.estimates import Estimates
 from proxy.gateway import Gateway
-from proxy.ledger import Ledger
+from proxy.ledger import Entry, Ledger
 from tests.proxy.fake_prefill import FakePrefill, PrefillScript
 from tests.proxy.fake_worker import FakeWorker, Script
 from transfer.config import Cluster, Decode, Link, Pair, Prefill, Proxy
@@ -141,14 +141,18 @@ def shared_stack(hf_dir: Path) -> Iterator[Stack]:
         yield stack
 
 
-def split_is_best() -> Estimates:
-    """As if many requests had shown that, so that a test need not say which route it means."""
-    estimates = Estimates()
-    for _ in range(WINDOW):
-        estimates.vllm_prefill.observe(1, 1, 0)
-        estimates.vllm_step.observe(10**12, 1, 0, 0)
-        estimates.worker("some").step.observe(1, 1, 0, 0)
-    return estimates
+class SplitIsBest(Estimates):
+    """As if many requests had shown that, so that a test need not say which route it means; it learns no better."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for _ in range(WINDOW):
+            self.vllm_prefill.observe(1, 1, 0)
+            self.vllm_step.observe(10**12, 1, 0, 0)
+            self.worker("some").step.observe(1, 1, 0, 0)
+
+    def learn(self, entry: Entry) -> None:
+        """Nothing."""
 
 
 @pytest.fixture
@@ -160,7 +164,7 @@ def stack(shared_stack: Stack) -> Iterator[Stack]:
     shared_stack.worker.said.clear()
     shared_stack.gateway.ledger = Ledger(1000)
     shared_stack.gateway.dispatcher.prefill_breaker = Breaker()
-    shared_stack.gateway.dispatcher.planner.estimates = split_is_best()
+    shared_stack.gateway.dispatcher.planner.estimates = SplitIsBest()
     for node in shared_stack.gateway.workers:
         node.breaker = Breaker()
     yield shared_stack

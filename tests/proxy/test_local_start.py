@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from proxy.estimates import Estimates
 from transfer.messages import Reserve, Start
 
 
 def test_vllm_is_not_asked_for_the_rest_of_a_cached_prompt(stack):
+    stack.gateway.dispatcher.planner.estimates = Estimates()
     stack.worker.script.reused_tokens = 19
     answer = stack.chat(isthmus=True).json()
     assert answer["choices"][0]["message"]["content"] == "one two three"

@@ -9,7 +9,7 @@ import pytest
 
 from proxy import shadow
 from proxy.shadow import _is_sampled
-from tests.proxy.conftest import Stack, make_cluster, running, split_is_best, wait_until
+from tests.proxy.conftest import SplitIsBest, Stack, make_cluster, running, wait_until
 from transfer.messages import Abort, Reserve
 
 
@@ -18,7 +18,7 @@ def shadowed(hf_dir, monkeypatch) -> Iterator[Stack]:
     monkeypatch.setattr(shadow, "QUIET_S", 0.1)
     monkeypatch.setattr(shadow, "POLL_S", 0.02)
     with running(make_cluster(hf_dir, shadow_share=1.0)) as stack:
-        stack.gateway.dispatcher.planner.estimates = split_is_best()
+        stack.gateway.dispatcher.planner.estimates = SplitIsBest()
         yield stack
 
 
@@ -83,7 +83,8 @@ def test_none_runs_beside_a_request(shadowed):
     shadowed.worker.script.endless = True
     body = {"model": "tiny", "prompt": "hi", "max_tokens": 150, "stream": True}
     with shadowed.http.stream("POST", "/v1/completions", json=body, headers={"X-Isthmus-Route": "cpu"}) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()
+        next(lines)
         shadowed.worker.script.endless = False
         assert shadowed.complete().status_code == 200
         threading.Event().wait(0.4)
