@@ -2,7 +2,14 @@
 import OpenAI from "openai";
 
 const model = process.env.MODEL;
-const client = new OpenAI({ baseURL: process.env.BASE_URL, apiKey: "none", maxRetries: 0, timeout: 60_000 });
+const client = new OpenAI({
+  baseURL: process.env.BASE_URL,
+  apiKey: "none",
+  maxRetries: 0,
+  timeout: 60_000,
+  // Two engines do not say the same, word for word.
+  defaultHeaders: { "X-Isthmus-Route": "split" },
+});
 const messages = [{ role: "user", content: "Name three rivers." }];
 const found = {};
 
