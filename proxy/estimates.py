@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Iterable
 from typing import Any
+
+import msgspec
+import structlog
 
 from proxy.costs import Average, Cost, Learner
 from proxy.ledger import Entry
@@ -17,6 +21,8 @@ ANSWER_TOKENS = 128
 _NS_PER_S = 1_000_000_000
 # A calibration is worth as much as two requests, so that the route is not tried for the sake of its numbers.
 _CALIBRATED = 2
+
+log = structlog.get_logger()
 
 
 class AnswerLengths:
@@ -141,6 +147,14 @@ class Estimates:
             case "cpu":
                 self._learn_worker_prefill(entry, inputs)
                 self._learn_worker_step(entry, inputs, 1)
+
+    def recall(self, stored: Iterable[str]) -> None:
+        """Learn from entries as JSON, in the order in which they were closed; those of another make are passed over."""
+        for text in stored:
+            try:
+                self.learn(msgspec.json.decode(text, type=Entry))
+            except msgspec.DecodeError as error:
+                log.debug("a stored entry does not parse", error=str(error))
 
     def view(self) -> dict[str, Any]:
         """What is known, for people."""

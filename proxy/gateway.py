@@ -29,11 +29,14 @@ from proxy.regret import Regrets
 from proxy.render import Renderer
 from proxy.router import Objectives, Route
 from proxy.shadow import Shadows
-from proxy.store import Store
+from proxy.store import Store, Wanted
 from proxy.tracing import Tracing
 from proxy.witness import Witness
 from transfer import keys
 from transfer.config import Cluster, keys_folder
+
+# The estimates of a proxy that is started again begin with so many of the newest entries.
+RECALLED_ENTRIES = 256
 
 log = structlog.get_logger()
 
@@ -94,6 +97,7 @@ class Gateway:
     async def open(self) -> AsyncIterator[None]:
         """Load the tokenizer and stay in touch with all nodes for the body."""
         await self.renderer.load()
+        await asyncio.to_thread(self._recall)
         proxy = self.cluster.proxy
         clients = [
             asyncio.create_task(run)
@@ -168,6 +172,11 @@ class Gateway:
             total_ns=entry.total_ns,
         )
         return entry
+
+    def _recall(self) -> None:
+        """What was learned before the proxy was started again."""
+        for page in self.store.pages(Wanted(), RECALLED_ENTRIES) if self.store else ():
+            self.dispatcher.planner.estimates.recall(page)
 
     def _is_idle(self) -> bool:
         """Whether no node does anything for this proxy."""

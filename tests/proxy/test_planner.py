@@ -82,6 +82,20 @@ def test_the_same_is_learned_from_a_stored_ledger(fresh):
     assert again.view()["codecs"]["raw"]["ratio"] == 0.5
 
 
+def test_a_proxy_that_is_started_again_knows_what_it_knew(hf_dir, tmp_path):
+    cluster = make_cluster(hf_dir, ledger_file=str(tmp_path / "ledger.sqlite"))
+    with running(cluster) as stack:
+        for route in ("split", "gpu", "cpu"):
+            stack.chat({"X-Isthmus-Route": route})
+        before = stack.gateway.dispatcher.planner.estimates.view()
+    again = make_cluster(hf_dir, ledger_file=str(tmp_path / "ledger.sqlite"))
+    with running(again) as stack:
+        after = stack.gateway.dispatcher.planner.estimates.view()
+        assert after["vllm"] == before["vllm"]
+        assert after["codecs"] == before["codecs"]
+        assert stack.chat().headers["x-isthmus-reason"] in ("min_e2e", "explores")
+
+
 @pytest.mark.parametrize(("policy", "routes"), [("round_robin", ["gpu", "cpu", "gpu", "cpu"])])
 def test_a_policy_from_the_file(hf_dir, policy, routes):
     with running(make_cluster(hf_dir, policy=policy)) as stack:
