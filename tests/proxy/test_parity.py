@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,18 @@ def compared(stack: Stack, **headers: str) -> dict[str, Any]:
     assert stack.chat(SPLIT | headers).status_code == 200
     wait_until(lambda: stack.entries()[-1]["parity_kl"] is not None)
     return stack.entries()[-1]
+
+
+@contextmanager
+def busy(stack: Stack) -> Iterator[None]:
+    """A request runs during the body."""
+    stack.prefill.script.endless = True
+    body = {"model": "tiny", "prompt": "hi", "stream": True}
+    with stack.http.stream("POST", "/v1/completions", json=body, headers={"X-Isthmus-Route": "gpu"}) as response:
+        lines = response.iter_lines()
+        next(lines)
+        yield
+    stack.prefill.script.endless = False
 
 
 def reserves(stack: Stack) -> list[Reserve]:
@@ -116,14 +129,10 @@ def test_one_bad_comparison_is_chance(guarded):
 
 def test_whoever_computes_comes_first(guarded):
     guarded.worker.script.predicts = {"kv": LIKELY, "local": LIKELY}
-    guarded.prefill.script.endless = True
-    body = {"model": "tiny", "prompt": "hi", "stream": True}
-    with guarded.http.stream("POST", "/v1/completions", json=body, headers={"X-Isthmus-Route": "gpu"}) as running_one:
-        next(running_one.iter_lines())
+    with busy(guarded):
         guarded.chat(SPLIT)
         time.sleep(0.5)
         assert guarded.entries()[-1]["parity_kl"] is None
-    guarded.prefill.script.endless = False
     wait_until(lambda: any(entry["parity_kl"] is not None for entry in guarded.entries()))
 
 
@@ -133,12 +142,9 @@ def test_a_comparison_is_given_up_when_a_request_comes(guarded):
     guarded.worker.script.silent_after_start = True
     wait_until(lambda: any(reserve.request_id.startswith("parity-") for reserve in reserves(guarded)))
     own = next(reserve for reserve in reserves(guarded) if reserve.request_id.startswith("parity-"))
-    guarded.prefill.script.endless = True
-    body = {"model": "tiny", "prompt": "hi", "stream": True}
-    with guarded.http.stream("POST", "/v1/completions", json=body, headers={"X-Isthmus-Route": "gpu"}) as running_one:
-        next(running_one.iter_lines())
+    with busy(guarded):
         wait_until(lambda: any(message.request_id == own.request_id for message in guarded.worker.heard(Abort)))
-    guarded.prefill.script.endless = guarded.worker.script.silent_after_start = False
+    guarded.worker.script.silent_after_start = False
     wait_until(lambda: guarded.entries()[0]["parity_kl"] is not None)
 
 
