@@ -1,12 +1,19 @@
-"""A worker is killed in mid-stream, and another one goes on from what the first had put on a shared server."""
+"""A worker is killed in mid-stream, and another one goes on from what the first had put on a shared server.
+
+``ISTHMUS_POOL_KILLS=100`` kills that often.
+"""
 
 from __future__ import annotations
 
+import os
+import random
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from isthmus import pool
 from isthmus.up import with_keys
 from proxy.decode_node import DecodeNode
 from tests.conftest import ModelPair
@@ -39,8 +46,12 @@ def workers(default_pair: ModelPair, tmp_path_factory: pytest.TempPathFactory) -
                 cell_type="bf16",
                 threads=1,
                 numa="off",
+                # A token a piece: the moments are counted in pieces.
+                speculate="off",
                 pool_mib=128,
                 shared_pool_url=server.url,
+                disk_pool_dir=str(folder / "blocks"),
+                disk_pool_mib=256,
             ),
             proxy=Proxy(port=free_port(), registry_port=free_port()),
         )
@@ -75,3 +86,30 @@ def test_only_what_no_tier_has_is_computed_again(workers: Workers) -> None:
     assert entry["kv_reused_tokens"] >= prompt_tokens // 64 * 64
     wait_until(lambda: shared(other).hit_tokens >= entry["kv_reused_tokens"] // 64 * 64 > 0)
     assert "".join(workers.stream(STORY)) == "".join(said)
+    workers.start(name)
+
+
+def test_kills_at_random_moments_neither_stop_answers_nor_spoil_blocks(workers: Workers) -> None:
+    moments = random.Random(0)
+    kills = int(os.environ.get("ISTHMUS_POOL_KILLS", "1"))
+    nodes = workers.gateway.workers
+    prompts = [f"Part {part}. {STORY}" for part in range(min(kills, 4))]
+    undisturbed = ["".join(workers.stream(prompt)) for prompt in prompts]
+    for number in range(kills):
+        which = number % len(prompts)
+        # A beginning of its own now and then, so that blocks are being written when the kill comes.
+        prompt = prompts[which] if number % 2 else f"Number {number}. {STORY}"
+        texts = workers.stream(prompt)
+        said = [next(texts) for _ in range(moments.randrange(1, MAX_TOKENS // 2))]
+        name = workers.serving_name()
+        workers.processes[name].kill()
+        workers.processes[name].wait(10)
+        said += texts
+        assert workers.entry()["status"] == "ok"
+        assert "".join(said) == (undisturbed[which] if number % 2 else "".join(workers.stream(prompt)))
+        workers.start(name)
+        wait_until(lambda name=name: nodes.nodes[name].takes_requests)
+    folder = Path(workers.gateway.cluster.decode.disk_pool_dir)
+    intact, corrupt = pool.verify(folder)
+    assert (intact > 0, corrupt) == (True, [])
+    assert not any(tier.corrupt_blocks for node in nodes for tier in node.status.tiers)

@@ -1,0 +1,58 @@
+"""The simulation of evictions, and what a result is summed up to."""
+
+from __future__ import annotations
+
+from measurements import pool
+from measurements.pool_eviction import CAPACITY_BLOCKS, SCAN_CAPACITIES, STRETCH, hit_rates, with_scans, zipf
+
+
+def test_the_tree_keeps_what_is_popular_through_scans():
+    prompts = zipf(1.0, 4_000, seed=1)
+    ours, lru = hit_rates(prompts)
+    assert ours >= lru > 0.3
+    scanned = with_scans(prompts)
+    assert len(scanned) == 1000 + 1000 // STRETCH * SCAN_CAPACITIES * CAPACITY_BLOCKS
+    ours, lru = hit_rates(scanned)
+    assert ours >= lru + 0.1
+
+
+def test_a_summary_has_shares_totals_and_tables():
+    samples = [
+        {"part": "ttft", "tier": tier, "round": 0, "ttft_s": seconds, "reused_tokens": 4032}
+        for tier, seconds in (("cold", 4.0), ("cells", 0.1), ("ram", 0.2), ("disk", 0.4), ("shared", 0.8))
+    ]
+    samples += [{"part": "answer", "tier": "ram", "reused_tokens": 512, "same": same} for same in (True, False)]
+    samples += [
+        pool._sent(part, 0, {"prompt_tokens": 100, "kv_reused_tokens": 60, "kv_wire_bytes": 4000})
+        for part in ("conversation", "session", "session")
+    ]
+    samples += [{"part": "stored", "tier": tier, "blocks": 63} for tier in ("ram", "disk", "shared")]
+    samples += [{"part": "eviction", "exponent": 1.0, "scan": True, "tree": 0.6, "lru": 0.4}]
+    summary = pool.summarize(samples)
+    assert summary["share_of_cold"] == {"cells": 0.025, "ram": 0.05, "disk": 0.1, "shared": 0.2}
+    assert (summary["same_answers"], summary["answers"]) == (1, 2)
+    assert summary["conversation"] == {
+        "requests": 1,
+        "prompt_tokens": 100,
+        "reused_tokens": 60,
+        "new_tokens": 40,
+        "wire_bytes": 4000,
+        "unpooled_bytes": 10_000,
+    }
+    assert summary["sessions"]["wire_bytes"] == 8000
+    assert summary["sessions"]["stored_blocks"]["disk"] == 63
+    assert [table.row_count for table in pool.tables(summary)] == [5, 2, 1]
+
+
+def test_a_picture_is_drawn(tmp_path):
+    samples = [
+        {"part": "ttft", "tier": tier, "round": 0, "ttft_s": 1.0, "reused_tokens": 0}
+        for tier in ("cold", "cells", "ram", "disk", "shared")
+    ]
+    samples += [
+        pool._sent("conversation", turn, {"prompt_tokens": 100, "kv_reused_tokens": 60, "kv_wire_bytes": 4000})
+        for turn in range(2)
+    ]
+    samples += [{"part": "eviction", "exponent": 1.0, "scan": False, "tree": 0.6, "lru": 0.4}]
+    pool.draw(pool.summarize(samples), samples, tmp_path / "pool.png")
+    assert (tmp_path / "pool.png").stat().st_size > 10_000
