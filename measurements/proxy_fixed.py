@@ -148,4 +148,4 @@ async def _reply(send: Callable[[dict[str, Any]], Any], status: int, body: bytes
 if __name__ == "__main__":
     import uvicorn
 
-    uvicorn.run(engine, port=int(sys.argv[1]), log_level="warning", access_log=False, lifespan="off", ws="none")  # type: ignore[arg-type]
+    uvicorn.run(engine, port=int(sys.argv[1]), log_level="warning", access_log=False, lifespan="off", ws="none")

@@ -246,7 +246,7 @@ class CompletionFormat(Format[CompletionBody]):
         return {"index": choice.index, "text": "", "logprobs": None, "finish_reason": choice.finish_reason}
 
     def _message(self, choice: Choice) -> dict[str, Any]:
-        message = {"text": choice.text, "logprobs": self._logprobs(choice.logprobs, 0)}
+        message: dict[str, Any] = {"text": choice.text, "logprobs": self._logprobs(choice.logprobs, 0)}
         if self._body.prompt_logprobs is not None:
             message["prompt_logprobs"] = choice.prompt_logprobs
         return message

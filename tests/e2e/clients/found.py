@@ -19,7 +19,7 @@ def program(name: str, command: str, requirement: str) -> Path:
     """``command`` of the environment called ``name``; the test is skipped where there is none."""
     found = FOLDER / name / "bin" / command
     if not found.exists():
-        pytest.skip(f"no {found}; python -m venv {FOLDER / name} && {FOLDER / name}/bin/pip install '{requirement}'")
+        pytest.skip(f"no {found}; python -m venv {FOLDER / name} && {FOLDER / name}/bin/pip install {requirement}")
     return found
 
 

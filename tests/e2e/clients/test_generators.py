@@ -67,7 +67,7 @@ def test_vllm_bench_serve(stack: Running, tmp_path: Path):
     ("kind", "target", "more"), [("multiple_choice", "answer", CHOICES), ("generate_until", "answer", GENERATED)]
 )
 def test_lm_eval(stack: Running, tmp_path: Path, kind: str, target: str, more: str):
-    command = [str(program("lm-eval", "lm_eval", "lm-eval[api]"))]
+    command = [str(program("lm-eval", "lm_eval", "'lm-eval[api]' transformers"))]
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (tmp_path / "tiny.yaml").write_text(TASK.format(rows=rows, kind=kind, target=target, more=more))
@@ -85,10 +85,13 @@ def test_lm_eval(stack: Running, tmp_path: Path, kind: str, target: str, more: s
 
 
 def test_guidellm(stack: Running, tmp_path: Path):
-    command = [str(program("guidellm", "guidellm", "guidellm")), "benchmark", "run"]
-    command += ["--target", stack.proxy_url, "--model", stack.cluster.pair.name, "--profile", "concurrent"]
-    command += ["--rate", "2", "--max-requests", "6", "--processor", stack.cluster.pair.hf_dir]
-    command += ["--data", "prompt_tokens=40,output_tokens=6", "--output-path", str(tmp_path / "found.json")]
+    model, hf_dir = stack.cluster.pair.name, stack.cluster.pair.hf_dir
+    command = [str(program("guidellm", "guidellm", "guidellm")), "run", "--disable-console"]
+    command += ["--backend", f"kind=openai_http,target={stack.proxy_url},model={model}"]
+    command += ["--profile", "kind=concurrent,streams=2", "--constraint", "kind=max_requests,count=6"]
+    command += ["--tokenizer", f"kind=huggingface_auto,model={hf_dir}"]
+    command += ["--data", "kind=synthetic_text,prompt_tokens=40,output_tokens=6"]
+    command += ["--output", f"kind=json,path={tmp_path / 'found.json'}"]
     run(command, tmp_path)
     (benchmark,) = json.loads((tmp_path / "found.json").read_text())["benchmarks"]
     made = benchmark["requests"]
