@@ -260,7 +260,7 @@ def table(name: str, made: dict[str, Any]) -> Table:
     shape = made["workload"]
     title = f"{name}: {shape['prompt_tokens']} tokens in, {shape['output_tokens']} out"
     shown = Table(title=title, title_justify="left")
-    for column in ("requests", "option", "TTFT", "TPOT", "end to end", "tokens/s", "95%", "good answers/min"):
+    for column in ("at", "option", "TTFT, ms", "TPOT, ms", "end to end, s", "tokens/s (95%)", "good/min"):
         shown.add_column(column, justify="left" if column == "option" else "right", no_wrap=True)
     for at in dict.fromkeys(at for rows in made["options"].values() for at in rows):
         shown.add_section()
@@ -271,11 +271,10 @@ def table(name: str, made: dict[str, Any]) -> Table:
                 shown.add_row(
                     label,
                     option,
-                    f"{row['ttft_s']['p50'] * 1e3:,.0f} ms",
-                    f"{row['tpot_s']['p50'] * 1e3:,.1f} ms",
-                    f"{row['e2e_s']['p50']:.2f} s",
-                    f"{row['tokens_per_s']:,.1f}",
-                    f"{low:,.1f} to {high:,.1f}",
+                    f"{row['ttft_s']['p50'] * 1e3:,.0f}",
+                    f"{row['tpot_s']['p50'] * 1e3:,.1f}",
+                    f"{row['e2e_s']['p50']:.2f}",
+                    f"{row['tokens_per_s']:,.1f} ({low:,.1f} to {high:,.1f})",
                     f"{row['goodput_per_s'] * 60:,.1f}",
                 )
                 label = ""

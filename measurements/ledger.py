@@ -63,7 +63,10 @@ def summarize(entries: Sequence[Spent]) -> dict[str, Any]:
     """Medians and 90th percentiles by way (route and codec) over answered requests, and totals.
 
     Requests that failed, were cancelled or went from one route to another are counted and left out of the medians.
+    Shadows, which the proxy ran for its estimates and nobody waited for, count as such and nowhere else.
     """
+    shadows = sum(entry.shadow_of is not None for entry in entries)
+    entries = [entry for entry in entries if entry.shadow_of is None]
     by_way: dict[str, list[Spent]] = defaultdict(list)
     for entry in entries:
         by_way[entry.way].append(entry)
@@ -71,12 +74,18 @@ def summarize(entries: Sequence[Spent]) -> dict[str, Any]:
     return {
         "ways": {way: _way(found) for way, found in sorted(by_way.items())},
         "requests": len(entries),
+        "shadows": shadows,
         "gained_s": sum(gain for gain in gains_ns if gain > 0) / _SECONDS,
         "lost_s": -sum(gain for gain in gains_ns if gain < 0) / _SECONDS,
         "net_gain_s": sum(gains_ns) / _SECONDS,
         "split_requests_with_gain": sum(gain > 0 for gain in gains_ns),
         "split_requests_with_loss": sum(gain < 0 for gain in gains_ns),
         "estimate_error": _estimate_error(entries),
+        "prediction_error": {
+            what: _errors([error for entry in entries if (error := getattr(entry, f"{what}_error")) is not None])
+            for what in ("ttft", "e2e")
+        },
+        "regret": _regret(entries),
     }
 
 
@@ -115,9 +124,22 @@ def _estimate_error(entries: Sequence[Spent]) -> dict[str, Any] | None:
         and entry.prefill_alternative_ns
         and entry.prefill_ns
     ]
+    return _errors(errors)
+
+
+def _errors(errors: Sequence[float]) -> dict[str, Any] | None:
     if not errors:
         return None
     return {"median": float(np.median(errors)), "median_absolute": float(np.median(np.abs(errors))), "n": len(errors)}
+
+
+def _regret(entries: Sequence[Spent]) -> dict[str, Any] | None:
+    """What better routes would have saved, over requests that ran by another one too; None if none did."""
+    known = [(entry.regret_ns, entry.total_ns) for entry in entries if entry.regret_ns is not None]
+    if not known:
+        return None
+    lost_ns, took_ns = (sum(each) for each in zip(*known, strict=True))
+    return {"total_s": lost_ns / _SECONDS, "share": lost_ns / max(took_ns, 1), "n": len(known)}
 
 
 def sentences(summary: dict[str, Any]) -> list[str]:
@@ -133,6 +155,17 @@ def sentences(summary: dict[str, Any]) -> list[str]:
         )
     else:
         lines.append("nothing ran on route cpu, so nobody knows how good that estimate is")
+    predicted = {what: error for what, error in summary["prediction_error"].items() if error}
+    if predicted:
+        offs = " and ".join(
+            f"{what} by {error['median_absolute']:.0%} ({error['median']:+.0%})" for what, error in predicted.items()
+        )
+        lines.append(f"the router was off in {offs}: medians, {next(iter(predicted.values()))['n']} requests")
+    if regret := summary["regret"]:
+        lines.append(
+            f"regret: another route would have saved {regret['total_s']:,.2f} s, {regret['share']:.1%} of the time of"
+            f" {regret['n']} requests that ran by more than one"
+        )
     return lines
 
 

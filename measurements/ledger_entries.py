@@ -56,6 +56,10 @@ class Spent(msgspec.Struct, frozen=True, kw_only=True):
     prefill_alternative_ns: Nanoseconds | None = None
     specialization_gain_ns: int | None = None
     failed_over: str | None = None
+    ttft_error: float | None = None
+    e2e_error: float | None = None
+    regret_ns: Nanoseconds | None = None
+    shadow_of: str | None = None
 
     @property
     def way(self) -> str:

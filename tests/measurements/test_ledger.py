@@ -190,3 +190,25 @@ def test_everything_that_can_be_asked_for(tmp_path: Path) -> None:
         place = (event["pid"], event["tid"])
         assert event["ts"] >= by_thread.get(place, 0.0)
         by_thread[place] = event["ts"] + event["dur"]
+
+
+def test_the_routers_errors_and_regret() -> None:
+    found = ledger.summarize(
+        [
+            spent(ttft_error=0.5, e2e_error=-0.1, regret_ns=0),
+            spent(ttft_error=-0.1, e2e_error=-0.3, regret_ns=33 * MS),
+            spent(),
+            spent(shadow_of="r", ttft_error=9.0, regret_ns=9000 * MS),
+        ]
+    )
+    assert (found["requests"], found["shadows"], found["ways"]["split q8"]["requests"]) == (3, 1, 3)
+    assert found["prediction_error"]["ttft"] == pytest.approx({"median": 0.2, "median_absolute": 0.3, "n": 2})
+    assert found["prediction_error"]["e2e"]["median"] == pytest.approx(-0.2)
+    assert found["regret"] == pytest.approx({"total_s": 0.033, "share": 0.05, "n": 2})
+    lines = "\n".join(ledger.sentences(found))
+    assert "ttft by 30% (+20%) and e2e by 20% (-20%): medians, 2 requests" in lines
+    assert "would have saved 0.03 s, 5.0% of the time of 2 requests" in lines
+    nothing = ledger.summarize([spent()])
+    assert nothing["regret"] is None
+    assert nothing["prediction_error"] == {"ttft": None, "e2e": None}
+    assert "regret" not in "\n".join(ledger.sentences(nothing))
