@@ -100,8 +100,10 @@ def follow(url: str, api_key: str | None, retry_s: float = RETRY_S) -> Iterator[
                 with client.stream("GET", "/events", headers={"Last-Event-ID": last_id}) as answer:
                     for event, data, event_id in _events(_checked(answer)):
                         last_id = event_id or last_id
-                        if event in ("entry", "nodes"):
-                            yield Said(event, msgspec.json.decode(data))  # type: ignore[arg-type]
+                        if event == "entry":
+                            yield Said("entry", msgspec.json.decode(data))
+                        elif event == "nodes":
+                            yield Said("nodes", msgspec.json.decode(data))
                 reason = "the proxy ended the stream"
             except (httpx.HTTPError, msgspec.DecodeError) as error:
                 reason = str(error) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Serves the dashboard's files. They hold no data: the page fetches that from ``/events``, ``/ledger`` and ``/nodes``."""
+"""Serves the dashboard's files; they hold no data: the page fetches it from ``/events``, ``/ledger`` and ``/nodes``."""
 
 from __future__ import annotations
 
@@ -24,41 +24,42 @@ HEADERS = {
     # Asked for again each time, and not sent again if it is the same: a new version shows at once.
     "Cache-Control": "no-cache",
 }
-# Where `isthmus measure crossover --json` has been told to write, seen from where the proxy was started.
-CROSSOVER = (Path("crossover.json"), Path("measurements/results/crossover.json"))
-LARGEST_CROSSOVER_BYTES = 64 << 20
+# What `isthmus measure ... --json` wrote, seen from where the proxy was started, is shown beside what happens.
+SHOWN = ("crossover", "link")
+FOLDERS = (Path(), Path("measurements/results"))
+LARGEST_BYTES = 64 << 20
 
 log = structlog.get_logger()
 
 
 def add(app: FastAPI) -> None:
-    """Serve the page at ``/``, what it consists of under ``/static`` and the crossover at ``/dashboard/crossover``."""
+    """Serve the page at ``/``, what it consists of under ``/static``, and results at ``/dashboard/measured``."""
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         return FileResponse(STATIC / "index.html", headers=HEADERS)
 
-    @app.get("/dashboard/crossover", include_in_schema=False)
+    @app.get("/dashboard/measured", include_in_schema=False)
     def measured() -> Response:
-        return JSONResponse(crossover())
+        return JSONResponse({name: result(name) for name in SHOWN})
 
     app.mount("/static", _Files(directory=STATIC))
 
 
-def crossover() -> dict[str, Any] | None:
-    """Command and summary of the crossover that has been measured; None if none is found here."""
-    path = next((path for path in CROSSOVER if path.is_file()), None)
+def result(measure: str) -> dict[str, Any] | None:
+    """Command and summary of what `isthmus measure` found here of ``measure``; None if there is no such result."""
+    path = next((path for folder in FOLDERS if (path := folder / f"{measure}.json").is_file()), None)
     if path is None:
         return None
     try:
-        if path.stat().st_size > LARGEST_CROSSOVER_BYTES:
-            raise ValueError(f"over {LARGEST_CROSSOVER_BYTES >> 20} MiB")
+        if path.stat().st_size > LARGEST_BYTES:
+            raise ValueError(f"over {LARGEST_BYTES >> 20} MiB")
         envelope = json.loads(path.read_text())
-        if envelope.get("measure") != "crossover":
-            raise ValueError("no result of `isthmus measure crossover`")
+        if envelope.get("measure") != measure:
+            raise ValueError(f"no result of `isthmus measure {measure}`")
         return {"command": envelope["command"], "summary": envelope["summary"]}
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        log.warning("the dashboard shows no crossover", path=str(path), reason=str(error))
+        log.warning("the dashboard leaves a result out", path=str(path), reason=str(error))
         return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import pytest
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt install chromium")
+POLL_MS = 30
 PHONE = {"width": 390, "height": 844}
 DESKTOP = {"width": 1280, "height": 900}
 
@@ -26,8 +28,11 @@ class Seen:
     asked: list[str] = field(default_factory=list)
 
     def until(self, script: str, argument: Any = None, seconds: float = 20) -> None:
-        """Wait until the expression is true in the page."""
-        self.page.wait_for_function(script, arg=argument, timeout=seconds * 1000)
+        """Wait until the expression is true in the page, whose policy forbids it to wait by itself."""
+        deadline_s = time.monotonic() + seconds
+        while not self.page.evaluate(script, argument):
+            assert time.monotonic() < deadline_s, f"it did not come to that: {script}"
+            self.page.wait_for_timeout(POLL_MS)
 
     def view(self, name: str) -> None:
         self.page.click(f'nav a[href="#{name}"]')

@@ -19,7 +19,7 @@ def varied(one: Entry, count: int) -> Iterator[Entry]:
         prefill_ns, decode_ns = dice.randrange(10**8, 2 * 10**9), dice.randrange(10**8, 2 * 10**9)
         exposed_ns = dice.randrange(10**6, 10**8) if split else 0
         wire_ns = dice.randrange(10**6, prefill_ns) if split else 0
-        gain_ns = dice.randrange(-(10**9), 3 * 10**9) if split else None
+        gain_ns = dice.randrange(-prefill_ns, 3 * 10**9) if split else None
         yield msgspec.structs.replace(
             one,
             request_id=f"varied-{number}",

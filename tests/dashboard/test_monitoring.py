@@ -70,7 +70,8 @@ def test_panels_lie_beside_each_other() -> None:
 def test_promtool_takes_the_alerts_and_what_the_dashboard_asks(tmp_path: Path) -> None:
     assert promtool("check", "rules", str(FILES / "alerts.yml")) == ""
     asked = [
-        {"record": f"asked:{number}", "expr": each.replace("$__range", "1h")} for number, each in enumerate(expressions())
+        {"record": f"asked:{number}", "expr": each.replace("$__range", "1h")}
+        for number, each in enumerate(expressions())
     ]
     as_rules = tmp_path / "asked.yml"
     as_rules.write_text(yaml.safe_dump({"groups": [{"name": "asked", "rules": asked}]}))

@@ -64,20 +64,20 @@ def test_only_the_empty_page_is_there_without_a_key(hf_dir: Path, tmp_path: Path
     with running(make_cluster(hf_dir, api_keys_file=str(tmp_path / "keys"))) as stack:  # type: ignore[arg-type]
         for path in ("/", "/static/app.js", "/static/vendor/uPlot.iife.min.js"):
             assert stack.http.get(path).status_code == 200
-        for path in ("/ledger", "/nodes", "/events", "/metrics", "/dashboard/crossover", "/v1/models", "//", "/static"):
+        for path in ("/ledger", "/nodes", "/events", "/metrics", "/dashboard/measured", "/v1/models", "/static"):
             assert stack.http.get(path).status_code == 401, path
         known = httpx.get(f"{stack.url}/ledger", headers={"Authorization": f"Bearer {key}"}, trust_env=False)
         assert known.status_code == 200
 
 
-@pytest.mark.parametrize("name", serve.CROSSOVER, ids=str)
-def test_a_crossover_that_was_measured_is_found(name: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("folder", serve.FOLDERS, ids=str)
+def test_results_that_were_measured_are_found(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert serve.crossover() is None
-    name.parent.mkdir(parents=True, exist_ok=True)
-    found = {"measure": "crossover", "command": ["isthmus"], "summary": {"verdict": "split"}, "samples": [1]}
-    name.write_text(json.dumps(found))
-    assert serve.crossover() == {"command": ["isthmus"], "summary": {"verdict": "split"}}
+    assert serve.result("crossover") is None
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "crossover.json"
+    path.write_text(json.dumps({"measure": "crossover", "command": ["isthmus"], "summary": {"a": 1}, "samples": [1]}))
+    assert serve.result("crossover") == {"command": ["isthmus"], "summary": {"a": 1}}
     for wrong in ("", "[]", "{}", '{"measure": "codec", "command": [], "summary": {}}', '{"measure": "crossover"}'):
-        name.write_text(wrong)
-        assert serve.crossover() is None
+        path.write_text(wrong)
+        assert serve.result("crossover") is None

@@ -36,7 +36,17 @@ def test_a_request_sent_from_the_page_is_drawn_as_the_ledger_has_it(
     entries = {entry["route"]: entry for entry in http.get("/ledger?last=3").json()["entries"]}
     assert set(entries) == {"split", "gpu", "cpu"}
     expected = {
-        "split": {"tokenize", "reserve", "prefill", "wire", "gather", "decode_frame", "inject", "first_decode", "decode"},
+        "split": {
+            "tokenize",
+            "reserve",
+            "prefill",
+            "wire",
+            "gather",
+            "decode_frame",
+            "inject",
+            "first_decode",
+            "decode",
+        },
         "gpu": {"tokenize", "prefill", "decode"},
         "cpu": {"tokenize", "reserve", "prefill", "first_decode", "decode"},
     }

@@ -83,6 +83,9 @@ json("/v1/models")
     tryIt.model = data[0].id;
   })
   .catch((error) => say("lost", error.message));
-json("/dashboard/crossover")
-  .then((found) => worth.showCrossover(found))
+json("/dashboard/measured")
+  .then(({ crossover, link }) => {
+    worth.showCrossover(crossover);
+    nodes.measured(link);
+  })
   .catch(() => {});

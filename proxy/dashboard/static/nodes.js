@@ -9,9 +9,17 @@ export class Nodes {
   #cards = new Map();
   #seenAt = new Map();
   #all = [];
+  #capacity = null;
 
   take(all) {
     this.#all = all;
+  }
+
+  // What `isthmus measure link` found: the path between two hosts where it was told of one, else loopback.
+  measured(link) {
+    const [where, ways] = link?.summary.path ? ["path", link.summary.path] : ["loopback", link?.summary.loopback];
+    const rate = (ways?.iperf3 ?? ways?.raw)?.gb_per_s.median;
+    this.#capacity = rate ? `${format.bytesPerSecond(rate * 1e9)} (${where})` : null;
   }
 
   show(view) {
@@ -73,18 +81,19 @@ export class Nodes {
         ["waiting", format.count(proxy.queued)],
       ]),
     );
-    const link = make("article.card", { "data-node": "link" }, heading("Link", ""), facts(linkFacts(this.#all, view)));
+    const link = make("article.card", { "data-node": "link" }, heading("Link", ""), facts(linkFacts(this.#all, view, this.#capacity)));
     find("cluster").replaceChildren(node, link, self);
   }
 }
 
-function linkFacts(all, view) {
+function linkFacts(all, view, capacity) {
   const sent = all.filter((entry) => entry.wire_ns > 0);
   const last = sent.at(-1);
   const rates = sent.map((entry) => format.over(entry.kv_wire_bytes, entry.wire_ns));
   return [
     ["last transfer", format.bytesPerSecond(view.link.goodput_bytes_per_s)],
     ["fastest of the last requests", format.bytesPerSecond(rates.length ? Math.max(...rates) : 0)],
+    ["measured capacity", capacity],
     ["codec", last?.codec],
   ];
 }
