@@ -46,10 +46,10 @@ WORKLOADS = (
 # The same kinds of requests for a small model on a few cores: `measure crossover` in its quick profile.
 QUICK_WORKLOADS = (
     Workload("short chat", 64, 24, ttft_slo_s=2.0, tpot_slo_s=0.15, spread=0.0),
-    Workload("long document", 384, 8, ttft_slo_s=4.0, tpot_slo_s=0.15, spread=0.0),
-    Workload("long output", 32, 64, ttft_slo_s=2.0, tpot_slo_s=0.15, spread=0.0),
-    Workload("shared prefix", 320, 16, ttft_slo_s=2.0, tpot_slo_s=0.15, shared_tokens=256, spread=0.0),
-    Workload("burst", 160, 16, ttft_slo_s=3.0, tpot_slo_s=0.15, together=True, spread=0.0),
+    Workload("long document", 256, 8, ttft_slo_s=4.0, tpot_slo_s=0.15, spread=0.0),
+    Workload("long output", 32, 48, ttft_slo_s=2.0, tpot_slo_s=0.15, spread=0.0),
+    Workload("shared prefix", 256, 16, ttft_slo_s=2.0, tpot_slo_s=0.15, shared_tokens=192, spread=0.0),
+    Workload("burst", 128, 16, ttft_slo_s=3.0, tpot_slo_s=0.15, together=True, spread=0.0),
 )
 
 
