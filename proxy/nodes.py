@@ -47,11 +47,6 @@ class DecodePool:
         return any(node.takes_requests for node in self)
 
     @property
-    def take_kv(self) -> bool:
-        """Whether KV may be sent to some worker that takes requests."""
-        return any(node.takes_requests and (node.codecs or not node.distrusted) for node in self)
-
-    @property
     def down_reason(self) -> str:
         """Why none does."""
         if not self.nodes:

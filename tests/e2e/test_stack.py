@@ -200,7 +200,7 @@ def test_bad_requests_get_openai_errors(http: httpx.Client):
         assert (response.status_code, error["param"]) == (status, param), error
         assert error["message"]
         assert error["type"]
-    long = {"model": model, "messages": [{"role": "user", "content": "long " * 9000}]}
+    long = {"model": model, "messages": [{"role": "user", "content": "long " * 18000}]}
     response = http.post("/v1/chat/completions", json=long)
     assert (response.status_code, response.json()["error"]["code"]) == (400, "context_length_exceeded")
     response = http.post("/v1/chat/completions", content=b'{"model": ', headers={"Content-Type": "application/json"})
