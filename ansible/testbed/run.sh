@@ -74,7 +74,7 @@ snapshot() { # what is committed, so that a file that changes meanwhile changes 
     mkdir "$source" "$work/results"
     git -C "$root" archive HEAD | tar -x -C "$source"
     local key
-    key=$("$root/.venv/bin/isthmus" api-key make "$work/api-keys" testbed)
+    key=$(PYTHONPATH=$source "$root/.venv/bin/isthmus" api-key make "$work/api-keys" testbed)
     PYTHONPATH=$source "$root/.venv/bin/python" - "$work" "$root" "$key" >"$work/vars.json" <<'VARS'
 import json, sys
 from isthmus.pair import default_pair
