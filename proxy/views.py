@@ -39,7 +39,7 @@ def add(app: FastAPI, gateway: Gateway) -> None:
     async def nodes() -> Response:
         return Response(nodes_view(gateway), media_type="application/json")
 
-    @app.get("/events", response_class=EventStream, responses={200: {"content": {"text/event-stream": {}}}})
+    @app.get("/events", response_class=Response, responses={200: {"content": {"text/event-stream": {}}}})
     async def events(request: Request) -> Response:
         """Ledger entries as they are closed and, every second, what ``/nodes`` says, as server-sent events."""
         gateway.events.require_room()
