@@ -273,7 +273,7 @@ def measure_advise(
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the waterfall and the medians into this file.")
 @click.option("--trace", type=click.Path(path_type=Path), help="Write a trace for ui.perfetto.dev to this file.")
 @click.option(
-    "--request", "request_id", help="The request whose waterfall to show; the last answered one if not given."
+    "--request", "request_id", help="The request whose waterfall to show; the last one that was split, or answered."
 )
 def measure_ledger(
     source: str, json: Path | None, plot: Path | None, trace: Path | None, request_id: str | None

@@ -93,11 +93,15 @@ def _entries(source: str) -> Iterator[Any]:
 
 
 def choose(entries: Sequence[Spent], request_id: str | None) -> Spent:
-    """The entry of that request, the last one that was answered if None; :class:`ConfigError` if there is none."""
+    """The entry of that request; if None, the last one that was answered, after its KV had travelled if any did.
+
+    Raises :class:`ConfigError` if there is none.
+    """
     wanted = [entry for entry in entries if (entry.request_id == request_id if request_id else entry.status == "ok")]
     if not wanted:
         raise ConfigError(f"no entry of request {request_id!r}" if request_id else "no request was answered")
-    return wanted[-1]
+    travelled = [entry for entry in wanted if entry.codec]
+    return (travelled or wanted)[-1]
 
 
 def _fetch(url: str) -> bytes:

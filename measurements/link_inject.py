@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from cpu_decode.llama import Context, Model
-from cpu_decode.state import ChunkState, state_bytes
 from cpu_decode.reservations import even_chunk_tokens
+from cpu_decode.state import ChunkState, state_bytes
 from measurements.link_synthetic import GEOMETRY, blocks
 from transfer.config import Link
 

@@ -176,7 +176,7 @@ def test_everything_that_can_be_asked_for(tmp_path: Path) -> None:
     arguments = [str(tmp_path / each) if "." in each else each for each in files]
     result = CliRunner().invoke(cli, ["measure", "ledger", str(path), *arguments], catch_exceptions=False)
     assert result.exit_code == 0
-    assert "request g: gpu, ok" in result.output
+    assert "request s: split q8, ok" in result.output
     envelope = json.loads((tmp_path / "out.json").read_text())
     assert envelope["measure"] == "ledger"
     assert set(envelope["summary"]["ways"]) == {"split q8", "gpu", "no route"}
@@ -212,3 +212,9 @@ def test_the_routers_errors_and_regret() -> None:
     assert nothing["regret"] is None
     assert nothing["prediction_error"] == {"ttft": None, "e2e": None}
     assert "regret" not in "\n".join(ledger.sentences(nothing))
+
+
+def test_a_request_whose_kv_travelled_is_shown_rather_than_a_later_one_without() -> None:
+    entries = [spent(request_id="split"), cpu(1, request_id="cpu"), spent(request_id="lost", status="engine")]
+    assert ledger_entries.choose(entries, None).request_id == "split"
+    assert ledger_entries.choose(entries[1:], None).request_id == "cpu"
