@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
-import time
+import runpy
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "ansible" / "testbed" / "role_times.py"
+import pytest
+
+ROLE_TIMES = runpy.run_path(str(Path(__file__).parents[2] / "ansible" / "testbed" / "role_times.py"))
 SAID = """
 PLAY [Lay the ground] *******
 
@@ -23,24 +22,16 @@ changed: [xeon1]
 """
 
 
-def test_time_goes_to_the_play_and_role_that_were_running(tmp_path: Path) -> None:
-    out = tmp_path / "times"
-    with subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as reader:
-        assert reader.stdin and reader.stdout
-        for line in SAID.splitlines(keepends=True):
-            reader.stdin.write(line)
-            reader.stdin.flush()
-            if "base :" in line or "HANDLER" in line:
-                time.sleep(0.6)
-        reader.stdin.close()
-        copied = reader.stdout.read()
-    assert reader.returncode == 0
-    assert copied == SAID + out.read_text()
-    assert re.findall(r"\d+ s  (.*)", out.read_text()) == [
-        "Lay the ground / base",
-        "Run the proxy / base",
-        "Run the proxy / proxy",
-        "in all",
+def test_time_goes_to_the_play_and_role_that_were_running(capsys: pytest.CaptureFixture[str]) -> None:
+    # At the beginning, at each of the six titles, and at the end.
+    clock = iter([0.0, 0.1, 0.2, 2.2, 5.2, 5.3, 9.3, 20.3])
+    spent = ROLE_TIMES["spent"](SAID.splitlines(keepends=True), lambda: next(clock))
+    assert capsys.readouterr().out == SAID
+    assert spent["Lay the ground", "base"] == pytest.approx(3.0)
+    assert ROLE_TIMES["table"](spent).splitlines() == [
+        "     2 s  Lay the ground",
+        "     3 s  Lay the ground / base",
+        "     4 s  Run the proxy / base",
+        "    11 s  Run the proxy / proxy",
+        "    20 s  in all",
     ]
