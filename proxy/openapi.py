@@ -47,6 +47,8 @@ _STATUSES = {
 _HEADERS = {
     "X-Isthmus-Route": "`split`, `gpu`, `cpu` or `auto`",
     "X-Isthmus-Codec": "How KV travels on route `split`",
+    "X-SLO-TTFT-Ms": "The time to first token that the policy `max_goodput` is to keep, in milliseconds",
+    "X-SLO-TPOT-Ms": "The same for the time per output token",
     "X-Request-Id": "Comes back with the answer, and names it in the ledger",
 }
 
