@@ -10,6 +10,7 @@ import pytest
 from proxy import logprobs
 from proxy.vocabulary import Vocabulary
 from tests.proxy.conftest import Stack
+from tests.proxy.test_failures import CPU, GPU, SPLIT, error_of
 from transfer.messages import Reserve, TokenLogprob
 
 QUESTION = [{"role": "user", "content": "hi"}]
@@ -103,3 +104,18 @@ def test_half_characters_are_exact_bytes(vocabulary):
     # One character in all: the second half begins none.
     assert completion["text_offset"] == [5, 6]
     assert logprobs.width(entries, vocabulary) == 1
+
+
+def test_log_probabilities_of_the_prompt_are_vllms_by_every_route(stack):
+    for route in (SPLIT, GPU, CPU):
+        (choice,) = stack.complete(route, prompt_logprobs=1).json()["choices"]
+        assert [row and list(row) for row in choice["prompt_logprobs"]] == [None, [str(token_of(stack, "i"))]]
+    asked = [body["prompt_logprobs"] for body in stack.prefill.bodies if body.get("prompt_logprobs") is not None]
+    assert asked == [1, 1, 1]
+    assert stack.chat(prompt_logprobs=0).json()["prompt_logprobs"][0] is None
+    assert error_of(stack.complete(prompt_logprobs=1, stream=True), 400)["param"] == "prompt_logprobs"
+
+
+def token_of(stack, text: str) -> int:
+    (token,) = stack.gateway.renderer._tokenizer(text).input_ids
+    return token
