@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from proxy.estimates import Estimates
 from tests.proxy.conftest import Stack, make_cluster, running
 
 
@@ -55,8 +56,11 @@ def test_one_entry(asked):
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "entry_not_found")
 
 
-def test_nodes_say_what_is_known_of_them(asked):
-    view = asked.http.get("/nodes").json()
+def test_nodes_say_what_is_known_of_them(stack):
+    stack.gateway.dispatcher.planner.estimates = Estimates()
+    assert stack.http.get("/nodes").json()["prefill"]["prefill_tokens_per_s"] is None
+    stack.chat({"X-Isthmus-Route": "split"})
+    view = stack.http.get("/nodes").json()
     assert view["prefill"]["state"] == "up"
     assert view["prefill"]["prefill_tokens_per_s"] > 0
     assert view["proxy"] == {"running": 0, "queued": 0}
