@@ -23,7 +23,15 @@ START_S = 120.0
 
 def test_it_turns_red_and_comes_back(default_pair: ModelPair, tmp_path: Path, open_page: Open) -> None:
     control, kv, kv_control, port = (free_port() for _ in range(4))
-    decode = Decode(control_port=control, kv_port=kv, kv_control_port=kv_control, num_cells=512, threads=1, numa="off")
+    decode = Decode(
+        control_port=control,
+        kv_port=kv,
+        kv_control_port=kv_control,
+        num_cells=512,
+        threads=1,
+        numa="off",
+        speculate="off",
+    )
     cluster = with_keys(
         Cluster(
             pair=Pair(name="pair", hf_dir=str(default_pair.hf_dir), gguf=str(default_pair.gguf)),
