@@ -146,3 +146,20 @@ def test_files_are_relative_to_the_cluster_file(hf_dir, tmp_path, certificate):
     cluster = msgspec.structs.replace(cluster, pair=msgspec.structs.replace(cluster.pair, gguf=str(certificate[0])))
     (tmp_path / "isthmus.toml").write_bytes(dump(cluster))
     assert load(tmp_path / "isthmus.toml").proxy.tls_cert == str(certificate[0])
+
+
+def test_a_client_that_listens_for_events_does_not_hold_up_the_end(hf_dir, tmp_path):
+    cluster = make_cluster(hf_dir)
+    with (
+        process(cluster, tmp_path) as (proxy, _),
+        httpx.Client(base_url=f"http://127.0.0.1:{cluster.proxy.port}", trust_env=False, timeout=20) as http,
+    ):
+        wait_until(lambda: is_up(http), 60)
+        with http.stream("GET", "/events") as events:
+            lines = events.iter_lines()
+            assert next(lines) == "event: nodes"
+            proxy.send_signal(signal.SIGTERM)
+            # Its stream is ended in order; requests would have `drain_s`, 30 s.
+            for _ in lines:
+                pass
+        assert proxy.wait(20) in (0, -signal.SIGTERM)
