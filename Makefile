@@ -3,6 +3,7 @@
 #   make demo COMPARE=1   the same question by every route, five times each
 #   make demo KEEP=1      leave the stack up and say how to talk to it
 #   make test             every check: style, types, imports, unit and end-to-end tests
+#   make test-vllm-versions   the connector in older releases of vLLM; needs some GB
 #   make ansible          Ansible and its linter, in an environment of their own
 #   make testbed          bare hosts to a serving stack and back, on two systemd hosts in namespaces; as root
 
@@ -12,7 +13,7 @@ COMPILE := $(UV) pip compile pyproject.toml --extra decode --extra proxy --extra
 	--universal --no-annotate --no-header --python-version 3.11
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test ansible testbed lock clean
+.PHONY: help install demo test test-vllm-versions ansible testbed lock clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -30,6 +31,9 @@ test: install
 	$(BIN)/lint-imports
 	$(BIN)/pytest
 	$(BIN)/pytest -m own_process
+
+test-vllm-versions: install
+	tests/gpu_prefill/vllm_versions.sh 0.26.0
 
 ansible: .venv-ansible/bin/ansible-lint
 

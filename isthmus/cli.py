@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from isthmus import logs
-from isthmus.measure_commands import measure
+from isthmus.measure_commands import measure, pair_fidelity
 from isthmus.pool_commands import pool
 from transfer.codecs import CODECS
 from transfer.config import load, with_numa
@@ -107,7 +107,7 @@ def proxy(config: Path) -> None:
 
 @cli.group()
 def pair() -> None:
-    """Make or check a model pair: one set of weights for both engines."""
+    """Make, check or measure a model pair: one set of weights for both engines."""
 
 
 @pair.command("make")
@@ -199,7 +199,9 @@ def api_key_group() -> None:
 @api_key_group.command("make")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("name")
-@click.option("--weight", type=click.FloatRange(0, 1000, min_open=True), default=1.0, help="Its share, where keys compete.")
+@click.option(
+    "--weight", type=click.FloatRange(0, 1000, min_open=True), default=1.0, help="Its share, where keys compete."
+)
 @click.option("--requests-per-minute", type=click.IntRange(0), help="In place of what [proxy] says; 0: any number.")
 @click.option("--tokens-per-minute", type=click.IntRange(0), help="The same, for prompts and answers together.")
 @click.option("--max-running", type=click.IntRange(0), default=0, help="Requests that may run at once; 0: any number.")
@@ -241,6 +243,7 @@ def demo(compare: bool, keep: bool, runs: int, codec: str) -> None:
 
 cli.add_command(measure)
 cli.add_command(pool)
+pair.add_command(pair_fidelity)
 
 
 @cli.command()

@@ -124,7 +124,7 @@ class Proxy(Section, frozen=True, kw_only=True):
     When the nodes are idle, a ``shadow_share`` of requests is run again on another route to test the estimates, and
     after a ``parity_share`` of split answers the worker computes the prompt itself: a codec whose KV changes the next
     token's distribution by more than ``parity_max_kl`` nats is switched off. KV prefixes serve the API key that brought
-    them, or, with ``share_prefixes``, all. Logs and dashboard show text only with ``show_prompts``.
+    them, or, with ``share_prefixes``, all.
     """
 
     host: str = "127.0.0.1"
@@ -150,7 +150,6 @@ class Proxy(Section, frozen=True, kw_only=True):
     parity_share: Share = 0.02
     parity_max_kl: Annotated[float, msgspec.Meta(gt=0)] = 0.1
     share_prefixes: bool = False
-    show_prompts: bool = False
 
 
 class Link(Section, frozen=True, kw_only=True):
