@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
 
 from transfer.codecs import CODECS
-from transfer.config import load
+from transfer.config import Pair, load
 from transfer.errors import ConfigError
 
 json_option = click.option(
@@ -308,6 +309,40 @@ def measure_fidelity(
     from measurements.fidelity import run
 
     run(cluster.pair if cluster else default_pair(), names or tuple(CODECS), text, json, plot)
+
+
+@click.command("fidelity")
+@click.argument("hf_dir", type=click.Path(path_type=Path))
+@click.argument("gguf", type=click.Path(path_type=Path))
+@click.option(
+    "--codec", "names", multiple=True, type=click.Choice(tuple(CODECS)), default=("raw", "q8"), show_default=True
+)
+@click.option("--text", type=click.Path(path_type=Path), help="A text file to use instead of our prompts.")
+@click.option(
+    "--max-kl",
+    type=click.FloatRange(0, min_open=True),
+    default=0.1,
+    show_default=True,
+    help="Mean KL to the fp32 model, in nats a token, that is still good enough.",
+)
+@json_option
+def pair_fidelity(
+    hf_dir: Path, gguf: Path, names: tuple[str, ...], text: Path | None, max_kl: float, json: Path | None
+) -> None:
+    """How far decoding GGUF from HF_DIR's KV is from the fp32 model in HF_DIR, and from GGUF's own prefill.
+
+    KL and top-1 of the next token on our prompts, or on your own text; exits 1 if a codec is over --max-kl. The weights
+    may differ in precision: native prefill shows what GGUF's own quantization costs. Needs memory for the weights in
+    fp32.
+    """
+    from isthmus.pair import model_name
+    from measurements.fidelity import run, too_far
+
+    pair = Pair(name=model_name(gguf), hf_dir=str(hf_dir), gguf=str(gguf))
+    complaints = too_far(run(pair, names, text, json, None), max_kl)
+    for complaint in complaints:
+        click.echo(f"isthmus: {complaint}", err=True)
+    sys.exit(1 if complaints else 0)
 
 
 @measure.command("report")

@@ -30,11 +30,12 @@ WINDOW_TOKENS = 512
 MAX_WINDOWS = 16
 
 
-def run(pair: Pair, names: Sequence[str], text: Path | None, json: Path | None, plot: Path | None) -> None:
+def run(pair: Pair, names: Sequence[str], text: Path | None, json: Path | None, plot: Path | None) -> dict[str, Any]:
     """Measure ``pair`` with the codecs of these names on our prompts, or on windows of the file ``text``.
 
-    Prints a table, writes ``json`` and draws ``plot`` if given. Raises :class:`ConfigError` for files that cannot be
-    read or written, texts that are too short, and pairs that do not fit or whose model has sliding windows.
+    Prints a table, writes ``json`` and draws ``plot`` if given; returns the summary. Raises :class:`ConfigError` for
+    files that cannot be read or written, texts that are too short, and pairs that do not fit or whose model has sliding
+    windows.
     """
     if plot is not None:
         # Fail before measuring, not after.
@@ -47,6 +48,17 @@ def run(pair: Pair, names: Sequence[str], text: Path | None, json: Path | None, 
     if plot is not None:
         draw(summary, plot)
     Console().print(table(summary, pair.name))
+    return summary
+
+
+def too_far(summary: dict[str, Any], max_kl: float) -> list[str]:
+    """A line for each codec whose mean KL to the fp32 model is over ``max_kl`` nats, or no number."""
+    found = {name: summary[name]["kl_split"] for name in _codecs(summary)}
+    return [
+        f"{name}: {kl:.2e} nats from fp32, more than {max_kl:g}; native prefill: {summary['kl_native']:.2e}"
+        for name, kl in found.items()
+        if not kl <= max_kl
+    ]
 
 
 def measure(pair: Pair, codecs: Sequence[Codec], text: Path | None, console: Console) -> list[Sample]:
@@ -136,7 +148,7 @@ def compare(
     geometry: Any,
 ) -> Iterator[Sample]:
     """Each way's divergence from the reference's logits ``expected``, its likelihoods, and where its own words part
-    from the reference's ``greedy`` ones.
+    from the reference's ``greedy`` ones; for the codecs also their divergence from native prefill.
     """
     from measurements import kv
 
@@ -144,16 +156,18 @@ def compare(
     truth = prompt.continuation
     about["nll_reference"] = negative_log_likelihood(expected, truth)
     plain = contexts["f16"]
-    got = kv.own_predictions(plain, prompt)
+    native = kv.own_predictions(plain, prompt)
     words = kv.greedy(plain, prompt, [], len(greedy))
-    yield about | {"way": NATIVE} | _against(expected, got, truth, greedy, words)
+    yield about | {"way": NATIVE} | _against(expected, native, truth, greedy, words)
     frames = list(kv.frames_of(prompt, geometry, Link()))
     for codec in codecs:
         chunks, _ = kv.through(codec, frames)
         context = contexts[codec.lands_in[0]]
         got = kv.predictions(context, prompt, chunks)
         words = kv.greedy(context, prompt, chunks, len(greedy))
-        yield about | {"way": codec.name} | _against(expected, got, truth, greedy, words)
+        kl, top1 = kv.divergence(native, got)
+        to_native = {"kl_to_native": kl, "top1_to_native": top1}
+        yield about | {"way": codec.name} | _against(expected, got, truth, greedy, words) | to_native
 
 
 def _against(expected: Logits, got: Logits, truth: list[int], greedy: list[int], words: list[int]) -> Sample:
@@ -193,6 +207,11 @@ def summarize(samples: Sequence[Sample]) -> dict[str, Any]:
             "greedy_divergence_tokens": statistics.median(sample["greedy_divergence_tokens"] for sample in found),
             "perplexity": float(np.exp(statistics.fmean(sample["nll"] for sample in found))),
         }
+        | {
+            name: statistics.fmean(sample[name] for sample in found)
+            for name in ("kl_to_native", "top1_to_native")
+            if way != NATIVE
+        }
         for way, found in by_way.items()
     }
     native = rows.pop(NATIVE)
@@ -219,12 +238,13 @@ def table(summary: dict[str, Any], model: str) -> Table:
     )
     made = Table(title=title, title_justify="left")
     made.add_column("KV")
-    for column in ("mean KL", "top-1", "same words", "perplexity"):
+    for column in ("mean KL", "top-1", "same words", "perplexity", "KL to native", "top-1 of native"):
         made.add_column(column, justify="right")
     native = [summary[f"{name}_native"] for name in ("kl", "top1", "greedy_divergence_tokens", "perplexity")]
-    rows = [(NATIVE, native), *((name, list(summary[name].values())) for name in _codecs(summary))]
-    for name, (kl, top1, words, perplexity) in rows:
-        made.add_row(name, f"{kl:.2e}", f"{top1:.3f}", f"{words:g}", f"{perplexity:.3f}")
+    rows = [(NATIVE, [*native, 0.0, 1.0]), *((name, list(summary[name].values())) for name in _codecs(summary))]
+    for name, (kl, top1, words, perplexity, kl_to_native, top1_to_native) in rows:
+        shown = f"{kl:.2e}", f"{top1:.3f}", f"{words:g}", f"{perplexity:.3f}"
+        made.add_row(name, *shown, f"{kl_to_native:.2e}", f"{top1_to_native:.3f}")
     return made
 
 

@@ -54,6 +54,7 @@ def test_subcommands_are_those_that_are_documented() -> None:
         "pair make",
         "pair check",
         "pair plan",
+        "pair fidelity",
         "keys",
         "keys make",
         "keys list",

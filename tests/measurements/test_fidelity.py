@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import msgspec
@@ -12,7 +13,7 @@ import pytest
 from cpu_decode.llama import Model
 from isthmus.pair import default_pair
 from measurements import fidelity, prompts
-from measurements.fidelity import NATIVE, negative_log_likelihood, run, same_words, summarize
+from measurements.fidelity import NATIVE, negative_log_likelihood, run, same_words, summarize, too_far
 from measurements.reference import Reference
 from tests.measurements.test_codec import GEOMETRY
 from transfer.config import Pair
@@ -46,6 +47,8 @@ def test_transplanted_kv_is_as_good_as_the_models_own(written: Path) -> None:
     assert 0 < summary["kl_native"] < 0.05
     assert summary["raw"]["kl_split"] < summary["kvz3"]["kl_split"] < 0.3
     assert summary["raw"]["top1"] > 0.85
+    assert 0 < summary["raw"]["kl_to_native"] < 0.05
+    assert summary["raw"]["top1_to_native"] > 0.85
     assert summary["raw"]["greedy_divergence_tokens"] >= 3
     assert summary["raw"]["perplexity"] == pytest.approx(summary["perplexity_reference"], rel=0.05)
 
@@ -104,9 +107,18 @@ def test_means_over_prompts() -> None:
         {"way": way, "kl": kl, "top1": 1.0, "nll": nll, "nll_reference": 1.0, "greedy_divergence_tokens": words}
         for way, kl, nll, words in ((NATIVE, 0.1, 1.0, 5), (NATIVE, 0.3, 3.0, 7), ("raw", 0.2, 2.0, 4))
     ]
+    samples[-1] |= {"kl_to_native": 0.1, "top1_to_native": 0.9}
     summary = summarize(samples)
     assert summary["kl_native"] == pytest.approx(0.2)
     assert summary["perplexity_native"] == pytest.approx(np.exp(2.0))
     assert summary["perplexity_reference"] == pytest.approx(np.e)
     assert summary["greedy_divergence_tokens_native"] == 6
     assert summary["raw"]["kl_split"] == 0.2
+    assert (summary["raw"]["kl_to_native"], summary["raw"]["top1_to_native"]) == (0.1, 0.9)
+
+
+def test_codecs_over_the_limit_are_named_with_both_values() -> None:
+    summary = {"kl_native": 0.01, "raw": {"kl_split": 0.1}, "q8": {"kl_split": 0.25}, "k8v4": {"kl_split": math.nan}}
+    found = too_far(summary, max_kl=0.1)
+    assert [line.split(":")[0] for line in found] == ["q8", "k8v4"]
+    assert found[0] == "q8: 2.50e-01 nats from fp32, more than 0.1; native prefill: 1.00e-02"
