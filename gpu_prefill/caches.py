@@ -27,11 +27,17 @@ _CPU_PACKINGS: tuple[Packing, ...] = ("vec", "amx")
 def require_supported(config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
     """Raise :class:`ConfigError` for ways to run vLLM whose KV the exporter would miss or mistake."""
     if config.parallel_config.world_size > 1:
-        raise ConfigError("KV export works on one GPU; set tensor_parallel_size and pipeline_parallel_size to 1")
+        parallel = config.parallel_config
+        raise ConfigError(
+            "KV export works on one GPU; set tensor_parallel_size and pipeline_parallel_size to 1, not"
+            f" {parallel.tensor_parallel_size} and {parallel.pipeline_parallel_size}"
+        )
     if config.lora_config is not None:
         raise ConfigError("KV export does not know LoRA adapters, whose KV the decode node could not continue")
     groups = kv_cache_config.kv_cache_groups
     kinds = sorted({type(group.kv_cache_spec).__name__ for group in groups})
+    if any("MLA" in kind for kind in kinds):
+        raise ConfigError("KV export does not know MLA, whose caches hold a latent in place of K and V")
     if len(groups) != 1 or kinds != ["FullAttentionSpec"]:
         raise ConfigError(f"KV export needs plain attention in every layer; this model's caches are {', '.join(kinds)}")
 
@@ -55,16 +61,20 @@ def in_layer_order(kv_caches: dict[str, Tensor], geometry: KVGeometry) -> list[T
 
 
 def element_of(layers: list[Tensor]) -> Element:
-    """The element type of the caches; :class:`ConfigError` unless it is bf16 or f16."""
+    """The element type of the caches; :class:`ConfigError` unless all hold bf16 or all f16.
+
+    vLLM registers fp8 caches as uint8; their scales, one a layer, would have to be undone before anything is sent.
+    """
     import torch
 
     kinds = {torch.bfloat16: Element.BF16, torch.float16: Element.F16}
-    dtype = layers[0].dtype
-    if dtype not in kinds:
+    dtypes = list(dict.fromkeys(layer.dtype for layer in layers))
+    if len(dtypes) != 1 or dtypes[0] not in kinds:
         raise ConfigError(
-            f"vLLM's KV cache holds {dtype}; run it with dtype bfloat16 or float16 and kv_cache_dtype auto"
+            f"vLLM's KV cache holds {', '.join(map(str, dtypes))}; run it with dtype bfloat16 or float16 and"
+            " kv_cache_dtype auto: fp8 caches cannot be exported yet"
         )
-    return kinds[dtype]
+    return kinds[dtypes[0]]
 
 
 def find_packing(layers: list[Tensor]) -> Packing:

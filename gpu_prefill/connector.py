@@ -173,7 +173,7 @@ class IsthmusConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Learn where the caches are and start the sender."""
         geometry = self._settings.geometry
         layers = in_layer_order(kv_caches, geometry)
-        packing, element = find_packing(layers), element_of(layers)
+        element, packing = element_of(layers), find_packing(layers)
         with unbound(packing):
             sender = KVSender(
                 geometry,

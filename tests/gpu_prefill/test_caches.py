@@ -1,0 +1,109 @@
+"""Ways to run vLLM whose caches are refused, each by name, when vLLM starts."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from gpu_prefill.caches import element_of, in_layer_order, require_supported  # noqa: E402
+from tests.gpu_prefill.test_export import GEOMETRY  # noqa: E402
+from transfer.errors import ConfigError, EngineError  # noqa: E402
+from transfer.frames import Element  # noqa: E402
+
+
+class FullAttentionSpec:
+    pass
+
+
+class SlidingWindowSpec:
+    pass
+
+
+class MLAAttentionSpec:
+    pass
+
+
+def vllm_config(tensor: int = 1, pipeline: int = 1, lora: object = None) -> Any:
+    parallel = SimpleNamespace(
+        world_size=tensor * pipeline, tensor_parallel_size=tensor, pipeline_parallel_size=pipeline
+    )
+    return SimpleNamespace(parallel_config=parallel, lora_config=lora)
+
+
+def groups_of(*specs: type) -> Any:
+    return SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec()) for spec in specs])
+
+
+def test_one_gpu_with_plain_attention_is_supported() -> None:
+    require_supported(vllm_config(), groups_of(FullAttentionSpec))
+
+
+@pytest.mark.parametrize(
+    ("config", "groups", "complaint"),
+    [
+        (vllm_config(tensor=2), groups_of(FullAttentionSpec), "to 1, not 2 and 1"),
+        (vllm_config(pipeline=4), groups_of(FullAttentionSpec), "to 1, not 1 and 4"),
+        (vllm_config(lora=object()), groups_of(FullAttentionSpec), "LoRA"),
+        (vllm_config(), groups_of(MLAAttentionSpec), "MLA, whose caches hold a latent"),
+        (vllm_config(), groups_of(FullAttentionSpec, FullAttentionSpec), "plain attention in every layer"),
+        (vllm_config(), groups_of(FullAttentionSpec, SlidingWindowSpec), "caches are FullAttentionSpec, SlidingWindow"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_with_the_reason(config: Any, groups: Any, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        require_supported(config, groups)
+
+
+def caches(*dtypes: Any, width: int = 32) -> list[Any]:
+    return [torch.zeros((2, 2, 16, width), dtype=dtype) for dtype in dtypes]
+
+
+def test_elements_of_16_bits_are_told_apart() -> None:
+    assert element_of(caches(torch.bfloat16, torch.bfloat16)) is Element.BF16
+    assert element_of(caches(torch.float16)) is Element.F16
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "named"),
+    [
+        ((torch.uint8, torch.uint8), "torch.uint8"),
+        ((torch.float8_e4m3fn,), "torch.float8_e4m3fn"),
+        ((torch.float32,), "torch.float32"),
+        # Layers that `kv_cache_dtype_skip_layers` names stay in 16 bits beside fp8.
+        ((torch.bfloat16, torch.uint8), "torch.bfloat16, torch.uint8"),
+    ],
+)
+def test_other_caches_are_refused_by_their_types(dtypes: tuple[Any, ...], named: str) -> None:
+    with pytest.raises(ConfigError, match=f"holds {named}; run it with .*fp8 caches cannot be exported yet"):
+        element_of(caches(*dtypes))
+
+
+@pytest.mark.parametrize(
+    ("count", "width", "complaint"),
+    [(3, 32, "caches for 3 layers, the model's config says 2"), (2, 64, r"should be \(2, 32\)")],
+)
+def test_caches_of_another_model_are_refused(
+    count: int, width: int, complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Importing vLLM changes the process too much for a test among others.
+    by_number = SimpleNamespace(extract_layer_index=lambda name: int(name.split(".")[1]))
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.models.utils", by_number)
+    named = {
+        f"layers.{index}.attn": cache for index, cache in enumerate(caches(*[torch.bfloat16] * count, width=width))
+    }
+    with pytest.raises(EngineError, match=complaint):
+        in_layer_order(named, GEOMETRY)
+
+
+def test_caches_come_in_the_layers_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_number = SimpleNamespace(extract_layer_index=lambda name: int(name.split(".")[1]))
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.models.utils", by_number)
+    first, second = caches(torch.bfloat16, torch.bfloat16)
+    found = in_layer_order({"layers.10.attn": second, "layers.9.attn": first}, GEOMETRY)
+    assert found[0] is first
+    assert found[1] is second
