@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ def check(hf_dir: Path, gguf: Path) -> Iterator[str]:
     Raises :class:`ConfigError` naming the first difference, or the file that cannot be read.
     """
     yield _check_geometry(hf_dir, gguf)
+    yield _check_weight_files(hf_dir)
     tokenizer = _load_tokenizer(hf_dir)
     metadata = _read_metadata(gguf)
     yield _check_vocabulary(tokenizer, metadata)
@@ -47,6 +49,26 @@ def _check_geometry(hf_dir: Path, gguf: Path) -> str:
     except IsthmusError as error:
         raise ConfigError(str(error)) from error
     return f"geometry: {ours.num_layers} layers, {ours.num_kv_heads} KV heads of {ours.head_dim_k}, the same weights"
+
+
+def _check_weight_files(hf_dir: Path) -> str:
+    """Every weight file that the checkpoint lists is there and as long as its head says."""
+    from safetensors import SafetensorError, safe_open
+
+    index = hf_dir / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    num_tensors = 0
+    try:
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        for name in names:
+            with safe_open(hf_dir / name, framework="numpy") as tensors:
+                num_tensors += len(tensors.keys())
+    except SafetensorError as error:
+        raise ConfigError(f"{hf_dir / name} is cut short or damaged: {error}") from None
+    except (OSError, ValueError, LookupError, AttributeError) as error:
+        raise ConfigError(f"{hf_dir} lacks weights: {error}") from None
+    return f"weight files: {len(names)}, {num_tensors} tensors"
 
 
 def _load_tokenizer(hf_dir: Path) -> Any:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -143,9 +144,15 @@ def test_the_default_pair_needs_its_distribution(monkeypatch: pytest.MonkeyPatch
 
 def test_the_default_pair_is_one_model(default_pair: ModelPair) -> None:
     lines = list(check(default_pair.hf_dir, default_pair.gguf))
-    assert [line.split(":")[0] for line in lines] == ["geometry", "vocabulary", "tokenization", "chat template"]
-    assert lines[1] == "vocabulary: 49152 tokens"
-    assert lines[3].endswith("the same in the GGUF")
+    assert [line.split(":")[0] for line in lines] == [
+        "geometry",
+        "weight files",
+        "vocabulary",
+        "tokenization",
+        "chat template",
+    ]
+    assert lines[2] == "vocabulary: 49152 tokens"
+    assert lines[4].endswith("the same in the GGUF")
 
 
 def test_check_names_the_first_token_that_differs(gguf: Path, made: Path, tmp_path: Path) -> None:
@@ -160,13 +167,55 @@ def test_check_names_the_first_token_that_differs(gguf: Path, made: Path, tmp_pa
         list(check(other, gguf))
 
 
-def test_check_names_the_geometry_field_that_differs(gguf: Path, made: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (
+            {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}},
+            "rope_theta: 500000.0 here, 10000.0 there",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0}},
+            "rope_scaling: 'linear:2' here, 'none' there",
+        ),
+        ({"num_hidden_layers": 3}, "num_layers: 3 here, 2 there"),
+        ({"num_key_value_heads": 1}, "num_kv_heads: 1 here, 2 there"),
+        ({"vocab_size": 300}, "vocab_size: 300 here, "),
+    ],
+)
+def test_check_names_the_geometry_field_that_differs(
+    change: dict[str, Any], complaint: str, gguf: Path, made: Path, tmp_path: Path
+) -> None:
     other = copy_of(made, tmp_path)
     config = json.loads((other / "config.json").read_text())
-    config["rope_parameters"]["rope_theta"] = 500000.0
-    (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="rope_theta"):
+    (other / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ConfigError, match=f"model geometry differs in {complaint}"):
         list(check(other, gguf))
+
+
+def test_check_names_the_weight_file_that_was_cut_short(gguf: Path, made: Path, tmp_path: Path) -> None:
+    other = copy_of(made, tmp_path)
+    weights = other / "model.safetensors"
+    whole = weights.read_bytes()
+    # The geometry reads the final norm alone, which is whole here.
+    weights.write_bytes(whole + b"\0")
+    with pytest.raises(ConfigError, match=r"model\.safetensors is cut short or damaged"):
+        list(check(other, gguf))
+    weights.write_bytes(whole[:-1])
+    with pytest.raises(ConfigError, match=r"model\.safetensors is "):
+        list(check(other, gguf))
+
+
+def test_check_follows_the_index_to_every_shard(gguf: Path, made: Path, tmp_path: Path) -> None:
+    other = copy_of(made, tmp_path)
+    index = other / "model.safetensors.index.json"
+    shards = {"model.norm.weight": "model.safetensors", "lm_head.weight": "model-2.safetensors"}
+    index.write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(ConfigError, match=r"lacks weights: .*model-2\.safetensors"):
+        list(check(other, gguf))
+    (other / "model-2.safetensors").write_bytes((other / "model.safetensors").read_bytes())
+    lines = list(check(other, gguf))
+    assert lines[1].startswith("weight files: 2, ")
 
 
 def test_check_wants_a_chat_template(gguf: Path, made: Path, tmp_path: Path) -> None:

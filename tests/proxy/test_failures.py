@@ -139,6 +139,16 @@ def test_the_context_is_the_routes(stack, route, fits, over):
     assert error["code"] == "context_length_exceeded"
 
 
+@pytest.mark.parametrize("route", ["split", "gpu"])
+@pytest.mark.parametrize(("tokens", "fits"), [(1, True), (198, True), (199, True), (200, False), (201, False)])
+def test_prompts_around_the_longest_leave_room_for_one_token(stack, route, tokens, fits):
+    answer = stack.complete({"X-Isthmus-Route": route}, prompt=[5] * tokens, max_tokens=1)
+    if fits:
+        assert answer.status_code == 200
+    else:
+        assert error_of(answer, 400)["code"] == "context_length_exceeded"
+
+
 def test_both_nodes_down(hf_dir):
     with running(make_cluster(hf_dir), prefill_up=False, decode_up=False) as stack:
         error_of(stack.chat(), 503)

@@ -241,6 +241,25 @@ def test_a_worker_that_was_restarted_is_found_again(sender):
             worker.close()
 
 
+def test_a_worker_that_vanishes_between_two_layers_fails_that_transfer_only(sender, worker):
+    lost, other, chunks = Worker(), make_ticket(worker.endpoint), make_chunks(CHUNK_TOKENS)
+    ticket = make_ticket(lost.endpoint, deadline_ms=1_500)
+    ((tokens, elements),) = chunks
+    landed = lost.expect(ticket)
+    sender.open(ticket)
+    sender.submit(ticket.ticket, tokens, 0, elements[:2].copy(), Element.BF16, 1)
+    assert lost.run_until(lambda: len(landed.rows[0]) == 2)
+    lost.close()
+    sender.submit(ticket.ticket, tokens, 2, elements[2:].copy(), Element.BF16, 1)
+    sender.finish(ticket.ticket, tokens.stop)
+    well = worker.expect(other)
+    assert send(sender, other, chunks)
+    assert worker.run_until(lambda: well.over)
+    assert_landed(well, chunks)
+    assert wait_for_failure(sender, ticket)
+    assert worker.run_until(lambda: sender.backlog_bytes == 0)
+
+
 def test_close_with_transfers_under_way_returns():
     sender = KVSender(GEOMETRY, max_backlog_bytes=1 << 20, frame_bytes=FRAME_BYTES)
     send(sender, make_ticket("tcp://127.0.0.1:9"), make_chunks(20))
