@@ -40,7 +40,9 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     the request; ``route``, ``worker`` and ``codec`` are then of the last of ``attempts``.
 
     ``max_tokens`` is the client's own limit for each answer. ``cached_tokens`` of the prompt were computed before,
-    ``prefill_cached_tokens`` of them by vLLM; ``local_prefill_ns`` is the worker's own prefill on any route.
+    ``prefill_cached_tokens`` of them by vLLM; ``local_prefill_ns`` is the worker's own prefill on any route. Of the
+    ``kv_reused_tokens``, ``kv_restored_tokens`` came from below the worker's cells in ``restore_ns``. Speculation
+    guessed ``drafted_tokens``, of which ``accepted_tokens`` were right.
     ``predicted`` is what the first decision expected of each open route, and ``decision`` all that it was made from
     (``policy.py``; arrays in the order of the fields there). ``ttft_error`` and ``e2e_error`` are how far that was off
     for the route taken and an answer of the length that it had, as a share of what it took (0.1: a tenth too much).
@@ -92,12 +94,24 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     prefill_cached_tokens: int = 0
     local_prefill_ns: int = 0
     worker_queue_ns: int = 0
+    kv_restored_tokens: int = 0
+    restore_ns: int = 0
+    preemptions: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     predicted: dict[Route, Prediction] = {}
     decision: Inputs | None = None
     shadow_of: str | None = None
     regret_ns: int | None = None
     ttft_error: float | None = None
     e2e_error: float | None = None
+
+    @property
+    def reuse_saved_ns(self) -> int | None:
+        """What the worker's own prefill of the reused tokens would have taken, less bringing back their KV."""
+        if self.prefill_alternative_ns is None or not self.prompt_tokens:
+            return None
+        return self.prefill_alternative_ns * self.kv_reused_tokens // self.prompt_tokens - self.restore_ns
 
     @property
     def served_ns(self) -> int:
@@ -252,6 +266,11 @@ class Account:
             prefill_cached_tokens=self.prefill_cached_tokens,
             local_prefill_ns=report.local_prefill_ns,
             worker_queue_ns=report.worker_queue_ns,
+            kv_restored_tokens=report.restored_tokens,
+            restore_ns=report.restore_ns,
+            preemptions=report.preemptions,
+            drafted_tokens=report.drafted_tokens,
+            accepted_tokens=report.accepted_tokens,
             predicted=dict(self.predicted),
             decision=self.decision,
             shadow_of=self.shadow_of,

@@ -79,6 +79,12 @@ class Metrics:
         self._lost = Counter(
             "isthmus_specialization_lost_seconds", "What splitting lost, where it did", ["codec"], registry=registry
         )
+        self._reused = Counter("isthmus_kv_reused_tokens", "Prompt tokens whose KV the worker had", registry=registry)
+        self._reuse_saved = Counter(
+            "isthmus_kv_reuse_saved_seconds",
+            "Estimated CPU prefill of the tokens whose KV was there, less bringing it back",
+            registry=registry,
+        )
         self._parity_kl = Histogram(
             "isthmus_parity_kl_nats",
             "Next token's distribution after KV from the wire, against the worker's own KV",
@@ -139,6 +145,9 @@ class Metrics:
             self._kv_seconds.observe(entry.wire_ns / _NS_PER_S)
             self._kv_bytes.labels("raw").inc(entry.kv_raw_bytes)
             self._kv_bytes.labels("wire").inc(entry.kv_wire_bytes)
+        if entry.kv_reused_tokens:
+            self._reused.inc(entry.kv_reused_tokens)
+            self._reuse_saved.inc(max(0, entry.reuse_saved_ns or 0) / _NS_PER_S)
         if entry.specialization_gain_ns is not None:
             gain_s = entry.specialization_gain_ns / _NS_PER_S
             self._gain.observe(gain_s)

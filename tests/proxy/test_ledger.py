@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from proxy.costs import Estimate
 from proxy.ledger import Account, Ledger
 from tests.proxy.conftest import Stack
+from transfer.stages import DecodeReport
 
 
 def entry_after(stack: Stack, route: str) -> dict:
@@ -44,6 +46,25 @@ def test_gpu(stack):
     assert entry["prefill_ns"] > 0
     assert entry["reserve_ns"] == 0
     assert entry["specialization_gain_ns"] is None
+
+
+def test_what_reuse_saved_and_guesses_brought():
+    account = Account("a", "model")
+    account.prompt, account.route, account.alternative = [1] * 100, "cpu", Estimate(1000, "made up")
+    account.report = DecodeReport(
+        prompt_tokens=100,
+        completion_tokens=9,
+        kv_reused_tokens=40,
+        restored_tokens=20,
+        restore_ns=7,
+        preemptions=1,
+        drafted_tokens=5,
+        accepted_tokens=3,
+    )
+    entry = account.close("ok")
+    assert entry.reuse_saved_ns == 400 - 7
+    assert (entry.kv_restored_tokens, entry.preemptions) == (20, 1)
+    assert (entry.drafted_tokens, entry.accepted_tokens) == (5, 3)
 
 
 def test_the_client_can_ask_for_its_entry(stack):
