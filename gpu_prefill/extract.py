@@ -22,12 +22,31 @@ def gather(
     end: int,
     interleave_dims: int = 0,
 ) -> Elements:
-    """Copy tokens ``[start, end)`` of one request out of its blocks.
+    """Copy tokens ``[start, end)`` of one request out of its blocks, to the host.
+
+    Arguments are those of :func:`gather_rows`. Returns uint16 ``[num_layers, 2 * (end - start) * H * D]``. On a GPU the
+    copy is ordered after what its current stream has queued, and waited for.
+    """
+    import torch
+
+    rows = gather_rows(layers, packing, block_ids, start, end, interleave_dims)
+    host: Elements = rows.cpu().view(torch.int16).numpy().view(np.uint16)
+    return host.reshape(len(layers), -1)
+
+
+def gather_rows(
+    layers: Sequence[Tensor],
+    packing: Packing,
+    block_ids: Sequence[int],
+    start: int,
+    end: int,
+    interleave_dims: int = 0,
+) -> Tensor:
+    """Tokens ``[start, end)`` of one request as ``[num_layers, 2, end - start, H, D]``, on the caches' device.
 
     ``layers`` are the layers' caches, each ``[B, H, N, 2 * D]`` of bf16 or f16 on one device; block ``i`` of
     ``block_ids`` holds tokens ``[i * N, (i + 1) * N)``. If ``interleave_dims`` is not 0, the first so many elements of
-    each head of K go from "half" to "interleaved" order. Returns uint16 ``[num_layers, 2 * (end - start) * H * D]`` on
-    the host. On a GPU the copy is ordered after what its current stream has queued, and waited for.
+    each head of K go from "half" to "interleaved" order. Raises :class:`ValueError` for tokens beyond the blocks.
     """
     import torch
 
@@ -43,8 +62,7 @@ def gather(
         k, v = unpack(layer.index_select(0, blocks), packing)
         _copy_k(k, rows[0], start - first * block_size, interleave_dims)
         _copy_tokens(v, rows[1], start - first * block_size)
-    host: Elements = out.cpu().view(torch.int16).numpy().view(np.uint16)
-    return host.reshape(len(layers), -1)
+    return out
 
 
 def _copy_k(k: Tensor, rows: Tensor, skip: int, interleave_dims: int) -> None:

@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,18 @@ def environment() -> dict[str, Any]:
 
 
 def write(
-    path: Path, measure: str, environment: dict[str, Any], samples: list[dict[str, Any]], summary: dict[str, Any]
+    path: Path,
+    measure: str,
+    environment: dict[str, Any],
+    samples: list[dict[str, Any]],
+    summary: dict[str, Any],
+    program: Sequence[str] = ("isthmus",),
 ) -> None:
-    """Write one result file as JSON; :class:`ConfigError` if ``path`` cannot be written."""
+    """Write one result file of ``program`` as JSON; :class:`ConfigError` if ``path`` cannot be written."""
     envelope = {
         "schema": SCHEMA,
         "measure": measure,
-        "command": ["isthmus", *sys.argv[1:]],
+        "command": [*program, *sys.argv[1:]],
         "environment": environment,
         "samples": samples,
         "summary": summary,

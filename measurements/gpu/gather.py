@@ -1,0 +1,146 @@
+"""Gathering out of paged caches: byte-equal to plain indexing, and how fast against copying and PCIe."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpu_prefill.extract import gather, gather_rows
+from measurements.gpu.paged import LAYOUTS, Bits, caches_of, exported, times_ns
+
+Sample = dict[str, Any]
+
+
+class Shape(NamedTuple):
+    """KV heads, head size, rotary elements to interleave, tokens a block."""
+
+    heads: int
+    dim: int
+    rope_dims: int
+    block_tokens: int
+
+
+SHAPES = (
+    Shape(8, 128, 128, 16),
+    Shape(8, 128, 0, 64),
+    Shape(3, 64, 64, 16),
+    Shape(1, 256, 0, 32),
+    Shape(2, 96, 48, 16),
+    Shape(2, 80, 0, 128),
+)
+NUM_LAYERS, NUM_BLOCKS = 3, 12
+# Llama-3.1-8B in bf16: 128 KiB a token.
+SPEED_SHAPE = Shape(8, 128, 128, 16)
+SPEED_LAYERS = 32
+
+
+def check_random(device: str) -> Iterator[Sample]:
+    """Every bit pattern, infinities and NaN too, in every layout, shape and 16-bit type."""
+    import torch
+
+    rng = np.random.default_rng(0)
+    for shape in SHAPES:
+        size = (NUM_LAYERS, 2, NUM_BLOCKS, shape.block_tokens, shape.heads, shape.dim)
+        bits = rng.integers(0, 1 << 16, size, dtype=np.uint16)
+        for dtype in (torch.bfloat16, torch.float16):
+            for layout in LAYOUTS:
+                caches = caches_of(bits, layout, dtype, device)
+                about = {"part": "equal", "kv": "random", "layout": layout, "dtype": str(dtype), **shape._asdict()}
+                yield about | _compare(caches, bits, shape, rng)
+
+
+def check_real(device: str, planes: Sequence[Bits], shape: Shape) -> Iterator[Sample]:
+    """The same on a model's own KV: ``planes`` of bf16, K and V of each layer, ``[tokens * heads * dim]``."""
+    import torch
+
+    rng = np.random.default_rng(0)
+    rows = np.stack(planes).reshape(len(planes) // 2, 2, -1, shape.heads, shape.dim)
+    blocks = rows.shape[2] // shape.block_tokens
+    bits = rows[:, :, : blocks * shape.block_tokens]
+    bits = np.ascontiguousarray(bits.reshape(*rows.shape[:2], blocks, *(shape.block_tokens, shape.heads, shape.dim)))
+    for layout in LAYOUTS:
+        caches = caches_of(bits, layout, torch.bfloat16, device)
+        about = {"part": "equal", "kv": "real", "layout": layout, "dtype": "torch.bfloat16", **shape._asdict()}
+        yield about | _compare(caches, bits, shape, rng)
+
+
+def _compare(caches: Sequence[Any], bits: Bits, shape: Shape, rng: np.random.Generator) -> Sample:
+    blocks = bits.shape[2]
+    tokens, wrong, ranges = blocks * shape.block_tokens, 0, 0
+    edges = [(0, 1), (0, tokens), (tokens - 1, tokens), (shape.block_tokens - 1, shape.block_tokens + 1)]
+    for start, end in [*edges, *(sorted(rng.choice(tokens, 2, replace=False)) for _ in range(8))]:
+        block_ids = [int(each) for each in rng.permutation(blocks)]
+        for rope_dims in {0, shape.rope_dims}:
+            found = gather(caches, "strided", block_ids, int(start), int(end), rope_dims)
+            wrong += int((found != exported(bits, block_ids, int(start), int(end), rope_dims)).sum())
+            ranges += 1
+    return {"ranges": ranges, "wrong_elements": wrong}
+
+
+def speed(device: str, tokens: Sequence[int], rounds: int, layers: int = SPEED_LAYERS) -> Iterator[Sample]:
+    """Times of gathering ``tokens`` tokens, of copying as many bytes on the device and, on a GPU, to the host."""
+    import torch
+
+    shape = SPEED_SHAPE
+    blocks = max(tokens) // shape.block_tokens + 1
+    caches = [
+        torch.randn((blocks, shape.block_tokens, shape.heads, 2 * shape.dim), device=device)
+        .to(torch.bfloat16)
+        .transpose(1, 2)
+        for _ in range(layers)
+    ]
+    block_ids = [int(each) for each in np.random.default_rng(0).permutation(blocks)]
+    for count in tokens:
+        rows = gather_rows(caches, "strided", block_ids, 0, count)
+        other = torch.empty_like(rows)
+        work: dict[str, Callable[[], Any]] = {
+            "gather": partial(gather_rows, caches, "strided", block_ids, 0, count),
+            "gather interleaved": partial(gather_rows, caches, "strided", block_ids, 0, count, shape.rope_dims),
+            "device copy": partial(other.copy_, rows),
+        }
+        if device != "cpu":
+            pinned = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+            work["to pageable memory"] = rows.cpu
+            work["to pinned memory"] = partial(pinned.copy_, rows, non_blocking=True)
+        payload_bytes = rows.numel() * rows.element_size()
+        for name, each in work.items():
+            for turn, spent_ns in enumerate(times_ns(device, each, rounds)):
+                yield {
+                    "part": "speed",
+                    "work": name,
+                    "tokens": count,
+                    "layers": layers,
+                    "round": turn,
+                    "payload_bytes": payload_bytes,
+                    "ns": spent_ns,
+                }
+
+
+def summarize(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Wrong elements of all comparisons, and GB of payload a second by work and tokens, medians."""
+    equal = [sample for sample in samples if sample["part"] == "equal"]
+    spent: dict[tuple[str, int], list[float]] = {}
+    for sample in samples:
+        if sample["part"] == "speed":
+            spent.setdefault((sample["work"], sample["tokens"]), []).append(sample["payload_bytes"] / sample["ns"])
+    payload_gb_per_s: dict[str, dict[str, float]] = {}
+    for (work, tokens), found in spent.items():
+        payload_gb_per_s.setdefault(work, {})[str(tokens)] = statistics.median(found)
+    copied = payload_gb_per_s.get("device copy", {})
+    pinned = payload_gb_per_s.get("to pinned memory", {})
+    return {
+        "comparisons": sum(sample["ranges"] for sample in equal),
+        "wrong_elements": sum(sample["wrong_elements"] for sample in equal),
+        "payload_gb_per_s": payload_gb_per_s,
+        # Both read and write every byte once where nothing is wasted.
+        "gather_vs_device_copy": {
+            tokens: payload_gb_per_s["gather interleaved"][tokens] / rate for tokens, rate in copied.items()
+        },
+        "pageable_vs_pinned": {
+            tokens: payload_gb_per_s["to pageable memory"][tokens] / rate for tokens, rate in pinned.items()
+        },
+    }
