@@ -89,7 +89,7 @@ class Speculation:
 
     def drafts(self, decoding: Sequence[Decoding], room: int) -> list[list[int]]:
         """Tokens to compute behind the last one of each sequence, at most ``room`` in all."""
-        self._guesses = [[] for _ in decoding]
+        self.guess_nothing(decoding)
         if not (self._always or self._may_pay(len(decoding))):
             return self._guesses
         limits = [min(self._most_tokens, sequence.left_tokens - 1) for sequence in decoding]
@@ -102,6 +102,11 @@ class Speculation:
         if self._model is not None:
             self._guesses = self._model.guess(decoding, counts)
         return [guess[:count] for guess, count in zip(self._guesses, counts, strict=True)]
+
+    def guess_nothing(self, decoding: Sequence[Decoding]) -> list[list[int]]:
+        """In the place of :meth:`drafts`, for a step in which there is nothing to guess."""
+        self._guesses = [[] for _ in decoding]
+        return self._guesses
 
     def observe(self, decoding: Sequence[Decoding], came: Sequence[Sequence[int]], drafted: int, step_ns: int) -> None:
         """Learn from a step without prefill: the tokens that ``came`` for each sequence, and how long it took.

@@ -106,8 +106,10 @@ class Steps:
 
     def _drafts(self, prefilling: Sequence[Decoding]) -> list[list[int]]:
         """Guesses for each sequence that decodes: none beside a prefill, which fills the step as it is."""
-        if self._speculation is None or prefilling or not all(sequence.forked for sequence in self._decoding):
+        if self._speculation is None:
             return [[] for _ in self._decoding]
+        if prefilling or not all(sequence.forked for sequence in self._decoding):
+            return self._speculation.guess_nothing(self._decoding)
         return self._speculation.drafts(self._decoding, self._batch.capacity - len(self._decoding))
 
     def _fill(self, prefilling: Sequence[Decoding], drafts: list[list[int]]) -> list[Part]:

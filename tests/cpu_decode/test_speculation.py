@@ -122,6 +122,15 @@ def test_choices_guess_each_for_itself(running, guessing):
     assert report.accepted_tokens > 0
 
 
+def test_choices_of_a_prompt_that_is_there_already(model, geometry):
+    with serving(model, geometry, "bf16", speculate="always", pool_mib=16) as keeping:
+        first, _ = ask_for_choices(keeping, FORCED, 3, COPIED)
+        # All but the last token is reused: choices fork in a step that looks like one of a running answer.
+        again, report = ask_for_choices(keeping, FORCED, 3, COPIED)
+    assert [answer.ids for answer in again] == [answer.ids for answer in first]
+    assert report.kv_reused_tokens == len(COPIED) - 1
+
+
 def test_several_at_once_answer_as_one_by_one(guessing):
     prompts = [COPIED, PROMPT, list(range(3000, 3200, 3))]
     alone = [ask(guessing, GREEDY, prompt) for prompt in prompts]
