@@ -12,7 +12,9 @@ STAGES = (
     ("tokenize_ns", "chat template and tokenizer, in the proxy"),
     ("route_ns", "choice of route"),
     ("reserve_ns", "cells reserved on the decode worker"),
+    ("worker_queue_ns", "waited for cells, part of reserve"),
     ("prefill_ns", "prompt computed, first token known"),
+    ("local_prefill_ns", "of it, computed by the decode worker"),
     ("transfer_exposed_ns", "decode stood still for KV after that"),
     ("first_decode_ns", "first token of the decode worker"),
     ("decode_ns", "all tokens of the decode worker"),
@@ -24,6 +26,7 @@ OVERLAPPED = (
     ("wire_ns", "first frame to last, on the wire"),
     ("decode_frame_ns", "frames checked and decoded"),
     ("inject_ns", "KV written into llama.cpp"),
+    ("restore_ns", "KV brought back from lower tiers"),
 )
 
 
@@ -54,6 +57,8 @@ def ledger_table(entry: dict[str, Any]) -> Table:
     meaning = "CPU prefill - (prefill + exposed transfer)"
     style = None if gain_ns is None else "bold green" if gain_ns > 0 else "bold red"
     table.add_row("net gain", milliseconds(gain_ns), meaning, style=style)
+    if entry["regret_ns"] is not None:
+        table.add_row("regret", milliseconds(entry["regret_ns"]), "sooner by the best route that is known for it")
     return table
 
 

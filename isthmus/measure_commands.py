@@ -315,7 +315,13 @@ def measure_fidelity(
 @click.argument("hf_dir", type=click.Path(path_type=Path))
 @click.argument("gguf", type=click.Path(path_type=Path))
 @click.option(
-    "--codec", "names", multiple=True, type=click.Choice(tuple(CODECS)), default=("raw", "q8"), show_default=True
+    "--codec",
+    "names",
+    multiple=True,
+    type=click.Choice(tuple(CODECS)),
+    default=("raw", "q8"),
+    show_default=True,
+    help="One to try. Repeatable.",
 )
 @click.option("--text", type=click.Path(path_type=Path), help="A text file to use instead of our prompts.")
 @click.option(

@@ -139,7 +139,7 @@ def _bind_error(host: str, port: int) -> int | None:
 
 def _is_ours(command: Sequence[str]) -> bool:
     """Whether it is ``isthmus``, ``python -m isthmus`` or the vLLM server that ``isthmus prefill`` becomes."""
-    return any(Path(word).name == "isthmus" or word.lower().startswith(("vllm.", "vllm::")) for word in command)
+    return any(Path(word).name == "isthmus" or word.lower().startswith(("vllm.", "vllm::")) for word in command[:4])
 
 
 def _listener(port: int) -> list[str]:
