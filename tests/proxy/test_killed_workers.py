@@ -34,6 +34,7 @@ def workers(default_pair: ModelPair, tmp_path_factory: pytest.TempPathFactory) -
             threads=1,
             numa="off",
             drain_s=60.0,
+            speculate="off",
         ),
         proxy=Proxy(port=free_port(), registry_port=free_port()),
     )
