@@ -12,6 +12,9 @@ UV ?= uv
 COMPILE := $(UV) pip compile pyproject.toml --extra decode --extra proxy --extra pair --extra measure --extra dev \
 	--universal --no-annotate --no-header --python-version 3.11
 
+# Tests that mostly wait, for each other's messages or for time to pass: two at a time.
+LIGHT := tests/isthmus tests/proxy tests/transfer
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-vllm-versions ansible testbed lock clean
 
@@ -29,7 +32,8 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	$(BIN)/pytest $(LIGHT:%=--ignore=%)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile $(LIGHT)
 	$(BIN)/pytest -m own_process
 
 test-vllm-versions: install

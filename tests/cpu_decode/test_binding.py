@@ -72,7 +72,7 @@ class Started:
 def worker(default_pair, folder: Path, *arguments: str, **settings: object) -> Iterator[Started]:
     pair = Pair(name=default_pair.name, hf_dir=str(default_pair.hf_dir), gguf=str(default_pair.gguf))
     cluster = with_keys(cluster_on_free_ports(pair), folder / "keys")
-    decode = msgspec.structs.replace(cluster.decode, num_cells=4096, landing_mib=64, **settings)
+    decode = msgspec.structs.replace(cluster.decode, num_cells=4096, landing_mib=64, speculate="off", **settings)
     config = folder / "isthmus.toml"
     config.write_bytes(dump(msgspec.structs.replace(cluster, decode=decode)))
     command = [sys.executable, "-P", "-m", "isthmus", "decode", "--config", str(config), *arguments]

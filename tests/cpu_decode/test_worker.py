@@ -14,6 +14,7 @@ from tests.cpu_decode.serving import MAX_SEQUENCES
 from tests.cpu_decode.worker_client import WorkerClient
 from transfer.errors import CapacityError, CodecError, LinkError, RequestError
 from transfer.frames import Element
+from transfer.layout import Elements
 from transfer.messages import PROTOCOL, Failure, Hello, Sampling, Ticket, Welcome
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
@@ -23,22 +24,33 @@ def prompt_of(length: int, salt: int = 0) -> list[int]:
     return [(11 * i + 5 + 131 * salt) % 40_000 for i in range(length)]
 
 
-def send_kv(running, context, ticket: Ticket, prompt: list[int], upto: int | None = None) -> int:
-    """Prefill elsewhere, send the KV on ``ticket``; returns the first token that prefill would sample."""
+def prefilled(running, context, prompt: list[int]) -> tuple[int, Elements]:
+    """The first token that prefill elsewhere would sample, and the KV."""
     first = int(prefill(context, 0, prompt).argmax())
     elements = elements_of(context.state(0), running.geometry, len(prompt))
     context.trim(0, 0)
+    return first, elements
+
+
+def send_kv(running, context, ticket: Ticket, prompt: list[int], upto: int | None = None) -> int:
+    """Prefill elsewhere, send the KV on ``ticket``; returns the first token that prefill would sample."""
+    first, elements = prefilled(running, context, prompt)
+    send(running, ticket, elements, len(prompt), upto)
+    return first
+
+
+def send(running, ticket: Ticket, elements: Elements, num_tokens: int, upto: int | None = None) -> None:
+    """Send the KV of ``num_tokens`` tokens; with ``upto`` only that of the first ones, and no end."""
     row = running.geometry.num_kv_heads * running.geometry.head_dim_k
-    split = len(prompt) * row
+    split = num_tokens * row
     running.sender.open(ticket)
-    for start in range(0, len(prompt) if upto is None else upto, ticket.chunk_tokens):
-        end = min(start + ticket.chunk_tokens, len(prompt))
+    for start in range(0, num_tokens if upto is None else upto, ticket.chunk_tokens):
+        end = min(start + ticket.chunk_tokens, num_tokens)
         k, v = slice(start * row, end * row), slice(split + start * row, split + end * row)
         part = np.ascontiguousarray(np.concatenate([elements[:, k], elements[:, v]], axis=1))
         assert running.sender.submit(ticket.ticket, range(start, end), 0, part, Element.BF16, 0)
     if upto is None:
-        running.sender.finish(ticket.ticket, len(prompt))
-    return first
+        running.sender.finish(ticket.ticket, num_tokens)
 
 
 def eventually(check, timeout_s: float = 5.0) -> None:
@@ -108,17 +120,19 @@ def test_the_first_tokens_text_is_not_sent_twice(running, context):
 
 def test_many_at_once_answer_as_one_by_one(running, context):
     prompts = [prompt_of(20 + 37 * n, salt=n) for n in range(MAX_SEQUENCES)]
+    known = [(prompt, *prefilled(running, context, prompt)) for prompt in prompts]
 
-    def reserve_and_send(prompt: list[int]) -> tuple[Ticket, int]:
+    def reserve_and_send(prompt: list[int], first: int, elements: Elements) -> tuple[Ticket, int]:
         ticket = running.client.reserve(prompt, GREEDY, "kv")
-        return ticket, send_kv(running, context, ticket, prompt)
+        send(running, ticket, elements, len(prompt))
+        return ticket, first
 
     alone = []
-    for prompt in prompts:
-        ticket, first = reserve_and_send(prompt)
+    for each in known:
+        ticket, first = reserve_and_send(*each)
         running.client.start(ticket, first)
         alone.append(running.client.collect(ticket)[0])
-    together = [reserve_and_send(prompt) for prompt in prompts]
+    together = [reserve_and_send(*each) for each in known]
     for ticket, first in together:
         running.client.start(ticket, first)
     assert [running.client.collect(ticket)[0] for ticket, _ in together] == alone
