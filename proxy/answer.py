@@ -20,6 +20,7 @@ from proxy.failures import describe
 from proxy.formats import DONE, ChatFormat, CompletionFormat, sse
 from proxy.gateway import Call, Gateway
 from proxy.handoff import Pieces
+from proxy.hangup import until_gone
 from proxy.ledger import Entry
 from proxy.openai import ChatBody
 from proxy.prompts import Part, parts, together
@@ -52,14 +53,7 @@ class Answer(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
         """Serve until the answer is out or the client is gone, whichever comes first."""
-        work = asyncio.create_task(self._serve(send))
-        gone = asyncio.create_task(_disconnected(receive))
-        try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            work.cancel()
-            gone.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
+        await until_gone(self._serve(send), receive)
 
     async def _serve(self, send: Send) -> None:
         try:
@@ -154,11 +148,6 @@ class Answer(Response):
 
 
 _NO_BUFFERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _format(call: Call, gateway: Gateway, served: list[Part]) -> ChatFormat | CompletionFormat:

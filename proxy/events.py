@@ -18,6 +18,7 @@ import structlog
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from proxy.hangup import until_gone
 from proxy.ledger import Entry, Ledger
 from proxy.store import Wanted
 from transfer.errors import CapacityError
@@ -124,14 +125,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
         """Tell until the client is gone, too slow, or the proxy ends."""
-        work = asyncio.create_task(self._serve(send))
-        gone = asyncio.create_task(_disconnected(receive))
-        try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            work.cancel()
-            gone.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
+        await until_gone(self._serve(send), receive)
 
     async def _serve(self, send: Send) -> None:
         with self._events.inbox() as inbox, suppress(TimeoutError, OSError):
@@ -172,8 +166,3 @@ def _event(name: str, data: bytes, seq: int | None = None) -> bytes:
 async def _timely(send: Send, message: Message) -> None:
     async with asyncio.timeout(STALLED_S):
         await send(message)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
