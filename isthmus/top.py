@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 
 from isthmus import top_view
-from transfer.errors import RequestError
+from transfer.errors import LinkError, RequestError
 
 CONNECT_S = 3.0
 # The proxy says something every second.
@@ -58,14 +58,17 @@ class Watched:
 def run(url: str, api_key: str | None) -> None:
     """Show the proxy at ``url`` until Ctrl-C; where nobody watches, print one picture and end.
 
-    A proxy that goes away is waited for. Raises :class:`RequestError` if it does not know the key.
+    A proxy that goes away is waited for, where somebody watches. Raises :class:`RequestError` if it does not know the
+    key, and :class:`LinkError` if nobody watches and it cannot be heard.
     """
     console = Console()
     watched = Watched(url)
     if not console.is_terminal:
         for said in follow(url, api_key):
             watched.take(said)
-            if said.kind != "entry":
+            if said.kind == "lost":
+                raise LinkError(f"no word from the proxy at {url}: {said.what}")
+            if said.kind == "nodes":
                 console.print(watched.render(height=60))
                 return
     try:

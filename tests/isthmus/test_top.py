@@ -12,8 +12,8 @@ from rich.console import Console
 from isthmus import top, top_view
 from proxy.api_keys import make
 from tests.dashboard.entries import varied
-from tests.proxy.conftest import Stack, hf_dir, make_cluster, running, wait_until  # noqa: F401 - a fixture
-from transfer.errors import RequestError
+from tests.proxy.conftest import Stack, free_port, hf_dir, make_cluster, running, wait_until  # noqa: F401 - a fixture
+from transfer.errors import LinkError, RequestError
 
 RETRY_S = 0.05
 MOST_EVENTS = 500
@@ -83,6 +83,11 @@ def test_a_key_is_needed_and_sent(hf_dir: Path, tmp_path: Path) -> None:  # noqa
             with pytest.raises(RequestError, match="--api-key"):
                 next(top.follow(stack.url, wrong))
         assert next(top.follow(stack.url, key)).kind == "nodes"
+
+
+def test_where_nobody_watches_a_dead_proxy_is_an_error() -> None:
+    with pytest.raises(LinkError, match="no word from the proxy"):
+        top.run(f"http://127.0.0.1:{free_port()}", None)
 
 
 def test_where_nobody_watches_one_picture_is_printed(stack: Stack, capsys: pytest.CaptureFixture[str]) -> None:
