@@ -52,6 +52,12 @@ def ask_from_the_page(seen: Seen, prompt: str, route: str) -> None:
     seen.until("!document.getElementById('try-send').disabled")
 
 
+@pytest.fixture(autouse=True)
+def nothing_measured_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page draws the results that lie where the proxy was started."""
+    monkeypatch.chdir(tmp_path)
+
+
 def test_a_question_is_answered_and_appears_in_the_waterfall(stack: Stack, open_page: Open) -> None:
     seen = open_page(stack.url)
     ask_from_the_page(seen, "hi", "split")
@@ -190,10 +196,7 @@ def test_charts_say_what_the_ledger_says(stack: Stack, one: Entry, open_page: Op
     assert seen.errors == []
 
 
-def test_the_measured_crossover_is_drawn(
-    stack: Stack, open_page: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_measured_crossover_is_drawn(stack: Stack, open_page: Open, tmp_path: Path) -> None:
     seen = open_page(stack.url)
     seen.view("worth")
     assert not seen.page.is_visible("#crossover")
