@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psutil
 
-POWERCAP = Path("/sys/class/powercap")
-CPUS = Path("/sys/devices/system/cpu")
-_PACKAGE = re.compile(r"intel-rapl:\d+")
+from transfer import energy
+from transfer.energy import CPUS, POWERCAP
 
 
 class Reading(NamedTuple):
@@ -33,31 +30,21 @@ class Meanwhile(NamedTuple):
 
 
 class HostWatch:
-    """Reads the counters that this host has: RAPL packages (powercap) and NVIDIA GPUs (NVML, total energy).
+    """Reads the counters that this host has: RAPL packages and their DRAM (powercap), and NVIDIA GPUs (NVML).
 
     ``why_no_energy`` says what is missing where there are none. Only this host is seen.
     """
 
     def __init__(self, powercap: Path = POWERCAP, cpus: Path = CPUS) -> None:
         self._cpus = cpus
-        self._packages = [path for path in sorted(powercap.glob("intel-rapl:*")) if _PACKAGE.fullmatch(path.name)]
-        self._gpus = _nvml_devices()
-        self.why_no_energy: str | None = None
-        readable = [path for path in self._packages if _number(path / "energy_uj") is not None]
-        if not readable and not self._gpus:
-            rapl = f"{powercap} has no RAPL package" if not self._packages else f"{powercap}/*/energy_uj needs root"
-            self.why_no_energy = f"{rapl}, and NVML shows no GPU that counts energy"
-        self._packages = readable
+        found = (energy.rapl(powercap), energy.gpus())
+        self._counters = [counter for kind in found for counter in kind.counters]
+        self.why_no_energy = None if self._counters else "; ".join(kind.why_none for kind in found if kind.why_none)
 
     def read(self) -> Reading:
         """The counters now."""
-        energy_j: dict[str, float] = {}
-        wraps_at_j: dict[str, float] = {}
-        for path in self._packages:
-            energy_j[path.name] = (_number(path / "energy_uj") or 0) / 1e6
-            wraps_at_j[path.name] = (_number(path / "max_energy_range_uj") or 0) / 1e6
-        for index, (nvml, handle) in enumerate(self._gpus):
-            energy_j[f"gpu {index}"] = nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+        energy_j = energy.read_j(self._counters)
+        wraps_at_j = {counter.name: counter.wraps_at_j for counter in self._counters}
         times = psutil.cpu_times()
         counts = [
             _number(path) for path in sorted(self._cpus.glob("cpu[0-9]*/thermal_throttle/package_throttle_count"))
@@ -69,15 +56,12 @@ class HostWatch:
 
 def between(before: Reading, after: Reading) -> Meanwhile:
     """What happened from ``before`` to ``after``; counters may have wrapped once."""
-    energy_j = {
-        source: after.energy_j[source] - began + (before.wraps_at_j.get(source, 0.0) * (after.energy_j[source] < began))
-        for source, began in before.energy_j.items()
-    }
+    energy_j = energy.spent_j(before.energy_j, after.energy_j, before.wraps_at_j)
     cpu_s = after.cpu_s - before.cpu_s
     throttled = (
         after.throttled - before.throttled if before.throttled is not None and after.throttled is not None else None
     )
-    return Meanwhile(energy_j or None, (after.steal_s - before.steal_s) / cpu_s if cpu_s > 0 else 0.0, throttled)
+    return Meanwhile(energy_j, (after.steal_s - before.steal_s) / cpu_s if cpu_s > 0 else 0.0, throttled)
 
 
 def _number(path: Path) -> int | None:
@@ -85,16 +69,3 @@ def _number(path: Path) -> int | None:
         return int(path.read_text())
     except (OSError, ValueError):
         return None
-
-
-def _nvml_devices() -> list[tuple[Any, Any]]:
-    """GPUs whose energy NVML counts; none without its Python binding, its library, or a GPU that counts."""
-    try:
-        nvml = importlib.import_module("pynvml")
-        nvml.nvmlInit()
-        handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
-        for handle in handles:
-            nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except Exception:  # noqa: BLE001 - NVML has an error of its own for each way of not being there
-        return []
-    return [(nvml, handle) for handle in handles]

@@ -10,9 +10,14 @@ from measurements.host_watch import HostWatch, between
 
 
 def plant(folder: Path, energy_uj: int, throttled: int = 0) -> HostWatch:
-    for name in ("intel-rapl:0", "intel-rapl:0:0", "intel-rapl:1"):
-        package = folder / "powercap" / name
+    for zone, name in (
+        ("intel-rapl:0", "package-0"),
+        ("intel-rapl:0/intel-rapl:0:0", "core"),
+        ("intel-rapl:1", "package-1"),
+    ):
+        package = folder / "powercap" / zone
         package.mkdir(parents=True, exist_ok=True)
+        (package / "name").write_text(f"{name}\n")
         (package / "energy_uj").write_text(f"{energy_uj}\n")
         (package / "max_energy_range_uj").write_text("10000000\n")
     counter = folder / "cpu" / "cpu0" / "thermal_throttle"
@@ -25,7 +30,7 @@ def test_packages_are_counted_and_their_parts_are_not(tmp_path: Path) -> None:
     before = plant(tmp_path, 1_000_000).read()
     after = plant(tmp_path, 3_500_000, throttled=2).read()
     meanwhile = between(before, after)
-    assert meanwhile.energy_j == {"intel-rapl:0": pytest.approx(2.5), "intel-rapl:1": pytest.approx(2.5)}
+    assert meanwhile.energy_j == {"package-0": pytest.approx(2.5), "package-1": pytest.approx(2.5)}
     assert meanwhile.throttled == 2
     assert 0 <= meanwhile.steal_share <= 1
 
@@ -34,7 +39,7 @@ def test_a_counter_that_wrapped(tmp_path: Path) -> None:
     before, after = plant(tmp_path, 9_000_000).read(), plant(tmp_path, 500_000).read()
     found = between(before, after).energy_j
     assert found is not None
-    assert found["intel-rapl:0"] == pytest.approx(1.5)
+    assert found["package-0"] == pytest.approx(1.5)
 
 
 def test_a_host_that_counts_nothing_says_so(tmp_path: Path) -> None:
