@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 
 # As the decode service does: engines in one test process share the cores, idle ones must not spin for long.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# A shell has what it starts in the background ignore Ctrl-C; what the tests start there must hear it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)
