@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from cpu_decode.pool.losses import Losses
 from cpu_decode.segmented import SegmentedLru
 from transfer.blocks import EXACT
 
@@ -88,7 +89,7 @@ class PrefixTree:
         self._on_gone = on_gone
         self._roots: dict[str, Block] = {}
         self._blocks: SegmentedLru[Block] = SegmentedLru(max_bytes)
-        self.evictions = 0
+        self.losses = Losses()
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -173,13 +174,15 @@ class PrefixTree:
         """A new block on probation, in the place of what it continues; None if there is no room for it."""
         for block in [b for b in parent.children.values() if b.fidelity == fidelity and _begins(tokens, b.tokens)]:
             if not block.pins:
+                self.losses.evicted["superseded"] += 1
                 self.discard(block)
         num_bytes = self._block_bytes(len(tokens))
         while self.used_bytes + num_bytes > self._max_bytes:
             victim = next((block for block in self._blocks if not block.pins), None)
             if victim is None:
+                self.losses.refused["busy" if num_bytes <= self._max_bytes else "too_large"] += 1
                 return None
-            self.evictions += 1
+            self.losses.evicted["capacity" if self._blocks.is_protected(victim) else "probation"] += 1
             self.discard(victim)
         block = Block(parent, tokens, fidelity, num_bytes)
         parent.children[tokens, fidelity] = block

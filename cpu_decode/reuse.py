@@ -144,7 +144,9 @@ class PrefixCache:
             blocks=len(self._tree),
             hits=self._hits["ram"],
             hit_tokens=self._hit_tokens["ram"],
-            evictions=self._tree.evictions,
+            evictions=self._tree.losses.evictions,
+            evicted=dict(self._tree.losses.evicted),
+            refused=dict(self._tree.losses.refused),
         )
         return (cells, ram, *self.below.status(lambda name: (self._hits[name], self._hit_tokens[name])))
 

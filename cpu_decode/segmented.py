@@ -39,6 +39,10 @@ class SegmentedLru(Generic[K]):
         yield from self._probation
         yield from self._protected
 
+    def is_protected(self, item: K) -> bool:
+        """Whether ``item`` has been used again, and has not fallen back since."""
+        return item in self._protected
+
     def add(self, item: K, num_bytes: int) -> None:
         """Take ``item``, which is not known yet, on probation."""
         self._probation[item] = num_bytes

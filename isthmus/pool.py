@@ -160,5 +160,5 @@ def _cell(key: str, value: Any) -> str:
     if key.endswith("bytes_per_s"):
         return f"{value / 2**20:,.0f} MiB/s"
     if isinstance(value, dict):
-        return ", ".join(f"{seed[:8]}: {count}" for seed, count in value.items())
+        return ", ".join(f"{what[:10]}: {count}" for what, count in value.items())
     return str(value)

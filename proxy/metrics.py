@@ -186,10 +186,15 @@ class _Workers(Collector):
                     told[name].add_metric([node.name], float(value))
             for tier in node.status.tiers if node.status else ():
                 for field, value in msgspec.structs.asdict(tier).items():
-                    if field != "name":
-                        name = f"isthmus_worker_tier_{field}"
+                    name = f"isthmus_worker_tier_{field}"
+                    if isinstance(value, int | float):
                         text = f"The {field.replace('_', ' ')} of a tier of the decode worker's KV pool"
                         told.setdefault(name, GaugeMetricFamily(name, text, labels=["worker", "tier"]))
                         told[name].add_metric([node.name, tier.name], float(value))
+                    elif isinstance(value, dict):
+                        text = f"Blocks that a tier of the decode worker's KV pool has {field}, by reason"
+                        told.setdefault(name, GaugeMetricFamily(name, text, labels=["worker", "tier", "reason"]))
+                        for reason, count in value.items():
+                            told[name].add_metric([node.name, tier.name, reason], float(count))
         yield up
         yield from told.values()

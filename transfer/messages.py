@@ -231,7 +231,10 @@ class Ping(Message, frozen=True, kw_only=True):
 
 
 class TierStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One place for KV below the cells: what it holds, what it has given back, and how fast it was."""
+    """One place for KV: what it holds, what it has given back, and how fast it was.
+
+    ``evictions`` blocks had to go; ``evicted`` says how many for each reason, ``refused`` how many never got in.
+    """
 
     name: str
     used_bytes: int
@@ -242,6 +245,8 @@ class TierStatus(msgspec.Struct, frozen=True, kw_only=True):
     evictions: int = 0
     corrupt_blocks: int = 0
     read_bytes_per_s: float = 0.0
+    evicted: dict[str, int] = {}
+    refused: dict[str, int] = {}
 
 
 class IndexUpdate(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 
 import structlog
 
+from cpu_decode.pool.losses import Losses
 from cpu_decode.pool.stored import Payload, StoredBlock
 from transfer.messages import TierStatus
 
@@ -33,7 +34,7 @@ class Tier(Protocol):
     """Where blocks lie below RAM. Thread-safe."""
 
     name: str
-    evictions: int
+    losses: Losses
     corrupt_blocks: int
 
     @property
@@ -171,7 +172,9 @@ class LowerTiers:
                     blocks=len(tier),
                     hits=served,
                     hit_tokens=tokens,
-                    evictions=tier.evictions,
+                    evictions=tier.losses.evictions,
+                    evicted=dict(tier.losses.evicted),
+                    refused=dict(tier.losses.refused),
                     corrupt_blocks=tier.corrupt_blocks,
                     read_bytes_per_s=self._rates[tier.name].last_bytes_per_s,
                 )
@@ -261,7 +264,10 @@ class _Writer:
         if self._tier.holds(block.name):
             return
         with self._changed:
-            if block.name in self._waiting_names or self._waiting_bytes + block.num_bytes > self._max_bytes:
+            if block.name in self._waiting_names:
+                return
+            if self._waiting_bytes + block.num_bytes > self._max_bytes:
+                self._tier.losses.refused["behind"] += 1
                 return
             self._waiting.append(block)
             self._waiting_names.add(block.name)
@@ -290,6 +296,7 @@ class _Writer:
                 self._tier.put(block)
             except Exception:
                 log.exception("KV could not be written", tier=self._tier.name)
+                self._tier.losses.refused["failed"] += 1
             with self._changed:
                 self._waiting_names.discard(block.name)
                 self._waiting_bytes -= block.num_bytes

@@ -14,6 +14,7 @@ import structlog
 
 from cpu_decode.pool import block_files
 from cpu_decode.pool.block_log import BlockLog
+from cpu_decode.pool.losses import Losses
 from cpu_decode.pool.pause import Pause
 from cpu_decode.pool.stored import HEADER_BYTES, CorruptBlockError, Header, Payload, StoredBlock
 from cpu_decode.segmented import SegmentedLru
@@ -41,7 +42,7 @@ class DiskTier:
         # By key, all blocks of this pool's seed; other models' only take room until it is needed.
         self._names: dict[bytes, bytes] = {}
         self._pause = Pause(LEAST_PAUSE_S, MOST_PAUSE_S)
-        self.evictions = 0
+        self.losses = Losses()
         self.corrupt_blocks = 0
         self._part: Path | None = None
         self._descriptor: int | None = None
@@ -120,15 +121,20 @@ class DiskTier:
 
     def put(self, block: StoredBlock) -> None:
         """Write ``block``, if there is room for it."""
-        if self._part is None or self._pause.active or block.num_bytes > self._keys.max_bytes:
-            return
         if self.holds(block.name):
+            return
+        if self._part is None or self._pause.active:
+            self.losses.refused["paused"] += 1
+            return
+        if block.num_bytes > self._keys.max_bytes:
+            self.losses.refused["too_large"] += 1
             return
         try:
             self._forget(blocks.key(block.name))
             self._make_room(block.num_bytes)
             block_files.write(self._part, block)
         except OSError as error:
+            self.losses.refused["failed"] += 1
             seconds = self._pause.failed()
             log.error("KV is not written to disk for a while", seconds=seconds, reason=str(error))
             return
@@ -145,6 +151,7 @@ class DiskTier:
                 raise CorruptBlockError("the file holds another block")
         except FileNotFoundError:
             self._forget(blocks.key(name))
+            self.losses.evicted["gone"] += 1
             return None
         except (OSError, CorruptBlockError) as error:
             self._forget(blocks.key(name))
@@ -174,8 +181,9 @@ class DiskTier:
         while self._keys.used_bytes + num_bytes > self._keys.max_bytes:
             with self._lock:
                 victim = next(iter(self._keys))
+                reason = "capacity" if self._keys.is_protected(victim) else "probation"
+            self.losses.evicted[reason if victim in self._names else "foreign"] += 1
             self._forget(victim)
-            self.evictions += 1
             block_files.path_of(self._part, victim).unlink(missing_ok=True)
 
     def _forget(self, key: bytes) -> None:
@@ -187,6 +195,7 @@ class DiskTier:
 
     def _drop(self, path: Path, error: Exception) -> None:
         self.corrupt_blocks += 1
+        self.losses.evicted["corrupt"] += 1
         log.warning("a block on disk is dropped", file=str(path), reason=str(error))
         with suppress(OSError):
             path.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import numpy as np
 import structlog
 
 from cpu_decode.pool.block_log import BlockLog
+from cpu_decode.pool.losses import Losses
 from cpu_decode.pool.pause import Pause
 from cpu_decode.pool.stored import HEADER_BYTES, CorruptBlockError, Payload, StoredBlock, check_payload, read_header
 from transfer import blocks
@@ -62,7 +63,7 @@ class SharedTier:
         self.used_bytes = 0
         # The server bounds itself and says nothing about what it drops.
         self.capacity_bytes = 0
-        self.evictions = 0
+        self.losses = Losses()
         self.corrupt_blocks = 0
 
     def __len__(self) -> int:
@@ -105,7 +106,10 @@ class SharedTier:
 
     def put(self, block: StoredBlock) -> None:
         """Write ``block`` unless it is there."""
-        if self._pause.active or self.holds(block.name):
+        if self.holds(block.name):
+            return
+        if self._pause.active:
+            self.losses.refused["paused"] += 1
             return
         key = _key(block.name)
         try:
@@ -113,6 +117,7 @@ class SharedTier:
             if not self._client.expire(key, KEPT_S):
                 self._client.set(key, block.header() + block.payload.tobytes(), ex=KEPT_S, nx=True)
         except self._errors as error:
+            self.losses.refused["failed"] += 1
             self._failed(error)
             return
         self._pause.succeeded()
@@ -131,7 +136,7 @@ class SharedTier:
         except CorruptBlockError as error:
             self.corrupt_blocks += 1
             log.warning("a block of the shared pool is dropped", reason=str(error))
-            self._miss(name)
+            self._miss(name, "corrupt")
             self._client.delete(_key(name))
             return None
         self._see(name, len(data))
@@ -148,16 +153,17 @@ class SharedTier:
                 oldest, oldest_bytes = self._seen.popitem(last=False)
                 self.used_bytes -= oldest_bytes
                 gone = [oldest]
+                self.losses.evicted["forgotten"] += 1
         if new:
             self._known.add(self.name, [name])
         self._known.remove(self.name, gone)
 
-    def _miss(self, name: bytes) -> None:
+    def _miss(self, name: bytes, reason: str = "gone") -> None:
         with self._lock:
             num_bytes = self._seen.pop(name, None)
             self.used_bytes -= num_bytes or 0
         if num_bytes is not None:
-            self.evictions += 1
+            self.losses.evicted[reason] += 1
             self._known.remove(self.name, [name])
 
     def _failed(self, error: Exception) -> None:

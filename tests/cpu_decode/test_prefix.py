@@ -182,3 +182,15 @@ def test_a_scan_does_not_empty_it_and_without_one_it_is_no_worse_than_lru():
         scanned = [n for at, one in enumerate(zipf[:2000]) for n in (one, *[-1] * (one_offs * (at % every == 0)))]
         ours, lru = hits(60, scanned)
         assert ours >= lru + 0.1
+
+
+def test_it_says_why_blocks_went():
+    tree = tree_of(3 * BLOCK)
+    keep(tree, [1] * (BLOCK - 1))
+    keep(tree, [1] * BLOCK)
+    for number in range(2, 6):
+        keep(tree, [number] * BLOCK)
+    assert tree.losses.evicted == {"superseded": 1, "probation": 2}
+    pinned = [tree.extend([number] * BLOCK, EXACT) for number in range(3, 6)]
+    assert tree.extend([9] * BLOCK, EXACT) == []
+    assert (tree.losses.refused, len(pinned)) == ({"busy": 1}, 3)

@@ -44,7 +44,7 @@ def test_every_metric_that_is_named_exists(stack: Stack, monkeypatch: pytest.Mon
     plain = FakeWorker._status
 
     def with_tiers(worker: FakeWorker) -> Status:
-        tier = TierStatus(name="disk", used_bytes=1, capacity_bytes=2, blocks=3)
+        tier = TierStatus(name="disk", used_bytes=1, capacity_bytes=2, blocks=3, evicted={"corrupt": 4})
         return msgspec.structs.replace(plain(worker), tiers=(tier,))
 
     monkeypatch.setattr(FakeWorker, "_status", with_tiers)
@@ -58,6 +58,7 @@ def test_every_metric_that_is_named_exists(stack: Stack, monkeypatch: pytest.Mon
     named = {name for each in expressions() for name in re.findall(r"isthmus_\w+", each)}
     assert len(named) > 25
     assert named - exist == set()
+    assert re.search(r'isthmus_worker_tier_evicted\{reason="corrupt",tier="disk",worker=".+"\} 4.0', told)
 
 
 def test_panels_lie_beside_each_other() -> None:

@@ -114,7 +114,15 @@ def test_a_folder_that_is_no_pool_is_refused(command, tmp_path):
 @pytest.fixture
 def proxy() -> Iterator[str]:
     """Answers ``/nodes`` as a proxy with two workers does, of which one is down."""
-    tier = TierStatus(name="disk", used_bytes=3 << 20, capacity_bytes=8 << 20, blocks=3, read_bytes_per_s=5e8)
+    tier = TierStatus(
+        name="disk",
+        used_bytes=3 << 20,
+        capacity_bytes=8 << 20,
+        blocks=3,
+        read_bytes_per_s=5e8,
+        evictions=7,
+        evicted={"probation": 7},
+    )
     nodes = {"workers": {"a:1": {"status": {"tiers": [tier]}}, "b:2": {"status": None}}}
 
     class Handler(BaseHTTPRequestHandler):
@@ -138,6 +146,7 @@ def proxy() -> Iterator[str]:
 def test_stats_of_running_workers_come_from_the_proxy(proxy):
     (row,) = json.loads(invoke("stats", proxy, "--json").output)
     assert (row["worker"], row["name"], row["blocks"]) == ("a:1", "disk", 3)
+    assert row["evicted"] == {"probation": 7}
     assert "3.0 MiB" in invoke("stats", proxy).output
     began = time.monotonic()
     assert isinstance(invoke("stats", "http://127.0.0.1:1").exception, LinkError)

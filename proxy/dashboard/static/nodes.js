@@ -114,6 +114,12 @@ function meter(label, used, of, text) {
   return make("div.meter", {}, make("span", {}, label), bar, make("span.value", {}, text));
 }
 
+// Counts by reason, in brackets.
+function reasons(counts) {
+  const said = Object.entries(counts ?? {}).map(([reason, count]) => `${format.count(count)} ${reason}`);
+  return said.length > 0 ? ` (${said.join(", ")})` : "";
+}
+
 function workerParts(name, worker) {
   const status = worker.status;
   const state = worker.up ? worker.state : "down";
@@ -143,7 +149,7 @@ function workerParts(name, worker) {
       ["kept KV", `${format.bytes(status.retained_bytes)}, ${format.count(status.prefix_hits)} hits, ${format.count(status.reused_tokens)} tokens`],
       ...(status.tiers ?? []).map((tier) => [
         `${tier.name} tier`,
-        `${format.count(tier.hits)} hits, ${format.count(tier.evictions)} evictions, ${format.bytesPerSecond(tier.read_bytes_per_s)}`,
+        `${format.count(tier.hits)} hits, ${format.count(tier.evictions)} evictions${reasons(tier.evicted)}, ${format.bytesPerSecond(tier.read_bytes_per_s)}`,
       ]),
       ["guesses accepted", status.drafted_tokens ? format.percent(status.accepted_tokens / status.drafted_tokens) : null],
       ["switched off", Object.entries(worker.distrusted).map(([codec, why]) => `${codec}: ${why}`).join("; ")],

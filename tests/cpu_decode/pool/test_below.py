@@ -15,6 +15,7 @@ from cpu_decode.pool import below
 from cpu_decode.pool.below import Fetch, Fetched, LowerTiers, ReadRate
 from cpu_decode.pool.block_log import BlockLog
 from cpu_decode.pool.disk import DiskTier
+from cpu_decode.pool.losses import Losses
 from cpu_decode.pool.stored import Payload, StoredBlock
 from tests.cpu_decode.pool.stored_blocks import SEED, block
 from tests.cpu_decode.test_worker import eventually
@@ -25,11 +26,12 @@ LATER_NS = 10_000_000_000
 class Scripted:
     """A tier that does what a real one cannot be made to do."""
 
-    used_bytes = capacity_bytes = evictions = corrupt_blocks = 0
+    used_bytes = capacity_bytes = corrupt_blocks = 0
 
     def __init__(self, name: str = "shared") -> None:
         self.name = name
         self.blocks: dict[bytes, Payload] = {}
+        self.losses = Losses()
         self.stalled = threading.Event()
         self.stalled.set()
         self.failing = False
@@ -159,6 +161,8 @@ def test_what_waits_to_be_written_and_to_be_read_is_bounded(monkeypatch):
         shared.stalled.set()
         eventually(lambda: len(shared) == 3)
         assert [said.get(timeout=5).request_id for _ in range(3)] == ["r"] * 3
+        (status,) = lower.status(lambda _: (0, 0))
+        assert status.refused == {"behind": 14}
         lower.keep([block(7)])
         eventually(lambda: len(shared) == 4)
 

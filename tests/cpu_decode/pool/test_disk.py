@@ -88,10 +88,22 @@ def test_it_stays_within_its_bytes_and_a_scan_does_not_empty_it(tmp_path):
             tier.put(block(number))
             assert tier.used_bytes <= 10 * SIZE
         assert all(has(tier, *range(8)))
-        assert tier.evictions == 48
+        assert (tier.losses.evictions, tier.losses.evicted) == (48, {"probation": 48})
         assert len(files(tmp_path)) == known(tier) == 10
         tier.put(block(200, 20 * SIZE))
         assert not any(has(tier, 200))
+        assert tier.losses.refused == {"too_large": 1}
+        # Two scans of used blocks: the first ones fall back on probation, and go.
+        for number in range(300, 320):
+            tier.put(block(number))
+            tier.get([block(number).name])
+        block_files.path_of(tmp_path / "0", block(319).name).unlink()
+        assert tier.get([block(319).name]) == []
+        assert tier.losses.evicted["gone"] == 1
+    with disk(tmp_path, 10 * SIZE, OTHER_SEED) as tier:
+        for number in range(400, 404):
+            tier.put(block(number, seed=OTHER_SEED))
+        assert tier.losses.evicted == {"foreign": 3}
 
 
 def test_a_smaller_limit_after_a_restart_lets_the_least_recently_used_go(tmp_path):

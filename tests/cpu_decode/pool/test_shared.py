@@ -76,6 +76,7 @@ def test_what_is_damaged_there_is_dropped_and_counted(server, damage):
     tier._client.set(key, bytes(data))
     assert len(tier.get([block(number).name for number in range(3)])) == 1
     assert (tier.corrupt_blocks, tier._client.exists(key), tier.holds(block(1).name)) == (1, 0, False)
+    assert tier.losses.evicted == {"corrupt": 1}
     tier.put(block(1))
     assert len(tier.get([block(number).name for number in range(3)])) == 3
 
@@ -99,6 +100,8 @@ def test_a_server_that_goes_away_is_left_alone_for_a_while_and_found_again(serve
     # The new one never had it: it may be put there again.
     assert tier.get([block(1).name]) == []
     assert not tier.holds(block(1).name)
+    assert tier.losses.evicted == {"gone": 1}
+    assert tier.losses.refused == {"paused": 100}
 
 
 def test_a_server_that_stalls_costs_a_second(server, monkeypatch):
