@@ -11,7 +11,7 @@ from pathlib import Path
 import structlog
 
 from cpu_decode import binding, memory_speed, numa, profile
-from transfer import keys
+from transfer import energy, keys
 from transfer.config import Cluster, Decode, keys_folder
 from transfer.errors import ConfigError
 from transfer.geometry import KVGeometry
@@ -92,6 +92,7 @@ def run(cluster: Cluster, node: numa.Node | None = None) -> None:
     guessing = Guessing(decode.speculate, decode.speculate_tokens, profile.row_ns(decode), draft)
     worker = Worker(model, context, geometry, decode, cluster.link, own_keys, guessing)
     worker.memory_bytes_per_s = memory_bytes_per_s
+    worker.power = energy.meter(energy.rapl(packages=energy.own_packages()))
     if watch:
         worker.memory = watch
         watch.start()

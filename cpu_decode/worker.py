@@ -27,6 +27,7 @@ from cpu_decode.waiting import Line, Waiting
 from transfer import codecs
 from transfer.config import Decode, Link
 from transfer.doorkeeper import Doorkeeper
+from transfer.energy import PowerMeter
 from transfer.errors import CapacityError, IsthmusError, ProtocolError, RequestError
 from transfer.geometry import KVGeometry, require_same
 from transfer.keys import ServerKeys, secure_server
@@ -81,6 +82,8 @@ class Worker:
         self._weights_bytes = model.size_bytes
         # Set by the service that binds this worker to a NUMA node.
         self.memory: MemoryWatch | None = None
+        # The service that starts this worker may know how to measure it.
+        self.power = PowerMeter(())
         self._geometry = geometry
         self._decode = decode
         model.require_window(geometry)
@@ -202,6 +205,7 @@ class Worker:
     def status(self) -> Status:
         """What the worker would answer to a Ping now."""
         promised, pace = self._promised, self.engine.meter.pace()
+        watts = self.power.watts()
         step_bytes = self._weights_bytes + pace.context_tokens * promised.prefixes.cell_bytes
         return Status(
             worker=self.name,
@@ -229,6 +233,9 @@ class Worker:
             memory_bytes_per_s=self.memory_bytes_per_s,
             drafted_tokens=self.engine.drafted_tokens,
             accepted_tokens=self.engine.accepted_tokens,
+            package_watts=_sum(watts, "package"),
+            dram_watts=_sum(watts, "dram"),
+            power_of=", ".join(watts),
             tiers=promised.prefixes.tiers(promised.admission.used_cells, promised.admission.num_cells),
         )
 
@@ -429,3 +436,9 @@ class Worker:
             say("could not answer a client", request_id=request_id, reason=str(error))
             return False
         return True
+
+
+def _sum(watts: dict[str, float], kind: str) -> float | None:
+    """Watts of the counters of that kind; None if there are none."""
+    found = [value for name, value in watts.items() if name.startswith(kind)]
+    return round(sum(found), 2) if found else None

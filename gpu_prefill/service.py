@@ -52,7 +52,7 @@ def command(cluster: Cluster) -> tuple[list[str], dict[str, str]]:
     vLLM takes prompts of at most ``max_model_len - 1`` tokens, for a prefill always samples one. Raises
     :class:`ConfigError` if vLLM is missing or the model cannot be split.
     """
-    on_cpu = _runs_on_cpu()
+    on_cpu = runs_on_cpu()
     prefill, pair = cluster.prefill, cluster.pair
     if prefill.max_step_tokens < _MAX_RUNNING:
         raise ConfigError(
@@ -75,6 +75,7 @@ def command(cluster: Cluster) -> tuple[list[str], dict[str, str]]:
         "--generation-config=vllm",
         "--enable-prompt-tokens-details",
         "--disable-uvicorn-access-log",
+        "--middleware=gpu_prefill.power.PowerHeader",
         f"--kv-transfer-config={kv_transfer_config(cluster)}",
     ]
     if read_geometry(Path(pair.hf_dir)).sliding_window:
@@ -122,7 +123,7 @@ def _start_watch(cluster: Cluster) -> None:
     subprocess.Popen([sys.executable, "-P", "-m", "gpu_prefill.watch", url])  # noqa: S603 ours
 
 
-def _runs_on_cpu() -> bool:
+def runs_on_cpu() -> bool:
     """Whether the installed vLLM is its CPU build."""
     if find_spec("vllm") is None:
         raise ConfigError(

@@ -88,6 +88,7 @@ class Gateway:
             queued=lambda: self.admission.queued,
             prefill_up=lambda: self.prefill.up,
             decode_up=lambda: self.workers.up,
+            prefill_power=lambda: self.prefill.power,
             workers=lambda: self.workers,
             alarms=lambda: len(self.parity.alarms),
             unwritten=lambda: self.store.unwritten if self.store else 0,

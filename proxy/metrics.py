@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 from proxy.decode_node import DecodeNode
 from proxy.ledger import Entry
 from proxy.regret import Regret
+from transfer.energy import Power
 
 _LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _GAP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -31,6 +32,7 @@ class Metrics:
         queued: Callable[[], float],
         prefill_up: Callable[[], float],
         decode_up: Callable[[], float],
+        prefill_power: Callable[[], Power | None],
         workers: Callable[[], Iterable[DecodeNode]],
         alarms: Callable[[], float],
         unwritten: Callable[[], float],
@@ -115,6 +117,7 @@ class Metrics:
             ("isthmus_ledger_unwritten", "Entries and changes that the ledger's file could not take", unwritten),
         ):
             Gauge(name, text, registry=registry).set_function(read)
+        registry.register(_Prefill(prefill_power))
         registry.register(_Workers(workers))
 
     def gap(self, route: str, gap_ns: int) -> None:
@@ -165,6 +168,19 @@ class Metrics:
     def text(self) -> bytes:
         """The exposition format, version 0.0.4."""
         return generate_latest(self._registry)
+
+
+class _Prefill(Collector):
+    """The prefill node's power; no sample where it is not known."""
+
+    def __init__(self, power: Callable[[], Power | None]) -> None:
+        self._power = power
+
+    def collect(self) -> Iterator[Metric]:
+        watts = GaugeMetricFamily("isthmus_prefill_watts", "Mean power of what runs the prefill", labels=["of"])
+        if power := self._power():
+            watts.add_metric([power.of], power.watts)
+        yield watts
 
 
 class _Workers(Collector):

@@ -18,6 +18,7 @@ import httpx
 import msgspec
 import structlog
 
+from transfer.energy import POWER_HEADER, Power
 from transfer.errors import EngineError, LinkError, RequestError
 from transfer.messages import FinishReason, Sampling, Ticket, TokenLogprob
 
@@ -137,6 +138,7 @@ class PrefillNode:
         self.url = url
         self.up = False
         self.down_reason = "not connected yet"
+        self.power: Power | None = None
         self._model = model
         # One connection is kept for the heartbeat. The link is ours: no proxy from the environment.
         self._http = httpx.AsyncClient(
@@ -152,13 +154,14 @@ class PrefillNode:
         try:
             while True:
                 try:
-                    (await self._http.get("/health", timeout=SILENCE_S)).raise_for_status()
+                    answer = (await self._http.get("/health", timeout=SILENCE_S)).raise_for_status()
                 except httpx.HTTPError as error:
                     refused = isinstance(error, httpx.ConnectError)
                     if refused or time.monotonic_ns() - heard_ns > SILENCE_S * 1e9:
                         self._mark(up=False, reason=_say(error))
                 else:
                     heard_ns = time.monotonic_ns()
+                    self.power = _power(answer.headers.get(POWER_HEADER))
                     self._mark(up=True)
                 await asyncio.sleep(HEARTBEAT_S)
         finally:
@@ -289,6 +292,8 @@ class PrefillNode:
             log.warning("prefill node is down", url=self.url, reason=reason)
         self.up = up
         self.down_reason = reason
+        if not up:
+            self.power = None
 
 
 def _structured_outputs(sampling: Sampling) -> dict[str, Any] | None:
@@ -366,3 +371,13 @@ def _export_error(params: _TransferParams | None) -> str | None:
 
 def _say(error: httpx.HTTPError) -> str:
     return str(error) or type(error).__name__
+
+
+def _power(header: str | None) -> Power | None:
+    """What the node says of its power; None if that is nothing, or nothing that we understand."""
+    if header is None:
+        return None
+    try:
+        return msgspec.json.decode(header, type=Power)
+    except msgspec.DecodeError:
+        return None

@@ -61,6 +61,7 @@ def nodes_view(gateway: Gateway) -> bytes:
                 "up": prefill.up,
                 "state": "down" if not prefill.up else "failing" if failing else "up",
                 "down_reason": prefill.down_reason,
+                "power": prefill.power,
                 "prefill_tokens_per_s": SHOWN_PROMPT_TOKENS * 1e9 / ns if ns else None,
             },
             # The one that the cluster file pins, once more.

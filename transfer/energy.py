@@ -20,14 +20,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+import structlog
 
 POWERCAP = Path("/sys/class/powercap")
 CPUS = Path("/sys/devices/system/cpu")
+# A JSON Power, in the prefill node's answers to the proxy's heartbeat.
+POWER_HEADER = "X-Isthmus-Power"
 # Power is a mean over at least the one; what was read longer ago than the other may have wrapped more than once.
 SHORTEST_NS = 1_000_000_000
 LONGEST_NS = 60_000_000_000
 _PACKAGE_ZONE = re.compile(r"intel-rapl:\d+")
 _PACKAGE_NAME = re.compile(r"package-(\d+)(-die-\d+)?")
+
+log = structlog.get_logger()
 
 
 class Power(msgspec.Struct, frozen=True):
@@ -110,6 +115,13 @@ def own_packages(cpus: Path = CPUS) -> set[int] | None:
     except (OSError, ValueError):
         return None
     return None if -1 in found else found
+
+
+def meter(found: Found) -> PowerMeter:
+    """A meter of ``found``; says in the log why it will know nothing, where it will not."""
+    if found.why_none:
+        log.info("power is not known", reason=found.why_none)
+    return PowerMeter(found.counters)
 
 
 def read_j(counters: Iterable[Counter]) -> dict[str, float]:

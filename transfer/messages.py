@@ -272,7 +272,8 @@ class Status(Message, frozen=True, kw_only=True):
     ``decode_tokens_per_s`` is of the last second; ``step_ns`` is how long its steps without prefill took, with
     ``step_sequences`` sequences that had ``step_context_tokens`` tokens in all, and ``step_read_bytes_per_s`` the
     weights and KV that such a step reads; ``memory_bytes_per_s`` is what the memory can do (all 0 where unknown).
-    ``drafted_tokens`` and ``accepted_tokens`` count speculation so far.
+    ``drafted_tokens`` and ``accepted_tokens`` count speculation so far. ``package_watts`` and ``dram_watts`` are the
+    mean power of the processor packages that the worker may run on, ``power_of`` their names; None where unknown.
     """
 
     worker: str
@@ -300,6 +301,9 @@ class Status(Message, frozen=True, kw_only=True):
     memory_bytes_per_s: float = 0.0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    package_watts: float | None = None
+    dram_watts: float | None = None
+    power_of: str = ""
     tiers: tuple[TierStatus, ...] = ()
     index: IndexUpdate | None = None
 

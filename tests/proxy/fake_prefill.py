@@ -42,7 +42,8 @@ class FakePrefill:
         self.bodies: list[dict[str, Any]] = []
         self.open = 0
         self.app = FastAPI()
-        self.app.get("/health")(lambda: Response())
+        self.health_headers: dict[str, str] = {}
+        self.app.get("/health")(lambda: Response(headers=self.health_headers))
         self.app.post("/v1/completions")(self.completions)
 
     async def completions(self, request: Request) -> Response:
