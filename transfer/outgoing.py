@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
 
 from transfer import codecs
 from transfer.errors import LinkError, ProtocolError
 from transfer.frames import MAX_CONTROL_PAYLOAD_BYTES, Element, Header, Kind
 from transfer.geometry import KVGeometry
-from transfer.layout import Elements, Payload, Slab
+from transfer.layout import Elements, Payload, Slab, frame_elements
 from transfer.messages import TICKET_BYTES, Ticket
 from transfer.stages import SenderReport
 
@@ -34,14 +35,16 @@ class Unsealed(NamedTuple):
 class Part(NamedTuple):
     """KV that becomes one frame or more: ``elements`` is uint16 ``[layers, elements of one layer for tokens]``.
 
-    ``chunk`` counts the token ranges of a transfer from 0 on.
+    What is ``encoded`` is the payload of one frame already, in as many equal rows. ``chunk`` counts the token ranges of
+    a transfer from 0 on.
     """
 
     tokens: range
     first_layer: int
     elements: Elements
     element: Element
-    chunk: int
+    encoded: bool = False
+    chunk: int = 0
 
 
 class Outgoing:
@@ -56,7 +59,7 @@ class Outgoing:
         self.deadline_ns = now + ticket.deadline_ms * 1_000_000
         self.credit_chunks = ticket.credit_chunks
         self.end_token: int | None = None
-        self.gather_ns = 0
+        self.gather_ns = self.d2h_ns = 0
         self.resent_frames = 0
         self._geometry = geometry
         self._released = released
@@ -84,15 +87,16 @@ class Outgoing:
         """Whether a frame could be sent now."""
         return self._cursor < len(self._unacknowledged) or self._next_part() is not None or self._end_is_due
 
-    def queue(self, tokens: range, first_layer: int, elements: Elements, element: Element) -> None:
-        """Append the layers of ``tokens`` from ``first_layer`` on."""
-        chunk = self._chunk_of.setdefault(tokens.start, len(self._chunk_of))
-        self._waiting.append(Part(tokens, first_layer, elements, element, chunk))
+    def queue(self, part: Part) -> None:
+        """Append some layers of a chunk; which chunk it is, is found out here."""
+        chunk = self._chunk_of.setdefault(part.tokens.start, len(self._chunk_of))
+        self._waiting.append(part._replace(chunk=chunk))
 
     def frame(self, frame_bytes: int) -> Unsealed | None:
         """The frame that is due, of at most ``frame_bytes`` of elements; None if there is none.
 
-        It stays due until :meth:`sent`. Raises :class:`CodecError` for KV that its codec cannot carry.
+        It stays due until :meth:`sent`. Raises :class:`CodecError` for KV that its codec cannot carry, and
+        :class:`LinkError` for a payload that is longer than a frame.
         """
         if self._cursor == len(self._unacknowledged) and not self._take(frame_bytes):
             return None
@@ -105,7 +109,7 @@ class Outgoing:
         if self.next_sequence < self._frames_sent:
             self.resent_frames += 1
         elif part is not None:
-            self._raw_bytes += part.elements.nbytes
+            self._raw_bytes += 2 * frame_elements(self._geometry, len(part.tokens), len(part.elements))
         self._wire_bytes += wire_bytes
         self._cursor += 1
         self._frames_sent = max(self._frames_sent, self.next_sequence)
@@ -179,6 +183,11 @@ class Outgoing:
         part = self._waiting[at]
         layers = max(1, frame_bytes // (part.elements[0].nbytes))
         if layers < len(part.elements):
+            if part.encoded:
+                raise LinkError(
+                    f"frame of {part.elements.nbytes} bytes is encoded already and cannot be cut to the worker's"
+                    f" {frame_bytes}; set [link] frame_mib alike on both nodes"
+                )
             self._waiting[at] = part._replace(first_layer=part.first_layer + layers, elements=part.elements[layers:])
             part = part._replace(elements=part.elements[:layers])
         else:
@@ -188,8 +197,12 @@ class Outgoing:
 
     def _data_frame(self, part: Part) -> Unsealed:
         began = time.monotonic_ns()
-        slab = Slab(self._geometry, len(part.elements), part.tokens)
-        payload = self._codec.encode(part.elements.reshape(-1), part.element, slab)
+        elements = part.elements.reshape(-1)
+        if part.encoded:
+            payload: Payload = elements.view(np.uint8).data
+        else:
+            slab = Slab(self._geometry, len(part.elements), part.tokens)
+            payload = self._codec.encode(elements, part.element, slab)
         self._encode_ns += time.monotonic_ns() - began
         header = Header(
             kind=Kind.DATA,
@@ -212,6 +225,7 @@ class Outgoing:
             kv_wire_bytes=self._wire_bytes,
             gather_ns=self.gather_ns,
             encode_ns=self._encode_ns,
+            d2h_ns=self.d2h_ns,
             resent_frames=self.resent_frames,
         )
         header = Header(kind=Kind.END, ticket=self._key, sequence=self.next_sequence, num_tokens=report.num_tokens)

@@ -24,7 +24,7 @@ from transfer.keys import ClientKeys
 from transfer.layout import Elements
 from transfer.link import Link
 from transfer.messages import Cancel, Credit, Landed, Resend, Ticket
-from transfer.outgoing import Outgoing
+from transfer.outgoing import Outgoing, Part
 
 log = structlog.get_logger()
 
@@ -80,9 +80,20 @@ class KVSender:
         self._post(lambda: self._start(transfer))
 
     def submit(
-        self, ticket: str, tokens: range, first_layer: int, elements: Elements, element: Element, gather_ns: int
+        self,
+        ticket: str,
+        tokens: range,
+        first_layer: int,
+        elements: Elements,
+        element: Element,
+        gather_ns: int,
+        *,
+        d2h_ns: int = 0,
+        encoded: bool = False,
     ) -> bool:
         """Queue the layers of ``tokens`` from ``first_layer`` on: uint16 ``[layers, elements of one layer]``.
+
+        If ``encoded``, ``elements`` are the layers' payload already, cut into as many equal rows; it becomes one frame.
 
         The array belongs to the sender from here on. ``tokens`` is a chunk, at most as long as the ticket allows; the
         layers of a chunk come in order, those of several chunks may take turns, the earlier chunk first. False if the
@@ -97,7 +108,8 @@ class KVSender:
         if full:
             self.abort(ticket, f"sender backlog is over {self._max_backlog_bytes} bytes")
             return False
-        self._post(lambda: self._queue(ticket, tokens, first_layer, elements, element, gather_ns))
+        part = Part(tokens, first_layer, elements, element, encoded)
+        self._post(lambda: self._queue(ticket, part, gather_ns, d2h_ns))
         return True
 
     def finish(self, ticket: str, end_token: int) -> None:
@@ -190,14 +202,13 @@ class KVSender:
         self._poller.register(link.control, zmq.POLLIN)
         return link
 
-    def _queue(
-        self, ticket: str, tokens: range, first_layer: int, elements: Elements, element: Element, gather_ns: int
-    ) -> None:
+    def _queue(self, ticket: str, part: Part, gather_ns: int, d2h_ns: int) -> None:
         if transfer := self._transfers.get(ticket):
-            transfer.queue(tokens, first_layer, elements, element)
+            transfer.queue(part)
             transfer.gather_ns += gather_ns
+            transfer.d2h_ns += d2h_ns
         else:
-            self._release(elements.nbytes)
+            self._release(part.elements.nbytes)
 
     def _finish(self, ticket: str, end_token: int) -> None:
         if transfer := self._transfers.get(ticket):

@@ -16,8 +16,10 @@ from tests.transfer.kv_plane import (
     make_ticket,
     send,
 )
+from transfer.codecs import by_name
 from transfer.errors import CodecError, IsthmusError, LinkError
 from transfer.frames import Element
+from transfer.layout import Slab
 from transfer.sender import KVSender
 
 
@@ -381,5 +383,36 @@ def test_200_random_transfers_over_a_bad_link_land_whole_or_fail_and_leave_nothi
         assert worker.receiver.open_tickets == 0
         assert sum(outcomes) > 100
         assert all(link.done[action] for action in link.actions)
+    finally:
+        sender.close()
+
+
+def test_payloads_that_came_encoded_land_as_the_sender_would_have_sent_them(sender, worker):
+    ticket, ((tokens, elements),) = make_ticket(worker.endpoint, codec="q8"), make_chunks(CHUNK_TOKENS)
+    landed = worker.expect(ticket)
+    sender.open(ticket)
+    for layers in (slice(0, 2), slice(2, 3)):
+        slab = Slab(GEOMETRY, layers.stop - layers.start, tokens)
+        payload = by_name("q8").encode(elements[layers].reshape(-1), Element.BF16, slab)
+        rows = np.frombuffer(payload, np.uint16).reshape(slab.num_layers, -1)
+        assert sender.submit(ticket.ticket, tokens, layers.start, rows, Element.BF16, 5, d2h_ns=7, encoded=True)
+    sender.finish(ticket.ticket, tokens.stop)
+    assert worker.run_until(lambda: landed.over)
+    values, found = ((each.astype(np.uint32) << 16).view(np.float32) for each in (elements, landed.chunk(0)))
+    assert np.abs(values - found).max() < 0.02
+    assert landed.report.kv_raw_bytes == elements.nbytes
+    assert (landed.report.gather_ns, landed.report.d2h_ns) == (10, 14)
+
+
+def test_a_payload_longer_than_the_workers_frames_fails_its_transfer_by_name(worker):
+    sender = KVSender(GEOMETRY, max_backlog_bytes=1 << 20, frame_bytes=1 << 20)
+    try:
+        ticket, ((tokens, elements),) = make_ticket(worker.endpoint), make_chunks(CHUNK_TOKENS)
+        worker.expect(ticket)
+        sender.open(ticket)
+        sender.submit(ticket.ticket, tokens, 0, elements, Element.BF16, 1, encoded=True)
+        failed = {}
+        assert worker.run_until(lambda: failed.update(sender.take_failed()) or failed)
+        assert "set [link] frame_mib alike" in failed[ticket.ticket]
     finally:
         sender.close()
