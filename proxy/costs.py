@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from itertools import combinations
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from transfer.messages import Status
 
@@ -22,19 +24,29 @@ _SMALL_NS = 100_000.0
 # What took longer than predicted by more than this share counts less, the further off the less (Huber's weights): a
 # hiccup is no trend. What takes less cannot be off by more than all of it.
 _FAR = 0.5
+# By what share work may take longer while the other engine is busy all the time: 0 on machines of their own, about 1
+# where both compute on the same cores. A step up or down with each observation, if those that count differ by so much
+# (standard deviation).
+_CROWDING = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+_CONTRAST = 0.2
 _AGES = KEEP ** np.arange(WINDOW - 1, -1, -1)
 
 
 class Cost(msgspec.Struct, frozen=True, array_like=True):
-    """Nanoseconds as a sum of terms: ``ns`` each times what its learner looks at. ``basis`` says how it is known."""
+    """Nanoseconds as a sum of terms: ``ns`` each times what its learner looks at. ``basis`` says how it is known.
+
+    All of it takes longer by the share ``crowding`` while the other engine is busy: what they have in common.
+    """
 
     ns: tuple[float, ...]
     samples: int
     basis: str = "learned"
+    crowding: float = 0.0
 
-    def at(self, *terms: float) -> int:
-        """What work of this size takes, in ns."""
-        return round(sum(ns * term for ns, term in zip(self.ns, terms, strict=True)))
+    def at(self, *terms: float, crowd: float = 0.0) -> int:
+        """What work of this size takes, in ns, if the other engine is busy for the share ``crowd`` of that time."""
+        own_ns = sum(ns * term for ns, term in zip(self.ns, terms, strict=True))
+        return round(own_ns * (1 + self.crowding * crowd))
 
 
 class Learner:
@@ -43,7 +55,7 @@ class Learner:
     The newest ``WINDOW`` observations count, each ``KEEP`` of the one after it. Errors are relative to what was
     predicted before, and those far off count less: iteratively reweighted least squares, a step with each observation.
     Of the sums that explain the past about equally well the one with the fewest terms is taken, and of those the one
-    with the earlier terms: work that was seen in one size only is all due to the first term.
+    with the earlier terms: work that was seen in one size only is all due to the first term. Likewise of no crowding.
     """
 
     def __init__(self, num_terms: int) -> None:
@@ -51,23 +63,43 @@ class Learner:
         self._num_terms = num_terms
         self._seen: deque[tuple[float, ...]] = deque(maxlen=WINDOW)
         self._count = 0
+        self._crowding = 0
         self.cost: Cost | None = None
 
-    def observe(self, took_ns: int, *terms: float) -> None:
-        """Work of the size ``terms`` took ``took_ns``."""
-        self._seen.append((*terms, took_ns))
+    def observe(self, took_ns: int, *terms: float, crowd: float = 0.0) -> None:
+        """Work of the size ``terms`` took ``took_ns``, the other engine being busy for the share ``crowd`` of it."""
+        self._seen.append((*terms, crowd, took_ns))
         self._count += 1
         table = np.array(self._seen, np.float64)
-        sizes, took = table[:, :-1], table[:, -1]
-        scale = np.maximum(sizes @ np.array(self.cost.ns) if self.cost else took, _SMALL_NS)
+        sizes, crowds, took = table[:, :-2], table[:, -2], table[:, -1]
+        before = 1 + _CROWDING[self._crowding] * crowds
+        scale = np.maximum(before * (sizes @ np.array(self.cost.ns)) if self.cost else took, _SMALL_NS)
         weights = _AGES[-len(took) :] * np.minimum(1, _FAR / np.maximum(took / scale - 1, _FAR))
         weights /= weights.sum() * scale**2
-        weighted = table * weights[:, None]
-        found = self._fit((sizes.T @ weighted).tolist(), float(took @ weighted[:, -1]))
-        self.cost = Cost(tuple(float(f"{ns:.4g}") for ns in found), self._count)
+        best, best_error = [0.0] * self._num_terms, float("inf")
+        for step in self._crowdings(crowds):
+            crowded = sizes * (1 + _CROWDING[step] * crowds)[:, None]
+            weighted = np.column_stack((crowded, took)) * weights[:, None]
+            ns, error = self._fit((crowded.T @ weighted).tolist(), float(took @ weighted[:, -1]))
+            error += _TERM_PENALTY * (step > 0)
+            if error < best_error - 1e-9:
+                best, best_error, self._crowding = ns, error, step
+        crowding = _CROWDING[self._crowding]
+        self.cost = Cost(tuple(float(f"{ns:.4g}") for ns in best), self._count, crowding=crowding)
 
-    def _fit(self, products: list[list[float]], squares: float) -> list[float]:
-        """Solve the normal equations, ``products`` with the right side in its last column, for the best subset."""
+    def _crowdings(self, crowds: NDArray[np.float64]) -> Sequence[int]:
+        """Indices to try; only the last one where observations that are all alike cannot tell."""
+        ages = _AGES[-len(crowds) :]
+        mean = np.average(crowds, weights=ages)
+        if np.average((crowds - mean) ** 2, weights=ages) < _CONTRAST**2:
+            return (self._crowding,)
+        return range(max(0, self._crowding - 1), min(len(_CROWDING), self._crowding + 2))
+
+    def _fit(self, products: list[list[float]], squares: float) -> tuple[list[float], float]:
+        """Solve the normal equations, ``products`` with the right side in its last column, for the best subset.
+
+        Returns it with its error.
+        """
         best, best_error = [0.0] * self._num_terms, squares
         for terms in self._subsets:
             ns = _solved([[*(products[row][column] for column in terms), products[row][-1]] for row in terms])
@@ -78,7 +110,7 @@ class Learner:
             if error < best_error - 1e-9:
                 best_error = error
                 best = [ns[terms.index(term)] if term in terms else 0.0 for term in range(self._num_terms)]
-        return best
+        return best, best_error
 
 
 def _solved(rows: list[list[float]]) -> list[float] | None:

@@ -50,6 +50,21 @@ def test_a_step_is_learned_by_batch_and_context():
     assert learner.cost.samples == WINDOW
 
 
+@pytest.mark.parametrize("crowding", [0.0, 0.5, 1.0])
+def test_what_the_other_engine_takes_is_learned_and_kept_where_nothing_more_can_tell(crowding):
+    random.seed(2)
+    learner = Learner(3)
+    for _ in range(WINDOW):
+        sequences, crowd = random.randint(1, 16), random.choice((0.0, 0.4, 1.0))
+        learner.observe(round((8e6 + 5e5 * sequences) * (1 + crowding * crowd)), 1, sequences, 0, crowd=crowd)
+    assert learner.cost.crowding == crowding
+    assert learner.cost.at(1, 8, 0) == pytest.approx(12e6, rel=0.05)
+    assert learner.cost.at(1, 8, 0, crowd=1.0) == pytest.approx(12e6 * (1 + crowding), rel=0.05)
+    for _ in range(WINDOW):
+        learner.observe(round(12e6 * (1 + crowding)), 1, 8, 0, crowd=1.0)
+    assert learner.cost.crowding == crowding
+
+
 def test_work_of_one_size_is_all_due_to_the_first_term():
     for other in (1, 5):
         assert learned(2, *[(10**9, (100, other))] * 5).cost.ns == (10**7, 0)
