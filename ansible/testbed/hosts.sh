@@ -99,7 +99,6 @@ boot() {
             --resolv-conf=off --link-journal=no --bind-ro="$cache/wheelhouse:/opt/wheels" --console=pipe \
             /sbin/testbed-init >>"$lab/$host/console.log" 2>&1 </dev/null
     ) &
-    echo $! >"$lab/$host/pid"
 }
 
 await() {
@@ -113,30 +112,26 @@ await() {
     return 1
 }
 
-runs() { # runs PID: it does, and is no zombie that nobody has waited for
-    [[ -r /proc/$1/stat && $(sed 's/.*) //' "/proc/$1/stat" 2>/dev/null) != Z* ]]
+machine() { # machine HOST: its process, as long as it runs
+    pgrep -f "^[^ ]*systemd-nspawn .*--machine=$prefix-$1 "
 }
 
-ended() { # ended PID SECONDS: whether it does within that time
+ended() { # ended HOST SECONDS: whether it does within that time
     for _ in $(seq $(($2 * 5))); do
-        runs "$1" || return 0
+        machine "$1" >/dev/null || return 0
         sleep 0.2
     done
     return 1
 }
 
 cut() { # as when the power goes: nothing is asked, nothing is written back
-    local pid
-    [[ -e $lab/$1/pid ]] || return 0
-    pid=$(<"$lab/$1/pid")
-    kill -TERM "$pid" 2>/dev/null || true
-    ended "$pid" 30 || kill -KILL "$pid" 2>/dev/null || true
-    rm -f "$lab/$1/pid"
+    machine "$1" | xargs -r kill -TERM || true
+    ended "$1" 30 || machine "$1" | xargs -r kill -KILL || true
 }
 
 halt() { # as `systemctl reboot` does: services get the time that they are promised
     to "$1" systemctl reboot 2>/dev/null || true
-    ended "$(<"$lab/$1/pid")" 120 || true
+    ended "$1" 120 || true
     cut "$1"
 }
 
@@ -182,10 +177,12 @@ SSH
 
 down() {
     local each host
+    # What the controller still runs, ssh's shared connections among it.
+    ip netns pids "$prefix-ctl" 2>/dev/null | xargs -r kill -KILL 2>/dev/null || true
     for each in "${hosts[@]}"; do
         host=${each%%:*}
         cut "$host"
-        for _ in $(seq 20); do
+        for _ in $(seq 100); do
             mountpoint -q "$lab/$host/root" || break
             umount "$lab/$host/root" 2>/dev/null || sleep 0.3
         done

@@ -1,41 +1,67 @@
 #!/usr/bin/env bash
 # The whole life of a cluster on two hosts of this machine, from nothing to nothing. Prints a line for each step.
 #   run.sh [--results DIR]   exits 77 with a reason where this machine cannot; leaves nothing behind, however it ends
+#   run.sh --keep            leaves the hosts up where a step fails
+#   run.sh --from STEP       goes on with hosts that were kept, from the step of that number
 set -euo pipefail
 cd "$(dirname "$0")"
 
 root=$(git rev-parse --show-toplevel)
 cache=${ISTHMUS_TESTBED_CACHE:-$HOME/.cache/isthmus/testbed}
-results=$PWD/results
-[[ ${1:-} != --results ]] || results=$2
-mkdir -p "$results"
-lab=$(mktemp -d /var/tmp/isthmus-testbed.XXXXXX)
-work=$(mktemp -d -t isthmus-testbed.XXXXXX)
-source=$work/source
-export ISTHMUS_TESTBED_DIR=$lab ISTHMUS_TESTBED_CACHE=$cache
+results=$PWD/results keep='' from=1
+while [[ $# -gt 0 ]]; do
+    case $1 in
+    --results) results=$2 && shift 2 ;;
+    --keep) keep=yes && shift ;;
+    --from) from=$2 keep=yes && shift 2 ;;
+    *) sed -n '2,5s/^# //p' "$0" >&2 && exit 2 ;;
+    esac
+done
+export ISTHMUS_TESTBED_DIR=/var/tmp/isthmus-testbed ISTHMUS_TESTBED_CACHE=$cache
+lab=$ISTHMUS_TESTBED_DIR work=$ISTHMUS_TESTBED_DIR/work source=$ISTHMUS_TESTBED_DIR/work/source
 export ANSIBLE_CONFIG=$source/ansible/ansible.cfg ANSIBLE_HOME=$work/ansible ANSIBLE_NOCOLOR=1 ANSIBLE_SSH_ARGS="-F $lab/ssh_config -o ControlMaster=auto -o ControlPersist=30s"
-log=$results/testbed.log
+log=$results/testbed.log step=0 running=''
 
 finish() {
     local rc=$?
     trap - EXIT
-    ./hosts.sh down || true
-    rm -rf "$work" "$lab"
+    trap '' INT TERM
+    if [[ -n $running ]]; then
+        kill -TERM -- "-$running" 2>/dev/null || true
+        for _ in $(seq 50); do
+            kill -0 -- "-$running" 2>/dev/null || break
+            sleep 0.2
+        done
+        kill -KILL -- "-$running" 2>/dev/null || true
+    fi
+    if [[ $rc == 1 && -n $keep ]]; then
+        echo "The hosts are up: $PWD/hosts.sh ssh HOST COMMAND; go on with --from $step, or end with hosts.sh down."
+    else
+        ./hosts.sh down || true
+    fi
     exit $rc
 }
-trap finish EXIT
-trap 'exit 130' INT TERM
 
 # Paths of this machine are nobody else's business.
 say() { printf '%s\n' "$*" | sed "s#$work#WORK#g; s#$root#CHECKOUT#g; s#$HOME#~#g" | tee -a "$log"; }
 
 step() { # step NAME COMMAND...: how long it took, or the end of what it printed
-    local name=$1 began=$SECONDS
+    local name=$1 began=$SECONDS rc=0
     shift
-    if "$@" >"$work/out" 2>&1; then
-        say "$(printf '%-66s %4d s' "$name" $((SECONDS - began)))"
+    step=$((step + 1))
+    [[ $step -ge $from ]] || return 0
+    # In a process group of its own that a signal ends, and not in a condition, where a function would outlive its
+    # own failures.
+    set -m
+    (set -e; "$@") >"$work/out" 2>&1 </dev/null 9<&- &
+    running=$!
+    set +m
+    wait "$running" || rc=$?
+    running=''
+    if [[ $rc == 0 ]]; then
+        say "$(printf '%2d %-66s %4d s' $step "$name" $((SECONDS - began)))"
     else
-        say "$(printf '%-66s FAILED' "$name")"
+        say "$(printf '%2d %-66s FAILED' $step "$name")"
         cp "$work/out" "$results/failed.log"
         say "$(grep -vE '^(ok|skipping|included):' "$work/out" | tail -n 60)"
         exit 1
@@ -53,8 +79,9 @@ play() { # play PLAYBOOK OPTION...
 timed() { play "$@" 2>&1 | python3 role_times.py "$work/times"; }
 
 unchanged() { # unchanged PLAYBOOK...: a converged host has nothing left to change
+    play "$@"
     # Quietly: grep does not read the file that it prints to.
-    play "$@" && ! grep -qE 'changed=[1-9]' "$work/out"
+    if grep -qE 'changed=[1-9]' "$work/out"; then return 1; fi
 }
 
 wheelhouse() { # every locked wheel, once; and what building needs
@@ -112,7 +139,7 @@ first_token() { # from outside, by the route split, with its clock and the ledge
 came_back() { # came_back UNIT-ON-HOST PID: as another process, by itself
     local host=${1%%:*} unit=${1#*:} after=0
     for _ in $(seq 120); do
-        after=$(./hosts.sh ssh "$host" systemctl show -P MainPID "$unit")
+        after=$(./hosts.sh ssh "$host" systemctl show -P MainPID "$unit" || echo 0)
         [[ $after != 0 && $after != "$2" ]] && ./hosts.sh ssh "$host" systemctl is-active --quiet "$unit" && return
         sleep 2
     done
@@ -143,6 +170,8 @@ traces() { # what is left on the hosts; nothing, after reset.yml
     done
 }
 
+before() { traces >"$work/before"; }
+
 nothing_left() { diff "$work/before" <(traces); }
 
 secrets() { # one a line: CURVE's secret keys and the API key
@@ -156,7 +185,8 @@ secrets_hidden() { # none in a process list, the journal, a unit's environment o
     for host in gpu1 xeon1; do
         ./hosts.sh ssh "$host" '
             ps axwwe -o args; journalctl --no-pager -o export; systemctl show "isthmus-*"
-            find / -xdev -type f -perm /o+r -newer /etc/hostname -not -path "/opt/isthmus/releases/*" -exec cat {} +' >"$work/public" 2>/dev/null
+            find / -xdev -type f -perm /o+r -newer /etc/hostname -not -path "/opt/isthmus/releases/*" -exec cat {} +
+            true' >"$work/public" 2>/dev/null
         [[ $(stat -c %s "$work/public") -gt 100000 ]] || { echo "there was nothing to search on $host"; return 1; }
         if grep -aqF -f <(secrets) "$work/public"; then
             echo "a secret lies open on $host:"
@@ -164,7 +194,10 @@ secrets_hidden() { # none in a process list, the journal, a unit's environment o
             return 1
         fi
     done
-    ! grep -raqF -f <(secrets) "$results"
+    if grep -raqF -f <(secrets) "$results"; then
+        echo "a secret lies in the results"
+        return 1
+    fi
 }
 
 closed() { # ports of the KV and control planes do not open for a stranger, here the controller
@@ -178,6 +211,11 @@ closed() { # ports of the KV and control planes do not open for a stranger, here
     ./hosts.sh ctl timeout 3 bash -c '</dev/tcp/10.77.0.12/8100'
 }
 
+said() { # said SENTENCE: by what ran in this step, however it was wrapped
+    tr -s ' \n' ' ' <"$work/out" >"$work/said"
+    grep -qF -- "$1" "$work/said"
+}
+
 refused() { # refused SENTENCE OPTION...: site.yml ends with it, having changed nothing
     local sentence=$1
     shift
@@ -185,7 +223,7 @@ refused() { # refused SENTENCE OPTION...: site.yml ends with it, having changed 
         echo "it was not refused"
         return 1
     fi
-    tr -s ' \n' ' ' <"$work/out" | grep -qF -- "$sentence"
+    said "$sentence"
 }
 
 narrow_path() { # an MTU that a switch on the way does not carry is refused, and put back
@@ -212,7 +250,7 @@ broken() { # a release whose decode worker cannot start
         echo "a broken release was taken"
         return 1
     fi
-    tr -s ' \n' ' ' <"$work/out" | grep -q 'did not start on xeon1'
+    said "did not start on xeon1"
     ./hosts.sh ssh xeon1 systemctl is-active isthmus-decode@0 isthmus-proxy
     ./hosts.sh ssh gpu1 systemctl is-active isthmus-prefill
 }
@@ -254,18 +292,28 @@ measured() {
     rm -rf "$results/measure"
     mkdir "$results/measure"
     cp -r "$work"/results/* "$results/measure"
-    grep -rIlZ -- "$work" "$results/measure" | xargs -0 -r sed -i "s#$work#WORK#g"
+    find "$results/measure" -name '*.json' -o -name '*.html' | xargs sed -i "s#$work#WORK#g"
 }
 
-: >"$log"
-rm -f "$results/failed.log"
 ./hosts.sh check
+exec 9<"$0"
+flock --nonblock 9 || { echo "The testbed runs already." && exit 1; }
+trap finish EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+rm -f "$results/failed.log"
+if [[ $from == 1 ]]; then
+    ./hosts.sh down # what a run left that nothing could end
+    mkdir -p "$results"
+    install -d -m700 "$work"
+    : >"$log"
+fi
 say "testbed of $(git -C "$root" rev-parse --short HEAD), $(date -u +%F), $(nproc) cores with a load of $(cut -d' ' -f1 /proc/loadavg), two hosts, link of 10 Gbit/s"
 step "what is committed" snapshot
 step "wheels for hosts without PyPI (cached)" wheelhouse
 step "image of the hosts (cached)" ./hosts.sh base
 step "two hosts up" ./hosts.sh up
-traces >"$work/before"
+step "what there is before" before
 step "site.yml --check --diff on fresh hosts" play site.yml --check --diff
 step "a codec that nobody knows is refused" refused "isthmus_codec must be one of" -e isthmus_codec=gzip
 step "a GPU role on a host without one is refused" refused "finds no GPU there; install NVIDIA's driver" -e isthmus_prefill_device=cuda
