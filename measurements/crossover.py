@@ -214,7 +214,10 @@ def work_folder(plan: Plan, where: Where) -> Path:
 
 
 def cluster_for(plan: Plan, pair: Pair) -> Cluster:
-    """The default cluster on free ports of loopback, with room for the largest of ``plan``."""
+    """The default cluster on free ports of loopback, with room for the largest of ``plan`` and no parity guard.
+
+    Its comparisons of one way's answers would run while the next way is measured.
+    """
     cluster = cluster_on_free_ports(pair)
     longest = max(load.tokens for load in plan.loads) + 1
     most = max(load.concurrency for load in plan.loads)
@@ -222,7 +225,9 @@ def cluster_for(plan: Plan, pair: Pair) -> Cluster:
         cluster,
         prefill=msgspec.structs.replace(cluster.prefill, max_model_len=max(longest, cluster.prefill.max_model_len)),
         decode=msgspec.structs.replace(cluster.decode, max_sequences=max(most, cluster.decode.max_sequences)),
-        proxy=msgspec.structs.replace(cluster.proxy, max_running=max(most, cluster.proxy.max_running)),
+        proxy=msgspec.structs.replace(
+            cluster.proxy, max_running=max(most, cluster.proxy.max_running), parity_share=0.0
+        ),
     )
 
 

@@ -30,9 +30,9 @@ class Device(Profile, frozen=True, kw_only=True):
 
     Peaks of one engine and the shares of them that it reaches: ``compute`` in prefill, ``memory`` in decoding.
     ``memory_gib`` is for weights and KV. Every step costs ``step_overhead_ms`` more. ``step_tokens`` is vLLM's
-    ``max_num_batched_tokens`` or our ``prefill_batch_tokens``. KV from elsewhere is written at ``inject_gb_per_s``.
-    Measured devices may also have ``sequence_ms`` for every sequence that a step decodes, and ``request_ms`` for every
-    request before its prefill.
+    ``max_num_batched_tokens`` or our ``prefill_batch_tokens``. Prefixes are kept in blocks of ``block_tokens``. KV
+    from elsewhere is written at ``inject_gb_per_s``. Measured devices may also have ``sequence_ms`` for every
+    sequence that a step decodes, and ``request_ms`` for every request before its prefill.
     """
 
     engine: Literal["vllm", "llama.cpp"]
@@ -45,6 +45,7 @@ class Device(Profile, frozen=True, kw_only=True):
     step_overhead_ms: Annotated[float, msgspec.Meta(ge=0)]
     step_tokens: Count
     max_sequences: Count
+    block_tokens: Count = 16
     inject_gb_per_s: Positive = 10.0
     sequence_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     request_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0
@@ -80,7 +81,10 @@ class CodecCost(Profile, frozen=True, kw_only=True):
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
-    """All of it. With ``shared_cores`` both devices are the same cores, and engines that compute at once get half."""
+    """All of it. Requests that come together reach the engines ``arrival_ms`` apart: the proxy takes one at a time.
+
+    With ``shared_cores`` both devices are the same cores, and engines that compute at once get half.
+    """
 
     gpu: Device
     cpu: Device
@@ -88,6 +92,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     model: ModelShape
     codecs: tuple[CodecCost, ...]
     shared_cores: bool = False
+    arrival_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0
 
 
 P = TypeVar("P", bound=Profile)

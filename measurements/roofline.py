@@ -58,7 +58,11 @@ def step_seconds(device: Device, model: ModelShape, decoding: Sequence[int], chu
     read_bytes += kv_bytes_per_token(model) * (sum(decoding) + sum(chunk.context for chunk in chunks))
     reading_s = read_bytes / (device.memory_gb_per_s * device.memory_efficiency * 1e9)
     computing_s = flops(model, decoding, chunks) / (device.compute_tflops * device.compute_efficiency * 1e12)
-    return max(reading_s, computing_s) + (device.step_overhead_ms + device.sequence_ms * len(decoding)) / 1e3
+    rows = len(decoding)
+    if decoding and device.engine == "llama.cpp":
+        # Our worker adds so few tokens of prompts to sequences that decode that they cost what those cost.
+        rows += sum(chunk.tokens for chunk in chunks)
+    return max(reading_s, computing_s) + (device.step_overhead_ms + device.sequence_ms * rows) / 1e3
 
 
 def prefill_seconds(device: Device, model: ModelShape, tokens: int) -> float:

@@ -48,10 +48,14 @@ class Cluster:
         self.gpus = [Engine(env, setup.gpu, setup.model, shared or Cores(env)) for _ in range(setup.gpu.nodes)]
         self.cpus = [Engine(env, setup.cpu, setup.model, shared or Cores(env)) for _ in range(setup.cpu.nodes)]
         self.wire = simpy.Resource(env, capacity=1)
+        self.proxy = simpy.Resource(env, capacity=1)
         self._turn = count()
 
     def answer(self, architecture: Architecture, ask: Ask) -> Generator[simpy.Event, Any, float]:
         """Serve ``ask``; returns when its first token was known."""
+        with self.proxy.request() as turn:
+            yield turn
+            yield self.env.timeout(self.setup.arrival_ms / 1e3)
         if architecture == "auto":
             architecture = self._cheapest(ask)
         if architecture == "split":
@@ -100,7 +104,7 @@ class Cluster:
         crowd = {gpu: 1 + (both and cpu.load > 0), cpu: 1 + (both and gpu.load > 0)}
 
         def prefill_s(engine: Engine) -> float:
-            own = ask.prompt_tokens - min(engine.prefix_tokens, ask.shared_tokens)
+            own = ask.prompt_tokens - engine.lent(ask.shared_tokens)
             return crowd[engine] * prefill_seconds(engine.device, engine.model, engine.queued_prompt_tokens + own)
 
         def decode_s(engine: Engine) -> float:

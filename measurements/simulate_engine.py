@@ -105,6 +105,11 @@ class Engine:
         """Tokens of every request that decodes here, or will."""
         return [each.held + each.prompt for each in (*self._waiting, *self._active) if each.output]
 
+    def lent(self, shared: int) -> int:
+        """How many of a prompt's ``shared`` tokens need not be computed: whole blocks of what is here."""
+        blocks = min(self.prefix_tokens, shared) // self.device.block_tokens
+        return blocks * self.device.block_tokens
+
     def fits(self, prompt: int, output: int) -> bool:
         """Whether a request of this size could be held, alone."""
         return self.capacity_tokens >= (prompt if self.device.engine == "vllm" else prompt + output)
@@ -129,6 +134,9 @@ class Engine:
         if self._needed(sequence) > self.capacity_tokens:
             raise NoRoomError(f"{self.device.name} has room for {self.capacity_tokens} tokens of KV")
         self._waiting.append(sequence)
+        if self.device.engine == "llama.cpp":
+            # Our worker promises cells when it is asked, and knows then which prefixes it has; vLLM when a step begins.
+            self._admit()
         self._go_on()
         return sequence
 
@@ -176,7 +184,7 @@ class Engine:
     def _admit(self) -> None:
         while self._waiting and len(self._active) < self.device.max_sequences:
             sequence = self._waiting[0]
-            sequence.borrowed = min(self.prefix_tokens, sequence.shared)
+            sequence.borrowed = self.lent(sequence.shared)
             # A prefix that nobody uses makes room.
             used = self._used() if self._active else sequence.borrowed
             if used + self._needed(sequence) > self.capacity_tokens:

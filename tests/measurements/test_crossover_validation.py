@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from isthmus.cli import cli
 from measurements import calibrate, crossover_validation
-from measurements.calibrate import StepTime, engine_set, prefill_set
+from measurements.calibrate import FirstToken, StepTime, engine_set, prefill_set
 from measurements.crossover_cells import Cell, Timed
 from measurements.crossover_plan import Plan, only, quick
 from measurements.profiles import Device, LinkSpeed, ModelShape, Setup, codecs, read
@@ -31,7 +31,13 @@ def truth() -> Setup:
     )
     cpu = msgspec.structs.replace(read("two-core-llama", Device), compute_efficiency=0.1, sequence_ms=1.5)
     return Setup(
-        gpu=gpu, cpu=cpu, link=read("loopback", LinkSpeed), model=MODEL, codecs=codecs(["raw", "q8"]), shared_cores=True
+        gpu=gpu,
+        cpu=cpu,
+        link=msgspec.structs.replace(read("loopback", LinkSpeed), handoff_ms=30.0),
+        model=MODEL,
+        codecs=codecs(["raw", "q8"]),
+        shared_cores=True,
+        arrival_ms=crossover_validation.ARRIVAL_MS,
     )
 
 
@@ -41,14 +47,14 @@ def plan() -> Plan:
 
 
 def cells_of(setup: Setup, plan: Plan, slower: float = 1.0) -> list[Cell]:
-    """What a crossover on a host that is exactly ``setup`` would have found; split ``slower`` than that."""
+    """What a crossover on a host that is exactly ``setup`` would have found; replicas ``slower`` than that."""
     cells = []
     for place in plan.places(0):
         load, workload = place.load, place.load.workload
         architecture, _, name = place.option.partition(" ")
         codec = next((codec for codec in setup.codecs if codec.name == name), setup.codecs[0])
         run = simulate(setup, architecture, codec, workload, load.concurrency, load.requests // load.concurrency)
-        factor = slower if architecture == "split" else 1.0
+        factor = slower if architecture == "replicated" else 1.0
         requests = [
             Timed(
                 began_s=0,
@@ -68,8 +74,10 @@ def test_a_device_is_found_from_its_own_times() -> None:
     true = msgspec.structs.replace(read("two-core-vllm", Device), compute_efficiency=0.15, sequence_ms=3.0)
     steps = [StepTime(n, 100, step_seconds(true, MODEL, [100] * n, [])) for n in (1, 4, 16)]
     other = msgspec.structs.replace(true, sequence_ms=0.0, step_overhead_ms=1.0, compute_efficiency=0.5)
-    first_token_s = {tokens: 0.01 + prefill_seconds(true, MODEL, tokens) for tokens in (128, 512, 1024)}
-    found = engine_set(other, MODEL, first_token_s, steps)
+    seen = [FirstToken(tokens, 0.01 + prefill_seconds(true, MODEL, tokens)) for tokens in (128, 256, 512, 1024, 2000)]
+    # Something else held one of them up.
+    seen.append(FirstToken(128, 1.0))
+    found = engine_set(other, MODEL, seen, steps)
     assert found.sequence_ms == pytest.approx(true.sequence_ms, rel=0.05)
     assert found.step_overhead_ms == pytest.approx(true.step_overhead_ms, rel=0.05)
     assert found.compute_tflops * found.compute_efficiency == pytest.approx(0.95 * 0.15, rel=0.05)
@@ -78,7 +86,7 @@ def test_a_device_is_found_from_its_own_times() -> None:
 
 def test_one_number_is_not_enough() -> None:
     with pytest.raises(ConfigError, match="two lengths"):
-        prefill_set(read("two-core-vllm", Device), MODEL, {128: 0.2})
+        prefill_set(read("two-core-vllm", Device), MODEL, [FirstToken(128, 0.2)] * 2)
 
 
 def test_what_was_simulated_is_predicted(truth: Setup, plan: Plan) -> None:
@@ -86,16 +94,24 @@ def test_what_was_simulated_is_predicted(truth: Setup, plan: Plan) -> None:
     found = crossover_validation.validate(PAIR, True, [load.workload for load in plan.loads], cells)
     assert set(found["errors"]) == {"gpu", "cpu", "replicated", "split raw", "split q8", "auto"}
     for option, row in found["errors"].items():
-        assert row["ttft_error_median"] < 0.1, (option, row)
-        assert row["tokens_per_s_error_median"] < 0.1, (option, row)
+        # Where two routes are about equal, the router may take the other one.
+        largest = crossover_validation.TARGET if option == "auto" else 0.1
+        assert row["ttft_error_median"] < largest, (option, row)
+        assert row["tokens_per_s_error_median"] < largest, (option, row)
     counted = [point for point in found["points"] if point["counts"]]
-    assert not any(p["option"] in ("gpu", "cpu") and p["workload"] != "short chat" for p in counted)
+    assert {point["workload"] for point in counted} == {"short chat"}
+
+
+def test_what_a_split_adds_is_found_from_lone_requests(truth: Setup, plan: Plan) -> None:
+    cells = cells_of(truth, plan)
+    found = crossover_validation.validate(PAIR, True, [load.workload for load in plan.loads], cells)
+    assert found["setup"]["link"]["handoff_ms"] == pytest.approx(30, abs=5)
 
 
 def test_a_prediction_that_is_off_is_said_to_be(truth: Setup, plan: Plan) -> None:
     cells = cells_of(truth, plan, slower=2.0)
     errors = crossover_validation.validate(PAIR, True, [load.workload for load in plan.loads], cells)["errors"]
-    assert errors["split raw"]["ttft_error_median"] == pytest.approx(0.5, abs=0.1)
+    assert errors["replicated"]["ttft_error_median"] == pytest.approx(0.5, abs=0.1)
     assert errors["gpu"]["ttft_error_median"] < 0.1
 
 
@@ -121,7 +137,7 @@ def test_the_command_reads_a_result(truth: Setup, plan: Plan, tmp_path: Path) ->
     assert done.exit_code == 0
     assert "split q8" in done.output
     written = json.loads((tmp_path / "v.json").read_text())
-    assert written["summary"]["errors"]["auto"]["points"] == 4
+    assert written["summary"]["errors"]["auto"]["points"] == 2
     with pytest.raises(ConfigError, match="not a result of `isthmus measure crossover`"):
         crossover_validation.from_result(tmp_path / "v.json")
 

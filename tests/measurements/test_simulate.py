@@ -210,6 +210,41 @@ def test_a_shared_prefix_is_computed_and_sent_once() -> None:
         assert second.e2e_s < 0.2 * first.e2e_s
 
 
+def test_of_a_shared_prefix_whole_blocks_are_lent() -> None:
+    setup = msgspec.structs.replace(SETUP, gpu=device("vllm", compute_tflops=1e-3, block_tokens=256))
+    first, second, _ = run(setup, "gpu", ONE._replace(shared_tokens=360)).answers
+    left_s = step_seconds(setup.gpu, MODEL, [], [Chunk(256, 144)])
+    assert second.ttft_s == pytest.approx(left_s)
+    assert left_s > 0.3 * first.ttft_s
+
+
+def test_a_worker_promises_when_it_is_asked_and_vllm_when_a_step_begins() -> None:
+    """So the second of two that come together borrows nothing of the worker, and of vLLM if the first has been done."""
+    slow = {"compute_tflops": 1e-3, "max_sequences": 1}
+    setup = msgspec.structs.replace(SETUP, gpu=device("vllm", **slow), cpu=device("llama.cpp", compute_tflops=1e-3))
+    shared = ONE._replace(shared_tokens=384, together=True)
+    gpu, cpu = (sorted(a.ttft_s for a in run(setup, each, shared, 2).answers[::ROUNDS]) for each in ("gpu", "cpu"))
+    alone_s = run(setup, "gpu").answers[0].ttft_s
+    assert gpu[1] < 1.2 * alone_s
+    assert cpu[1] > 1.7 * alone_s
+
+
+def test_requests_that_come_together_do_not_reach_the_engine_together() -> None:
+    slow = msgspec.structs.replace(SETUP, gpu=device("vllm", compute_tflops=1e-3, step_tokens=2048), arrival_ms=1.0)
+    ttfts = [each.ttft_s for each in run(slow, "gpu", ONE._replace(together=True), 3).answers[::ROUNDS]]
+    step_s = step_seconds(slow.gpu, MODEL, [], [Chunk(0, 400)])
+    assert ttfts[0] == pytest.approx(0.001 + step_s)
+    assert ttfts[1] == pytest.approx(ttfts[2], rel=0.01)
+    assert ttfts[1] > 2 * step_s
+
+
+def test_prompts_beside_a_workers_sequences_cost_what_those_cost() -> None:
+    worker = device("llama.cpp", sequence_ms=2.0)
+    alone_s = step_seconds(worker, MODEL, [50], [])
+    assert step_seconds(worker, MODEL, [50], [Chunk(0, 8)]) - alone_s == pytest.approx(0.016, rel=0.01)
+    assert step_seconds(worker, MODEL, [], [Chunk(0, 8)]) < alone_s
+
+
 def test_a_model_without_room_is_no_result() -> None:
     small = msgspec.structs.replace(SETUP, gpu=device("vllm", memory_gib=room_gib(300)))
     assert simulate(small, "gpu", RAW, ONE, 1) is None
