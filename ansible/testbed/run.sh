@@ -14,7 +14,7 @@ while [[ $# -gt 0 ]]; do
     --results) results=$2 && shift 2 ;;
     --keep) keep=yes && shift ;;
     --from) from=$2 keep=yes && shift 2 ;;
-    *) sed -n '2,5s/^# //p' "$0" >&2 && exit 2 ;;
+    *) sed -n '2,5s/^# //p' run.sh >&2 && exit 2 ;;
     esac
 done
 export ISTHMUS_TESTBED_DIR=/var/tmp/isthmus-testbed ISTHMUS_TESTBED_CACHE=$cache
@@ -296,7 +296,7 @@ measured() {
 }
 
 ./hosts.sh check
-exec 9<"$0"
+exec 9<run.sh
 flock --nonblock 9 || { echo "The testbed runs already." && exit 1; }
 trap finish EXIT
 trap 'exit 130' INT
