@@ -15,11 +15,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from proxy import api_keys, openapi, request_body, tokenization, views
+from proxy import api_keys, embeddings, openapi, request_body, tokenization, views
 from proxy.answer import REQUEST_ID_HEADER, Answer
 from proxy.api_keys import ApiKey
 from proxy.dashboard import serve as dashboard
-from proxy.failures import NotServedError, describe, error_body
+from proxy.failures import describe, error_body
 from proxy.gateway import Call, Gateway
 from proxy.guard import Guard
 from proxy.openai import B, ChatBody, CompletionBody, require_model
@@ -41,7 +41,8 @@ def create_app(cluster: Cluster) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         async with gateway.open():
-            watching = asyncio.create_task(gateway.events.watch_nodes(lambda: views.nodes_view(gateway)))
+            watched = gateway.events.watch(lambda: views.nodes_view(gateway), lambda: views.totals_view(gateway))
+            watching = asyncio.create_task(watched)
             try:
                 yield
             finally:
@@ -52,6 +53,7 @@ def create_app(cluster: Cluster) -> FastAPI:
     app.state.gateway = gateway
     rates = Rates(cluster.proxy.requests_per_minute, cluster.proxy.tokens_per_minute)
     _add_inference(app, gateway, rates)
+    embeddings.add(app, cluster.proxy, rates)
     tokenization.add(app, gateway)
     views.add(app, gateway)
     dashboard.add(app)
@@ -76,12 +78,6 @@ def _add_inference(app: FastAPI, gateway: Gateway, rates: Rates) -> None:
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         return await answer(request, CompletionBody)
-
-    @app.post("/v1/embeddings")
-    async def embeddings() -> Response:
-        raise NotServedError(
-            "no embeddings here: both engines run the model as a generator; send them to a server with --runner pooling"
-        )
 
     only = {
         "id": gateway.model,

@@ -1,9 +1,10 @@
 """``GET /events``: what happens in the proxy, as server-sent events (https://html.spec.whatwg.org/#server-sent-events).
 
-``entry`` is a ledger entry that has just been closed, with its number as the event's id (what is found out about it
-later, regret and parity, is in the ledger only); ``nodes``, once a second, is what ``GET /nodes`` says, and shows that
-the connection stands. A client that comes back with ``Last-Event-ID`` is told
-the entries that it has missed first.
+``entry`` is a ledger entry that has just been closed, with its number as the event's id; ``found``, without one, is
+what was found out later about the entry ``seq`` (``regret_ns``, ``parity_kl``). ``nodes``, once a second, is what
+``GET /nodes`` says, and shows that the connection stands; ``totals``, as often and if they have changed, what
+``GET /totals`` says. A client that comes back with ``Last-Event-ID`` is told the entries that it has missed first; what
+was found out about earlier ones meanwhile is in the ledger.
 """
 
 from __future__ import annotations
@@ -77,12 +78,21 @@ class Events:
         if self._inboxes:
             self._tell(entry.seq, _event("entry", msgspec.json.encode(entry), entry.seq))
 
-    async def watch_nodes(self, view: Callable[[], bytes]) -> None:
-        """Tell what ``view`` says, JSON, every second until cancelled."""
+    def found(self, seq: int, **changes: float) -> None:
+        """Something was found out about the entry ``seq``."""
+        if self._inboxes:
+            self._tell(0, _event("found", msgspec.json.encode({"seq": seq, **changes})))
+
+    async def watch(self, nodes: Callable[[], bytes], totals: Callable[[], bytes]) -> None:
+        """Tell what ``nodes`` says, JSON, every second until cancelled, and ``totals`` if that has changed."""
+        told = b""
         while True:
             await asyncio.sleep(EVERY_S)
             if self._inboxes:
-                self._tell(0, _event("nodes", view()))
+                self._tell(0, _event("nodes", nodes()))
+                if told != (now := totals()):
+                    told = now
+                    self._tell(0, _event("totals", now))
 
     def require_room(self) -> None:
         """Raise :class:`CapacityError` if there are too many clients."""
@@ -113,14 +123,14 @@ class Events:
 
 
 class EventStream(Response):
-    """One client's stream. It begins with the entries after number ``since``, if that is not None, and ``nodes``."""
+    """One client's stream. It begins with ``nodes``, ``totals`` and, if ``since`` is not None, the entries after it."""
 
-    def __init__(self, events: Events, ledger: Ledger, nodes: bytes, since: int | None) -> None:
+    def __init__(self, events: Events, ledger: Ledger, nodes: bytes, totals: bytes, since: int | None) -> None:
         super().__init__(headers=_HEADERS, media_type="text/event-stream")
         del self.headers["Content-Length"]
         self._events = events
         self._ledger = ledger
-        self._nodes = nodes
+        self._first = (_event("nodes", nodes), _event("totals", totals))
         self._since = since
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
@@ -130,7 +140,8 @@ class EventStream(Response):
     async def _serve(self, send: Send) -> None:
         with self._events.inbox() as inbox, suppress(TimeoutError, OSError):
             await _timely(send, {"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await self._say(send, _event("nodes", self._nodes))
+            for event in self._first:
+                await self._say(send, event)
             replayed = await self._replay(send)
             while taken := await inbox.take():
                 for seq, event in taken:

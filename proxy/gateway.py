@@ -155,6 +155,8 @@ class Gateway:
             self.ledger.amend(regret.seq, regret_ns=regret.ns)
             if regret.seq == entry.seq:
                 entry = msgspec.structs.replace(entry, regret_ns=regret.ns)
+            else:
+                self.events.found(regret.seq, regret_ns=regret.ns)
             self.metrics.regretted(regret)
         self.metrics.finished(entry)
         self.events.closed_entry(entry)
@@ -186,6 +188,7 @@ class Gateway:
 
     def _compared(self, seq: int, codec: str, kl: float) -> None:
         self.ledger.amend(seq, parity_kl=kl)
+        self.events.found(seq, parity_kl=kl)
         self.metrics.compared(codec, kl)
 
     async def _tokenize(self, body: Body) -> list[int]:

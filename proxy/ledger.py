@@ -5,15 +5,18 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from proxy.costs import Estimate
+from proxy.load import Beside, Occupancy, watched
 from proxy.policy import Inputs, Prediction
 from proxy.router import Reason, Route
 from proxy.store import PAGE_ROWS, Row, Store, Wanted
+from proxy.totals import Totals
 from proxy.witness import Witness
 from transfer.stages import DecodeReport, Meter
 
@@ -46,6 +49,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     ``predicted`` is what the first decision expected of each open route, and ``decision`` all that it was made from
     (``policy.py``; arrays in the order of the fields there). ``ttft_error`` and ``e2e_error`` are how far that was off
     for the route taken and an answer of the length that it had, as a share of what it took (0.1: a tenth too much).
+    ``beside`` is what else went on at the node that did a stage, ``prefill`` and ``decode``, as far as the proxy knows.
     A request that was run again to test the predictions has a ``shadow_of``, the first one's id. ``regret_ns`` is how
     much sooner the best route that is known of for this very request would have ended it.
 
@@ -105,6 +109,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     regret_ns: int | None = None
     ttft_error: float | None = None
     e2e_error: float | None = None
+    beside: dict[str, Beside] = {}
 
     @property
     def reuse_saved_ns(self) -> int | None:
@@ -168,6 +173,7 @@ class Account:
         self.report: DecodeReport | None = None
         self.witness = Witness()
         self.trace: Trace | None = None
+        self.beside: dict[str, Beside] = {}
         self._began_ns = time.monotonic_ns()
         self._first_text_ns: int | None = None
         self._last_text_ns = 0
@@ -206,6 +212,10 @@ class Account:
                     error=error,
                 )
             )
+
+    def watched(self, stage: str, own: Occupancy, other: Occupancy) -> AbstractContextManager[None]:
+        """The body is a ``stage`` at ``own``: note what else goes on there, and at the ``other`` engine."""
+        return watched(own, other, lambda found: self.beside.update({stage: found}))
 
     def saw_text(self) -> int | None:
         """Note that text goes out to the client; returns the ns since the text before it, None for the first."""
@@ -275,6 +285,7 @@ class Account:
             decision=self.decision,
             shadow_of=self.shadow_of,
             ttft_error=ttft_error,
+            beside=dict(self.beside),
             e2e_error=e2e_error,
         )
 
@@ -293,12 +304,13 @@ class Account:
 
 
 class Ledger:
-    """The newest ``size`` entries in memory and, with a ``store``, more of them in its file."""
+    """The newest ``size`` entries in memory and, with a ``store``, more of them in its file; ``totals`` over all."""
 
     def __init__(self, size: int, store: Store | None = None) -> None:
         self._entries: deque[Entry] = deque(maxlen=size)
         self._store = store
         self._last_seq = store.last_seq if store else 0
+        self.totals = Totals(store.totals if store else ())
 
     def add(self, entry: Entry) -> Entry:
         """Number ``entry`` and keep it, forgetting the oldest one if need be; returns it as it was kept."""
@@ -306,6 +318,7 @@ class Ledger:
         closed_at = datetime.now(UTC).isoformat(timespec="milliseconds")
         entry = msgspec.structs.replace(entry, seq=self._last_seq, closed_at=closed_at)
         self._entries.append(entry)
+        self.totals.add(entry)
         if self._store:
             fields = (entry.route, entry.worker, entry.codec, entry.status)
             self._store.put(Row(entry.seq, entry.request_id, closed_at, *fields, _json(entry)))

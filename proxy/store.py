@@ -1,7 +1,7 @@
 """Closed ledger entries in a SQLite file, so that they outlive the proxy.
 
-The file is plain SQLite (application id ``0x49535448``, user version 1) with one table, which other programs may read
-while the proxy writes::
+The file is plain SQLite (application id ``0x49535448``, user version 1), which other programs may read while the proxy
+writes::
 
     CREATE TABLE entries (
         seq INTEGER PRIMARY KEY,     -- counts requests as they were closed
@@ -11,6 +11,7 @@ while the proxy writes::
         status TEXT NOT NULL,
         entry TEXT NOT NULL          -- what ``GET /ledger`` says of it, as JSON
     )
+    CREATE TABLE totals (...)        -- sums over all rows that ever were in it (``totals.py``), kept by a trigger
 
 Rows are only added; the oldest go when there are too many, and what is found out later about a request is put into its
 ``entry``. Everything is written by one thread, in transactions of as many rows as wait, to a write-ahead log: a proxy
@@ -34,6 +35,7 @@ from typing import Any, NamedTuple
 import msgspec
 import structlog
 
+from proxy.totals import Way
 from transfer.errors import ConfigError
 
 QUEUED_ROWS = 10_000
@@ -54,6 +56,40 @@ CREATE TABLE IF NOT EXISTS entries (
 CREATE INDEX IF NOT EXISTS entries_by_request_id ON entries (request_id);
 CREATE INDEX IF NOT EXISTS entries_by_status ON entries (status);
 CREATE INDEX IF NOT EXISTS entries_by_route ON entries (route, codec);
+"""
+# A file of an older proxy lacks these. In a trigger the outer statement's OR REPLACE would rule the inner one.
+_SUMS = """
+CREATE TABLE totals (
+    route TEXT NOT NULL, codec TEXT NOT NULL,
+    since TEXT NOT NULL,
+    requests INTEGER NOT NULL, answered INTEGER NOT NULL,
+    gained_ns INTEGER NOT NULL, lost_ns INTEGER NOT NULL,
+    kv_wire_bytes INTEGER NOT NULL,
+    PRIMARY KEY (route, codec)
+);
+CREATE TRIGGER entries_into_totals AFTER INSERT ON entries
+WHEN json_extract(new.entry, '$.shadow_of') IS NULL
+BEGIN
+    INSERT INTO totals SELECT coalesce(new.route, ''), coalesce(new.codec, ''), new.closed_at, 0, 0, 0, 0, 0
+    WHERE NOT EXISTS (
+        SELECT 1 FROM totals WHERE route = coalesce(new.route, '') AND codec = coalesce(new.codec, '')
+    );
+    UPDATE totals SET
+        requests = requests + 1,
+        answered = answered + (new.status = 'ok' AND json_extract(new.entry, '$.failed_over') IS NULL),
+        gained_ns = gained_ns + max(0, coalesce(json_extract(new.entry, '$.specialization_gain_ns'), 0)),
+        lost_ns = lost_ns + min(0, coalesce(json_extract(new.entry, '$.specialization_gain_ns'), 0)),
+        kv_wire_bytes = kv_wire_bytes + coalesce(json_extract(new.entry, '$.kv_wire_bytes'), 0)
+    WHERE route = coalesce(new.route, '') AND codec = coalesce(new.codec, '');
+END;
+INSERT INTO totals
+SELECT
+    coalesce(route, ''), coalesce(codec, ''), min(closed_at), count(*),
+    sum(status = 'ok' AND json_extract(entry, '$.failed_over') IS NULL),
+    sum(max(0, coalesce(json_extract(entry, '$.specialization_gain_ns'), 0))),
+    sum(min(0, coalesce(json_extract(entry, '$.specialization_gain_ns'), 0))),
+    sum(coalesce(json_extract(entry, '$.kv_wire_bytes'), 0))
+FROM entries WHERE json_extract(entry, '$.shadow_of') IS NULL GROUP BY 1, 2;
 """
 _INSERT = "INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 _AMEND = "UPDATE entries SET entry = json_patch(entry, ?) WHERE seq = ?"
@@ -101,14 +137,15 @@ class Wanted(NamedTuple):
 class Store:
     """The file at ``path``, which keeps the newest ``max_rows`` rows; made if it is not there.
 
-    ``last_seq`` is the newest row's number when it was opened. Raises :class:`ConfigError` if the file cannot be
-    opened, is somebody else's, or another proxy writes to it.
+    ``last_seq`` is the newest row's number and ``totals`` are the sums over all rows that ever were in it, when it was
+    opened. Raises :class:`ConfigError` if the file cannot be opened, is somebody else's, or another proxy writes to it.
     """
 
     def __init__(self, path: Path, max_rows: int) -> None:
         self._path = path.absolute()
         self._max_rows = max_rows
         self.last_seq = 0
+        self.totals: list[Way] = []
         self._overflown = self._refused = 0
         self._failing = False
         self._queue: queue.Queue[tuple[str, tuple[Any, ...]] | threading.Event | None] = queue.Queue(QUEUED_ROWS)
@@ -248,6 +285,10 @@ class Store:
                 connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
                 connection.execute(f"PRAGMA user_version = {_VERSION}")
                 connection.executescript(_SCHEMA)
+            (has_totals,) = connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'totals'").fetchone()
+            if not has_totals:
+                connection.executescript(f"BEGIN;{_SUMS}COMMIT;")
+            self.totals = [Way(*row) for row in connection.execute("SELECT * FROM totals")]
             self.last_seq = connection.execute("SELECT max(seq) FROM entries").fetchone()[0] or 0
         except BaseException:
             connection.close()

@@ -39,13 +39,18 @@ def add(app: FastAPI, gateway: Gateway) -> None:
     async def nodes() -> Response:
         return Response(nodes_view(gateway), media_type="application/json")
 
+    @app.get("/totals")
+    async def totals() -> Response:
+        """Sums over all requests since the ledger began, by route and codec."""
+        return Response(totals_view(gateway), media_type="application/json")
+
     @app.get("/events", response_class=Response, responses={200: {"content": {"text/event-stream": {}}}})
     async def events(request: Request) -> Response:
-        """Ledger entries as they are closed and, every second, what ``/nodes`` says, as server-sent events."""
+        """Ledger entries as they are closed and, every second, what ``/nodes`` and ``/totals`` say."""
         gateway.events.require_room()
         last_id = request.headers.get("Last-Event-ID", "")
         since = min(int(last_id), MAX_SEQ) if last_id.isascii() and last_id.isdigit() else None
-        return EventStream(gateway.events, gateway.ledger, nodes_view(gateway), since)
+        return EventStream(gateway.events, gateway.ledger, nodes_view(gateway), totals_view(gateway), since)
 
 
 def nodes_view(gateway: Gateway) -> bytes:
@@ -72,6 +77,11 @@ def nodes_view(gateway: Gateway) -> bytes:
             "estimates": gateway.dispatcher.planner.estimates.view(),
         }
     )
+
+
+def totals_view(gateway: Gateway) -> bytes:
+    """What all requests came to, as JSON."""
+    return msgspec.json.encode(gateway.ledger.totals.view())
 
 
 def _worker(node: DecodeNode) -> dict[str, Any]:

@@ -71,6 +71,35 @@ def test_a_client_that_comes_back_is_told_what_it_missed_and_nothing_twice(stack
         assert told.next("entry")["data"]["request_id"] == "later"
 
 
+def test_what_is_found_out_later_is_told(stack):
+    once = [{"role": "user", "content": "asked twice"}]
+    stack.chat(messages=once)
+    with listening(stack) as told:
+        (entry,) = stack.entries()
+        assert entry["reason"] != "forced"
+        assert entry["regret_ns"] is None
+        # The same by another route shows what the first one cost.
+        stack.chat({"X-Isthmus-Route": "gpu"}, messages=once)
+        found = told.next("found")
+        assert "id" not in found
+        assert found["data"].keys() == {"seq", "regret_ns"}
+        assert found["data"] == {key: stack.entries()[0][key] for key in found["data"]}
+        loop_of(stack).call_soon_threadsafe(stack.gateway._compared, 1, "raw", 0.25)
+        assert told.next("found")["data"] == {"seq": 1, "parity_kl": 0.25}
+        assert stack.entries()[0]["parity_kl"] == 0.25
+
+
+def test_totals_are_told_at_once_and_when_they_have_changed(stack):
+    with listening(stack) as told:
+        assert told.next("totals")["data"] == {"seq": 0, "since": "", "ways": []}
+        stack.chat({"X-Isthmus-Route": "gpu"})
+        said = told.next("totals")["data"]
+        assert said == stack.http.get("/totals").json()
+        assert said["seq"] == 1
+        assert [(way["route"], way["requests"]) for way in said["ways"]] == [("gpu", 1)]
+        assert said["since"] == stack.entries()[0]["closed_at"]
+
+
 def test_there_may_be_so_many_clients(stack, monkeypatch):
     monkeypatch.setattr(events, "MAX_CLIENTS", 3)
     with ExitStack() as clients:
