@@ -20,7 +20,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from proxy.block_index import BlockIndex
 from proxy.breaker import Breaker
-from proxy.load import Backlog
+from proxy.load import Backlog, Occupancy
 from proxy.placement import Candidate
 from transfer.errors import CapacityError, IsthmusError, LinkError, ProtocolError, from_wire
 from transfer.keys import ClientKeys, secure_client
@@ -100,6 +100,11 @@ class Conversation:
     def backlog(self) -> Backlog:
         """The worker's own prefills that this proxy has asked for."""
         return self._node.backlog
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """What the worker does for this proxy."""
+        return self._node.occupancy
 
     async def start(self, first_token: int | None, *, first_text_sent: bool) -> None:
         """Tell the worker that prefill is done."""
@@ -184,6 +189,7 @@ class DecodeNode:
         self._heard_ns = 0
         # Prefills of its own that this proxy has asked for; when it had no room; what it said of waiting, and when.
         self.backlog = Backlog()
+        self.occupancy = Occupancy()
         self.refused_ns = 0
         self._queue: tuple[int, int] | None = None
 

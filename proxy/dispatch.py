@@ -187,14 +187,14 @@ class Dispatcher:
         return _limited(job, max_tokens)
 
     def _take(self, job: Job, account: Account) -> Pieces:
-        vllm = Vllm(self._prefill, self.planner.vllm, self.blame)
+        vllm = Vllm(self._prefill, self.planner.vllm, self.planner.decoding, self.blame)
         if account.route != "cpu":
             self.prefill_breaker.tried(time.monotonic_ns())
         match account.route:
             case "gpu":
                 return handoff.gpu(job, vllm, account)
             case "cpu":
-                return handoff.cpu(job, self._workers, account)
+                return handoff.cpu(job, vllm, self._workers, account)
             case _:
                 return handoff.split(job, vllm, self._workers, account)
 

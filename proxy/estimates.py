@@ -114,15 +114,18 @@ class Estimates:
             return Cost((float(f"{_NS_PER_S / status.prefill_tokens_per_s:.4g}"), 0, 0), _CALIBRATED, "calibrated")
         return learned
 
-    def worker_step(self, name: str, status: Status | None) -> Cost | None:
-        """The worker's decode step; another's where this one has made none yet."""
+    def worker_step(self, name: str, status: Status | None, *, alone: bool) -> Cost | None:
+        """The worker's decode step; another's where this one has made none yet.
+
+        It is learned from the ``status`` as well, if that is of a time for which no other engine was busy.
+        """
         own = self.worker(name)
-        if status is not None:
+        if status is not None and alone:
             own.learn_status(status)
         if own.step.cost is not None:
             return own.step.cost
         found = next((other.step.cost for other in reversed(self._workers.values()) if other.step.cost), None)
-        return Cost(found.ns, found.samples, "another worker") if found else None
+        return msgspec.structs.replace(found, basis="another worker") if found else None
 
     def learn(self, entry: Entry) -> None:
         """Take in a request that has ended well, at the first attempt."""
@@ -135,8 +138,7 @@ class Estimates:
         match entry.route:
             case "gpu":
                 self._learn_vllm_prefill(entry, inputs)
-                vllm = inputs.vllm
-                _learn_step(self.vllm_step, entry, inputs, 1, vllm.sequences, vllm.context_tokens)
+                self._learn_vllm_step(entry, inputs)
             case "split":
                 self._learn_vllm_prefill(entry, inputs)
                 self._learn_worker_step(entry, inputs, 2)
@@ -174,32 +176,66 @@ class Estimates:
     def _learn_vllm_prefill(self, entry: Entry, inputs: Inputs) -> None:
         # What stood before it is not its own; but that is only an estimate.
         own_ns = max(entry.prefill_ns - inputs.vllm.backlog_ns, entry.prefill_ns // 2)
-        self.vllm_prefill.observe(own_ns, max(1, entry.prompt_tokens - entry.prefill_cached_tokens), 1)
+        new_tokens = max(1, entry.prompt_tokens - entry.prefill_cached_tokens)
+        self.vllm_prefill.observe(own_ns, new_tokens, 1, crowd=_crowd(entry, "prefill"))
+
+    def _learn_vllm_step(self, entry: Entry, inputs: Inputs) -> None:
+        vllm = inputs.vllm
+        _learn_step(self.vllm_step, self.vllm_prefill.cost, entry, inputs, 1, vllm.sequences, vllm.context_tokens)
 
     def _learn_worker_prefill(self, entry: Entry, inputs: Inputs) -> None:
-        beside = _of(inputs, entry.worker)
-        if entry.local_prefill_ns and entry.worker and beside:
-            own_ns = max(entry.local_prefill_ns - beside.backlog_ns, entry.local_prefill_ns // 2)
+        facts = _of(inputs, entry.worker)
+        if entry.local_prefill_ns and entry.worker and facts:
+            own_ns = max(entry.local_prefill_ns - facts.backlog_ns, entry.local_prefill_ns // 2)
             new_tokens = max(1, entry.prompt_tokens - entry.kv_reused_tokens)
-            self.worker(entry.worker).prefill.observe(own_ns, new_tokens, 1, new_tokens * beside.sequences)
+            beside = entry.beside.get("prefill")
+            sequences = beside.sequences if beside else facts.sequences
+            prefill = self.worker(entry.worker).prefill
+            prefill.observe(own_ns, new_tokens, 1, new_tokens * sequences, crowd=_crowd(entry, "prefill"))
 
     def _learn_worker_step(self, entry: Entry, inputs: Inputs, made_before: int) -> None:
-        beside = _of(inputs, entry.worker)
-        if entry.worker and beside:
+        facts = _of(inputs, entry.worker)
+        if entry.worker and facts:
             worker = self.worker(entry.worker)
             worker.service_ns.observe(entry.prefill_ns + entry.decode_ns)
-            _learn_step(worker.step, entry, inputs, made_before, beside.sequences, beside.context_tokens)
+            prefill = worker.prefill.cost
+            _learn_step(worker.step, prefill, entry, inputs, made_before, facts.sequences, facts.context_tokens)
 
 
 def _learn_step(
-    step: Learner, entry: Entry, inputs: Inputs, made_before: int, sequences: int, context_tokens: int
+    step: Learner,
+    prefill: Cost | None,
+    entry: Entry,
+    inputs: Inputs,
+    made_before: int,
+    sequences: float,
+    context_tokens: float,
 ) -> None:
-    """From ``entry.decode_ns``, which begins when ``made_before`` tokens of each choice are known."""
+    """From ``entry.decode_ns``, which begins when ``made_before`` tokens of each choice are known.
+
+    What others' prompts took of that time is not the steps' own, but only an estimate. Entries of an older make know of
+    the ``sequences`` that were there at the decision.
+    """
     choices = inputs.ask.choices
     made = entry.completion_tokens // choices
-    if made > made_before and entry.decode_ns:
-        own_tokens = entry.prompt_tokens + choices * made // 2
-        step.observe(entry.decode_ns // (made - made_before), 1, sequences + choices, context_tokens + own_tokens)
+    if made <= made_before or not entry.decode_ns:
+        return
+    own_ns, beside = entry.decode_ns, entry.beside.get("decode")
+    if beside:
+        crowd, sequences, context_tokens = beside.crowd, beside.sequences, beside.context_tokens
+        if prefill:
+            others_ns = round(prefill.ns[0] * (1 + prefill.crowding * crowd) * beside.prefilled_tokens)
+            own_ns = max(own_ns - others_ns, own_ns // 2)
+    else:
+        crowd, sequences = 0.0, sequences + choices
+        context_tokens += entry.prompt_tokens + choices * made // 2
+    step.observe(own_ns // (made - made_before), 1, sequences, context_tokens, crowd=crowd)
+
+
+def _crowd(entry: Entry, stage: str) -> float:
+    """The share of a stage's time for which the other engine was busy; 0 in entries of an older make."""
+    beside = entry.beside.get(stage)
+    return beside.crowd if beside else 0.0
 
 
 def _of(inputs: Inputs, worker: str | None) -> WorkerFacts | None:

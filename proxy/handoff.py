@@ -16,7 +16,7 @@ import structlog
 from proxy import costs
 from proxy.decode_node import Conversation, DecodeNode
 from proxy.ledger import Account
-from proxy.load import Backlog, VllmLoad
+from proxy.load import Occupancy, VllmLoad
 from proxy.nodes import DecodePool
 from proxy.planner import Planned
 from proxy.policy import computes_the_rest
@@ -126,10 +126,14 @@ class WorkerFullError(Exception):
 
 
 class Vllm(NamedTuple):
-    """The prefill node and what it does. ``failed`` takes in that it failed a request which goes on."""
+    """The prefill node and what it does, and what all ``workers`` are busy with beside it.
+
+    ``failed`` takes in that it failed a request which goes on.
+    """
 
     node: PrefillNode
     load: VllmLoad
+    workers: Occupancy
     failed: Callable[[NodeFailedError], None]
 
 
@@ -149,7 +153,7 @@ async def split(job: Job, vllm: Vllm, workers: DecodePool, account: Account) -> 
         if first is None:
             account.cached_tokens = ticket.reused_tokens
             await conversation.start_local()
-            async with aclosing(_computed(conversation, account, job)) as pieces:
+            async with aclosing(_computed(conversation, vllm, account, job)) as pieces:
                 async for piece in pieces:
                     yield piece
             return
@@ -163,24 +167,25 @@ async def split(job: Job, vllm: Vllm, workers: DecodePool, account: Account) -> 
         sent = keep and _can_send(first, job.sampling)
         account.witness.transplanted(job.prompt, first.token if keep else None)
         await conversation.start(first.token if keep else None, first_text_sent=sent)
-        if sent:
-            account.route_tokens = 1
-            yield Piece(first.text, None, 0, (first.token,), first.logprobs)
         # The worker knows no log probabilities of a token that it did not sample.
         held = first.logprobs if keep and not sent else ()
-        decoded = _decoded(conversation, account, job, job.left_s, repeated=int(sent))
-        async with aclosing(decoded) as pieces:
-            async for piece in pieces:
-                yield piece._replace(logprobs=held + piece.logprobs)
-                held = ()
+        with _at_worker(conversation, vllm, account, job):
+            if sent:
+                account.route_tokens = 1
+                yield Piece(first.text, None, 0, (first.token,), first.logprobs)
+            decoded = _decoded(conversation, account, job, job.left_s, repeated=int(sent))
+            async with aclosing(decoded) as pieces:
+                async for piece in pieces:
+                    yield piece._replace(logprobs=held + piece.logprobs)
+                    held = ()
 
 
-async def cpu(job: Job, workers: DecodePool, account: Account) -> Pieces:
+async def cpu(job: Job, vllm: Vllm, workers: DecodePool, account: Account) -> Pieces:
     """Prefill and decode in llama.cpp."""
     async with _reserved(job, workers, account, kv=False) as (conversation, ticket):
         account.cached_tokens = ticket.reused_tokens
         await conversation.start(None, first_text_sent=False)
-        async with aclosing(_computed(conversation, account, job)) as pieces:
+        async with aclosing(_computed(conversation, vllm, account, job)) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -190,12 +195,15 @@ async def gpu(job: Job, vllm: Vllm, account: Account) -> Pieces:
     stream = vllm.node.stream(
         job.request_id, job.prompt, job.sampling, choices=job.choices, echo=job.echo, tenant=job.tenant
     )
-    with _blaming(PREFILL):
+    load, context_tokens = vllm.load, _context_tokens(job)
+    with _blaming(PREFILL), load.holding(job.choices, context_tokens):
         async with aclosing(stream) as deltas:
-            with account.meter.stage("prefill"), _working(vllm.load.backlog, _expected_ns(job, "gpu")):
+            with account.meter.stage("prefill"), _prefilling(job, vllm, account, "gpu"):
                 delta = await anext(deltas)
-            vllm.load.prefixes.add(job.prompt, job.tenant)
-            with vllm.load.decoding(job.choices, _context_tokens(job)):
+            with (
+                load.occupancy.working(job.choices, context_tokens),
+                account.watched("decode", load.occupancy, vllm.workers),
+            ):
                 while not isinstance(delta, Counts):
                     account.route_tokens += len(delta.token_ids)
                     yield Piece(*delta)
@@ -220,7 +228,7 @@ async def _prefilled(
             return first
 
     try:
-        with account.meter.stage("prefill"), _working(vllm.load.backlog, _expected_ns(job, "split")):
+        with account.meter.stage("prefill"), _prefilling(job, vllm, account, "split"):
             first = await conversation.guard(ask())
     except NodeFailedError as failed:
         if failed.node != PREFILL or job.forced:
@@ -228,7 +236,6 @@ async def _prefilled(
         vllm.failed(failed)
         account.turn_local("failed_over", failed.error.code)
         return None
-    vllm.load.prefixes.add(job.prompt, job.tenant)
     account.prefill_cached_tokens = first.cached_tokens
     return first
 
@@ -248,13 +255,27 @@ def _blaming(node: str) -> Iterator[None]:
 
 
 @contextmanager
-def _working(backlog: Backlog, expected_ns: int) -> Iterator[None]:
-    """The body is a prefill that is expected to take so long."""
-    work = backlog.begin(expected_ns)
+def _prefilling(job: Job, vllm: Vllm, account: Account, route: Route) -> Iterator[None]:
+    """The body is vLLM's prefill."""
+    load = vllm.load
+    work = load.backlog.begin(_expected_ns(job, route))
     try:
-        yield
+        with load.occupancy.working(), account.watched("prefill", load.occupancy, vllm.workers):
+            yield
     finally:
-        backlog.end(work)
+        load.backlog.end(work)
+    new_tokens = len(job.prompt) - (job.planned.inputs.vllm.cached_tokens if job.planned else 0)
+    load.occupancy.prefilled(new_tokens)
+    load.prefixes.add(job.prompt, job.tenant)
+
+
+@contextmanager
+def _at_worker(conversation: Conversation, vllm: Vllm, account: Account, job: Job) -> Iterator[None]:
+    """The worker decodes in the body."""
+    own = conversation.occupancy
+    working = own.working(job.choices, _context_tokens(job))
+    with working, vllm.workers.working(), account.watched("decode", own, vllm.load.occupancy):
+        yield
 
 
 def _expected_ns(job: Job, route: Route) -> int:
@@ -334,16 +355,21 @@ def _placed(job: Job, workers: DecodePool, account: Account, *, kv: bool) -> tup
     return node, reserve
 
 
-async def _computed(conversation: Conversation, account: Account, job: Job) -> Pieces:
+async def _computed(conversation: Conversation, vllm: Vllm, account: Account, job: Job) -> Pieces:
     """What the worker streams when it computes the prompt, or the rest of it, itself."""
+    own = conversation.occupancy
     work = conversation.backlog.begin(_expected_ns(job, "cpu"))
-    try:
-        async with aclosing(_decoded(conversation, account, job, STREAM_SILENCE_S)) as pieces:
+    async with aclosing(_decoded(conversation, account, job, STREAM_SILENCE_S)) as pieces:
+        try:
+            with own.working(), vllm.workers.working(), account.watched("prefill", own, vllm.load.occupancy):
+                piece = await anext(pieces)
+        finally:
+            conversation.backlog.end(work)
+        own.prefilled(len(job.prompt) - account.cached_tokens)
+        with _at_worker(conversation, vllm, account, job):
+            yield piece
             async for piece in pieces:
-                conversation.backlog.end(work)
                 yield piece
-    finally:
-        conversation.backlog.end(work)
 
 
 async def _decoded(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
+from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 # vLLM's own blocks are as long on a CPU, and divide this on a GPU.
@@ -40,18 +42,106 @@ class Backlog:
         self._open.discard(work)
 
 
+class Beside(msgspec.Struct, frozen=True, array_like=True):
+    """What went on at a node during a stage of a request: on average, sequences that decoded there and the tokens that
+    their steps looked at, the request's own among them; ``prefilled_tokens`` of others' prompts. The other engine was
+    busy for the share ``crowd`` of it.
+    """
+
+    sequences: float
+    context_tokens: float
+    prefilled_tokens: int
+    crowd: float
+
+
+class _Sums(NamedTuple):
+    at_ns: int = 0
+    busy_ns: int = 0
+    sequence_ns: int = 0
+    context_ns: int = 0
+    prefilled_tokens: int = 0
+
+
+class Occupancy:
+    """What a node works on for this proxy, summed up over time."""
+
+    def __init__(self) -> None:
+        self._requests = self._sequences = self._context_tokens = 0
+        self._sums = _Sums(time.monotonic_ns())
+        self._busy_until_ns = 0
+
+    @property
+    def idle_ns(self) -> int:
+        """For how long nothing has been done there."""
+        return 0 if self._requests else time.monotonic_ns() - self._busy_until_ns
+
+    @contextmanager
+    def working(self, sequences: int = 0, context_tokens: int = 0) -> Iterator[None]:
+        """A request has it busy in the body, in which so many sequences decode."""
+        self._change(1, sequences, context_tokens)
+        try:
+            yield
+        finally:
+            self._change(-1, -sequences, -context_tokens)
+
+    def prefilled(self, tokens: int) -> None:
+        """So many tokens of a prompt have been computed."""
+        self._sums = self._sums._replace(prefilled_tokens=self._sums.prefilled_tokens + tokens)
+
+    def sums(self) -> _Sums:
+        """All until now."""
+        self._change(0, 0, 0)
+        return self._sums
+
+    def _change(self, requests: int, sequences: int, context_tokens: int) -> None:
+        now_ns, sums = time.monotonic_ns(), self._sums
+        took_ns = now_ns - sums.at_ns
+        if self._requests:
+            self._busy_until_ns = now_ns
+        self._sums = _Sums(
+            now_ns,
+            sums.busy_ns + took_ns * (self._requests > 0),
+            sums.sequence_ns + took_ns * self._sequences,
+            sums.context_ns + took_ns * self._context_tokens,
+            sums.prefilled_tokens,
+        )
+        self._requests += requests
+        self._sequences += sequences
+        self._context_tokens += context_tokens
+
+
+@contextmanager
+def watched(own: Occupancy, other: Occupancy, found: Callable[[Beside], None]) -> Iterator[None]:
+    """Tell ``found`` what went on at ``own``, and at the ``other`` engine, in the body."""
+    before, other_before = own.sums(), other.sums()
+    try:
+        yield
+    finally:
+        after = own.sums()
+        took_ns = max(1, after.at_ns - before.at_ns)
+        found(
+            Beside(
+                round((after.sequence_ns - before.sequence_ns) / took_ns, 3),
+                round((after.context_ns - before.context_ns) / took_ns, 1),
+                after.prefilled_tokens - before.prefilled_tokens,
+                round(min(1.0, (other.sums().busy_ns - other_before.busy_ns) / took_ns), 3),
+            )
+        )
+
+
 class VllmLoad:
-    """vLLM's backlog of prefills, what decodes there, and what lies in its prefix cache."""
+    """vLLM's backlog of prefills, what decodes there or will, and what lies in its prefix cache."""
 
     def __init__(self) -> None:
         self.backlog = Backlog()
         self.prefixes = RecentPrefixes()
+        self.occupancy = Occupancy()
         self.sequences = 0
         self.context_tokens = 0
 
     @contextmanager
-    def decoding(self, sequences: int, context_tokens: int) -> Iterator[None]:
-        """So many sequences decode in the body."""
+    def holding(self, sequences: int, context_tokens: int) -> Iterator[None]:
+        """So many sequences are decoded there in the body, or will be."""
         self.sequences += sequences
         self.context_tokens += context_tokens
         try:

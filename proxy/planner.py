@@ -10,7 +10,7 @@ import msgspec
 
 from proxy.decode_node import DecodeNode
 from proxy.estimates import Estimates
-from proxy.load import VllmLoad
+from proxy.load import Occupancy, VllmLoad
 from proxy.nodes import DecodePool
 from proxy.placement import ranked
 from proxy.policy import Ask, CodecFacts, Decision, Inputs, VllmFacts, WorkerFacts, decide
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # A worker that has just refused a request for want of room has none.
 FULL_NS = 250_000_000
+# A worker's status is about the second before it, and up to a second old.
+_STATUS_NS = 2_500_000_000
 _NS_PER_MS = 1_000_000
 
 
@@ -39,6 +41,8 @@ class Planner:
     def __init__(self, cluster: Cluster, workers: DecodePool) -> None:
         self.estimates = Estimates()
         self.vllm = VllmLoad()
+        # By all workers together.
+        self.decoding = Occupancy()
         self._cluster = cluster
         self._workers = workers
         self._turn = 0
@@ -132,7 +136,7 @@ class Planner:
         return WorkerFacts(
             name=node.name,
             prefill=estimates.worker_prefill(node.name, status),
-            step=estimates.worker_step(node.name, status),
+            step=estimates.worker_step(node.name, status, alone=self.vllm.occupancy.idle_ns > _STATUS_NS),
             queue_ns=self._queue_ns(job, node, waited_ns),
             backlog_ns=node.backlog.ns,
             load=node.candidate.load,

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy import load
-from proxy.load import BLOCK_TOKENS, Backlog, RecentPrefixes, VllmLoad
+from proxy.load import BLOCK_TOKENS, Backlog, Beside, Occupancy, RecentPrefixes, VllmLoad, watched
 
 SECOND = 10**9
 
@@ -35,10 +35,28 @@ def test_what_is_late_is_done_any_moment():
 
 def test_what_decodes_is_counted_while_it_does():
     vllm = VllmLoad()
-    with pytest.raises(KeyError), vllm.decoding(2, 300):
+    with pytest.raises(KeyError), vllm.holding(2, 300):
         assert (vllm.sequences, vllm.context_tokens) == (2, 300)
         raise KeyError
     assert (vllm.sequences, vllm.context_tokens) == (0, 0)
+
+
+def test_what_goes_on_beside_a_stage_is_averaged_over_it(monkeypatch):
+    now_ns = 0
+    monkeypatch.setattr(load.time, "monotonic_ns", lambda: now_ns)
+    own, other = Occupancy(), Occupancy()
+    found = []
+    with own.working(1, 100), watched(own, other, found.append):
+        now_ns = 1 * SECOND
+        with own.working(2, 400), other.working():
+            now_ns = 2 * SECOND
+            own.prefilled(70)
+        with own.working():
+            now_ns = 4 * SECOND
+    assert found == [Beside(1.5, 200.0, 70, 0.25)]
+    assert own.idle_ns == 0
+    now_ns = 5 * SECOND
+    assert (own.idle_ns, other.idle_ns) == (1 * SECOND, 3 * SECOND)
 
 
 @given(st.integers(1, 5 * BLOCK_TOKENS), st.integers(0, 5 * BLOCK_TOKENS), st.integers(0, 300))

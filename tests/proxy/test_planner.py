@@ -71,6 +71,15 @@ def test_forced_runs_of_a_request_show_what_another_route_would_have_taken(fresh
     assert chosen["regret_ns"] >= 0
 
 
+def test_what_went_on_beside_a_request_is_in_the_ledger(fresh):
+    for route in ("split", "gpu", "cpu"):
+        fresh.chat({"X-Isthmus-Route": route})
+    for entry in fresh.entries():
+        assert set(entry["beside"]) == {"prefill", "decode"}
+        sequences, _, prefilled_tokens, crowd = entry["beside"]["decode"]
+        assert (sequences, prefilled_tokens, crowd) == (1, 0, 0)
+
+
 def test_the_same_is_learned_from_a_stored_ledger(fresh):
     for route in ("split", "gpu", "cpu"):
         fresh.chat({"X-Isthmus-Route": route})
@@ -224,11 +233,13 @@ def test_a_workers_own_numbers_serve_until_requests_have_shown_better():
     estimates = Estimates()
     assert estimates.worker_prefill("w", None) is None
     assert estimates.worker_prefill("w", status()).at(500, 1, 0) == 2 * 10**9
-    assert estimates.worker_step("w", status()) is None
+    assert estimates.worker_step("w", status(), alone=True) is None
     said = status(step_ns=20_000_000, step_sequences=2.0, step_context_tokens=500.0)
-    assert estimates.worker_step("w", said).at(1, 2, 500) == 20_000_000
+    assert estimates.worker_step("w", said, alone=False) is None
+    assert estimates.worker_step("w", said, alone=True).at(1, 2, 500) == 20_000_000
     # Said again it is no news, and another worker is taken to be like this one.
-    assert estimates.worker_step("w", said).samples == 1
-    assert estimates.worker_step("v", None) == Cost((2e7, 0, 0), 1, "another worker")
+    assert estimates.worker_step("w", said, alone=True).samples == 1
+    assert estimates.worker_step("v", None, alone=True) == Cost((2e7, 0, 0), 1, "another worker")
     # A worker that guesses makes more than a token a step.
-    assert estimates.worker_step("u", status(step_ns=1, step_sequences=1.0, drafted_tokens=5)).basis == "another worker"
+    guessing = status(step_ns=1, step_sequences=1.0, drafted_tokens=5)
+    assert estimates.worker_step("u", guessing, alone=True).basis == "another worker"
