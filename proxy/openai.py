@@ -55,7 +55,7 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _prompts(value: object) -> object:
+def as_prompts(value: object) -> object:
     """A list of prompts out of OpenAI's four forms: text, ids, or a list of either."""
     several = isinstance(value, list) and bool(value) and not _are_ids(value)
     prompts = value if several and isinstance(value, list) else [value]
@@ -266,7 +266,7 @@ class ChatBody(_Body, TemplateFields):
 class CompletionBody(_Body):
     """``POST /v1/completions``."""
 
-    prompt: Annotated[list[Prompt], Field(max_length=MAX_PROMPTS), BeforeValidator(_prompts)]
+    prompt: Annotated[list[Prompt], Field(max_length=MAX_PROMPTS), BeforeValidator(as_prompts)]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
     echo: bool | None = None

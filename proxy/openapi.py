@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
+from proxy.embeddings import EmbeddingBody
 from proxy.openai import ChatBody, CompletionBody
 from proxy.tokenization import DetokenizeBody, TokenizeBody
 
@@ -15,6 +16,7 @@ _REFERENCE = "#/components/schemas/{model}"
 _BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatBody,
     "/v1/completions": CompletionBody,
+    "/v1/embeddings": EmbeddingBody,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
 }
@@ -76,7 +78,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
             operation["responses"].pop("422", None)
             operation["responses"] |= {status: _error(text) for status, text in _STATUSES.items()}
             if path == "/v1/embeddings":
-                operation["responses"] = {"501": _error("No engine here makes embeddings")}
+                operation["responses"]["501"] = _error("No engine here makes embeddings")
     for path, body in _BODIES.items():
         schema = body.model_json_schema(ref_template=_REFERENCE)
         schemas |= schema.pop("$defs", {})

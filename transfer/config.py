@@ -124,7 +124,7 @@ class Proxy(Section, frozen=True, kw_only=True):
     When the nodes are idle, a ``shadow_share`` of requests is run again on another route to test the estimates, and
     after a ``parity_share`` of split answers the worker computes the prompt itself: a codec whose KV changes the next
     token's distribution by more than ``parity_max_kl`` nats is switched off. KV prefixes serve the API key that brought
-    them, or, with ``share_prefixes``, all.
+    them, or, with ``share_prefixes``, all. ``/v1/embeddings`` is passed on to the engine at ``embeddings_url``.
     """
 
     host: str = "127.0.0.1"
@@ -143,6 +143,7 @@ class Proxy(Section, frozen=True, kw_only=True):
     ledger_file: str = ""
     ledger_rows: Count = 1_000_000
     otlp_endpoint: str = ""
+    embeddings_url: str = ""
     policy: PolicyName = "min_e2e"
     slo_ttft_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     slo_tpot_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0

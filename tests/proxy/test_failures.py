@@ -124,7 +124,8 @@ def test_a_body_without_end(stack, monkeypatch):
 def test_unknown_model_path_method_and_query(stack):
     assert error_of(stack.chat(model="gpt-4"), 404)["code"] == "model_not_found"
     assert error_of(stack.http.get("/v1/audio"), 404)["code"] == "not_found"
-    assert error_of(stack.http.post("/v1/embeddings", json={"model": "tiny"}), 501)["code"] == "not_implemented"
+    no_engine = error_of(stack.http.post("/v1/embeddings", json={"model": "tiny"}), 501)
+    assert no_engine["message"].endswith("[proxy] embeddings_url")
     assert error_of(stack.http.get("/v1/chat/completions"), 405)["code"] == "method_not_allowed"
     assert error_of(stack.http.get("/ledger?last=0"), 400)["param"] == "last"
 
