@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,11 @@ def read_geometry(gguf: Path) -> KVGeometry:
 
     Raises :class:`ConfigError` if the file does not parse or its architecture keeps no plain attention KV.
     """
-    from gguf import GGUFReader
+    from cpu_decode.gguf_header import HeaderReader
 
     try:
-        reader = GGUFReader(gguf)
-    except (OSError, ValueError, IndexError) as error:
+        reader = HeaderReader(gguf)
+    except (OSError, ValueError, IndexError, OverflowError, struct.error) as error:
         raise ConfigError(f"{gguf} is not a readable GGUF: {error}") from None
 
     def field(key: str, default: Any = None) -> Any:
@@ -58,7 +59,7 @@ def read_geometry(gguf: Path) -> KVGeometry:
         rope_theta=float(field(f"{arch}.rope.freq_base", 10000.0)),
         rope_scaling=_rope_scaling(reader, arch, tensors),
         sliding_window=window,
-        vocab_size=len(reader.fields["tokenizer.ggml.tokens"].data),
+        vocab_size=int(reader.fields["tokenizer.ggml.tokens"].parts[-1][0]),
         window_layers=window_layers,
         window_rope_theta=_window_rope_theta(arch, field) if window_layers else 0.0,
     )
