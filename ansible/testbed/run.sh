@@ -86,7 +86,7 @@ unchanged() { # unchanged PLAYBOOK...: a converged host has nothing left to chan
 
 wheelhouse() { # every locked wheel, once; and what building needs
     local stamp
-    stamp=$cache/wheelhouse/$(cat "$source"/requirements/*.txt "$source/pyproject.toml" | sha256sum | cut -c1-16).complete
+    stamp=$cache/wheelhouse/$(cat "$source"/requirements/*.txt | sha256sum | cut -c1-16).complete
     [[ -e $stamp ]] && return
     mkdir -p "$cache/wheelhouse"
     local wheel=("$root/.venv/bin/pip" wheel --quiet --wheel-dir "$cache/wheelhouse" --find-links "$cache/wheelhouse")

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
+from transfer.config import load
+
 ROOT = Path(__file__).parents[2]
 ANSIBLE = ROOT / "ansible"
 BIN = ROOT / ".venv-ansible" / "bin"
-PLAYBOOKS = sorted(path.name for path in ANSIBLE.glob("*.yml"))
 
 pytestmark = pytest.mark.skipif(
     not (BIN / "ansible-playbook").exists(), reason="Ansible is not installed: `make ansible` makes .venv-ansible"
@@ -47,9 +48,12 @@ def pair() -> dict[str, str]:
     return {"isthmus_pair_hf_dir": made.hf_dir, "isthmus_pair_gguf": made.gguf}
 
 
-def preflight(folder: Path, groups: dict[str, list[str]] | None = None, **variables: Any) -> str:
-    """Everything that preflight.yml says of an inventory on this machine; "" if it has nothing against it."""
-    groups = groups or {"gpu_prefill": ["gpu"], "cpu_decode": ["xeon"], "proxy": ["xeon"]}
+ONE_EACH = {"gpu_prefill": ["gpu"], "cpu_decode": ["xeon"], "proxy": ["xeon"]}
+TWO_XEONS = {"gpu_prefill": ["gpu"], "cpu_decode": ["xeon", "xeon2"], "proxy": ["xeon2"], "monitoring": ["gpu"]}
+
+
+def play(folder: Path, playbook: Path, groups: dict[str, list[str]], **variables: Any) -> str:
+    """Everything that a playbook says with an inventory whose hosts are this machine; "" if it goes through."""
     inventory = {
         "all": {
             "vars": {
@@ -67,16 +71,15 @@ def preflight(folder: Path, groups: dict[str, list[str]] | None = None, **variab
         }
     }
     (folder / "hosts.yml").write_text(yaml.safe_dump(inventory))
-    done = ansible("ansible-playbook", "-i", str(folder / "hosts.yml"), str(ANSIBLE / "preflight.yml"), home=folder)
+    done = ansible("ansible-playbook", "-i", str(folder / "hosts.yml"), str(playbook), home=folder)
     return "" if done.returncode == 0 else re.sub(r"\s+", " ", done.stdout + done.stderr)
 
 
-@pytest.mark.parametrize("playbook", PLAYBOOKS)
-def test_syntax(playbook: str, tmp_path: Path) -> None:
-    done = ansible("ansible-playbook", "--syntax-check", str(ANSIBLE / playbook), home=tmp_path)
-    assert done.returncode == 0, done.stderr
+def preflight(folder: Path, groups: dict[str, list[str]] = ONE_EACH, **variables: Any) -> str:
+    return play(folder, ANSIBLE / "preflight.yml", groups, **variables)
 
 
+# Playbooks that do not parse are among the linter's findings.
 def test_ansible_lint_finds_nothing(tmp_path: Path) -> None:
     done = ansible("ansible-lint", "--offline", "-q", "--profile", "production", str(ANSIBLE), home=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -96,7 +99,46 @@ def test_the_codecs_of_the_inventory_are_ours() -> None:
 
 
 def test_a_right_inventory_is_not_refused(pair: dict[str, str], tmp_path: Path) -> None:
-    assert preflight(tmp_path, **pair) == ""
+    assert preflight(tmp_path, TWO_XEONS, **pair) == ""
+
+
+def test_cluster_files_of_two_decode_hosts_are_what_the_nodes_read(pair: dict[str, str], tmp_path: Path) -> None:
+    state = tmp_path / "state" / "pair"
+    (state / "hf").mkdir(parents=True)
+    (state / "model.gguf").touch()
+    roles = str(ANSIBLE / "roles")
+    template = {
+        "src": f"{roles}/base/templates/isthmus.toml.j2",
+        "dest": "{{ inventory_dir }}/{{ inventory_hostname }}.toml",
+    }
+    files = {
+        "src": f"{roles}/firewall/templates/isthmus.nft.j2",
+        "dest": "{{ inventory_dir }}/{{ inventory_hostname }}.nft",
+    }
+    tasks = [
+        {"ansible.builtin.import_role": {"name": "isthmus"}},
+        {"ansible.builtin.include_vars": f"{roles}/firewall/defaults/main.yml"},
+        {"ansible.builtin.template": template, "vars": {"base_numa": 1, "base_port_offset": 10}},
+        {"ansible.builtin.template": files},
+    ]
+    playbook = tmp_path / "write.yml"
+    playbook.write_text(yaml.safe_dump([{"hosts": "all", "gather_facts": False, "tasks": tasks}]))
+    extra = {"isthmus_state_dir": str(tmp_path / "state"), "isthmus_extra": {"link": {"frame_mib": 8}}}
+    assert play(tmp_path, playbook, TWO_XEONS, **pair, **extra) == ""
+
+    read = {host: load(tmp_path / f"{host}.toml") for host in ("gpu", "xeon", "xeon2")}
+    assert [read[host].decode.advertise_host for host in read] == ["xeon", "xeon", "xeon2"]
+    assert {each.proxy.advertise_host for each in read.values()} == {"xeon2"}
+    assert {each.prefill.host for each in read.values()} == {"gpu"}
+    assert {(each.decode.control_port, each.decode.kv_port, each.decode.numa) for each in read.values()} == {
+        (8112, 8113, 1)
+    }
+    assert {each.link.frame_mib for each in read.values()} == {8}
+    rules = {host: (tmp_path / f"{host}.nft").read_text() for host in read}
+    assert "ip saddr { xeon, xeon2 } tcp dport 8105 accept" in rules["xeon2"]
+    assert "tcp dport 8105" not in rules["xeon"]
+    assert "ip saddr { gpu } tcp dport { 8103, 8113" in rules["xeon"]
+    assert "ip saddr { xeon2 } tcp dport 8101 accept" in rules["gpu"]
 
 
 @pytest.mark.parametrize(
