@@ -310,7 +310,7 @@ class Ledger:
         self._entries: deque[Entry] = deque(maxlen=size)
         self._store = store
         self._last_seq = store.last_seq if store else 0
-        self.totals = Totals(store.totals if store else ())
+        self.totals = Totals(store.totals if store else (), self._last_seq)
 
     def add(self, entry: Entry) -> Entry:
         """Number ``entry`` and keep it, forgetting the oldest one if need be; returns it as it was kept."""

@@ -27,11 +27,14 @@ class Way(NamedTuple):
 
 
 class Totals:
-    """The sums of ``ways``, to which closed entries are added. Shadows are nobody's requests and do not count."""
+    """The sums of ``ways``, up to entry ``last_seq``, to which closed entries are added.
 
-    def __init__(self, ways: Iterable[Way] = ()) -> None:
+    Shadows are nobody's requests and do not count.
+    """
+
+    def __init__(self, ways: Iterable[Way] = (), last_seq: int = 0) -> None:
         self._ways = {(way.route, way.codec): way for way in ways}
-        self.last_seq = 0
+        self.last_seq = last_seq
 
     def add(self, entry: Entry) -> None:
         """Take in a closed entry, in the order of ``seq``."""
@@ -50,7 +53,7 @@ class Totals:
         )
 
     def view(self) -> dict[str, object]:
-        """For JSON: the sums up to entry ``seq`` (0: before any that was closed since the proxy started)."""
+        """For JSON: the sums, and ``seq``, up to which entry they go."""
         ways = [way._asdict() for _, way in sorted(self._ways.items())]
         return {
             "seq": self.last_seq,

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 import yaml
 
+from proxy import metrics
 from tests.proxy.conftest import Stack, wait_until
 from tests.proxy.fake_worker import FakeWorker
 from transfer.messages import Status, TierStatus
@@ -45,7 +46,7 @@ def test_every_metric_that_is_named_exists(stack: Stack, monkeypatch: pytest.Mon
 
     def with_tiers(worker: FakeWorker) -> Status:
         tier = TierStatus(name="disk", used_bytes=1, capacity_bytes=2, blocks=3, evicted={"corrupt": 4})
-        return msgspec.structs.replace(plain(worker), tiers=(tier,))
+        return msgspec.structs.replace(plain(worker), tiers=(tier,), package_watts=80.0, dram_watts=9.0)
 
     monkeypatch.setattr(FakeWorker, "_status", with_tiers)
     wait_until(lambda: (status := stack.gateway.workers.any_status) and status.tiers)
@@ -59,6 +60,12 @@ def test_every_metric_that_is_named_exists(stack: Stack, monkeypatch: pytest.Mon
     assert len(named) > 25
     assert named - exist == set()
     assert re.search(r'isthmus_worker_tier_evicted\{reason="corrupt",tier="disk",worker=".+"\} 4.0', told)
+
+
+def test_bounds_of_predictions_that_are_asked_for_exist() -> None:
+    asked = {float(bound) for each in expressions() for bound in re.findall(r'le="([^"]+)"', each)}
+    assert asked
+    assert asked <= set(metrics._ERROR_BUCKETS)
 
 
 def test_panels_lie_beside_each_other() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,7 +21,8 @@ from tests.proxy.conftest import Stack, make_cluster, running, wait_until
 from tests.proxy.fake_prefill import PrefillScript
 from tests.proxy.fake_worker import FakeWorker, Script
 from tests.proxy.workers import announce
-from transfer.messages import Announce
+from transfer.energy import POWER_HEADER
+from transfer.messages import Announce, Status
 
 pytestmark = needs_chromium
 
@@ -194,6 +197,113 @@ def test_charts_say_what_the_ledger_says(stack: Stack, one: Entry, open_page: Op
     net = f"{abs(sum(gains)) / 1e9:,.1f} s" if abs(sum(gains)) >= 10e9 else f"{abs(sum(gains)) / 1e6:,.1f} ms"
     assert net in seen.page.inner_text("#verdict")
     assert seen.errors == []
+
+
+def cells(seen: Seen, table: str) -> dict[str, list[str]]:
+    """The rows of a table by their headings."""
+    script = "all => all.map(row => [...row.children].map(cell => cell.textContent))"
+    return {first: rest for first, *rest in seen.page.eval_on_selector_all(f"{table} tbody tr", script)}
+
+
+def test_totals_are_of_more_than_the_page_has(stack: Stack, one: Entry, open_page: Open) -> None:
+    add(stack, varied(one, 700))
+    seen = open_page(f"{stack.url}/#worth")
+    seen.until("document.getElementById('totals-summary').textContent.includes('since')")
+    totals = stack.http.get("/totals").json()
+    requests = sum(way["requests"] for way in totals["ways"])
+    assert requests > 700
+    assert f"All {requests:,} requests since" in seen.page.inner_text("#totals-summary")
+    shown, window = cells(seen, "#totals-table"), cells(seen, "#ways-table")
+    for way in totals["ways"]:
+        name = " ".join(filter(None, (way["route"], way["codec"])))
+        assert shown[name][0] == f"{way['answered']:,} of {way['requests']:,}"
+        if way["codec"]:
+            assert shown[name][3] == f"{(way['gained_ns'] + way['lost_ns']) / 1e9:+,.1f} s"
+            assert shown[name][3] != window[name][3]
+    # The line over the last requests ends where the sums are, having begun with what was gained before.
+    net_s = sum(way["gained_ns"] + way["lost_ns"] for way in totals["ways"]) / 1e9
+    script = """async () => {
+      const {gainedBefore} = await import('/static/worth.js');
+      const ask = async path => (await fetch(path)).json();
+      const [{entries}, totals] = await Promise.all([ask('/ledger?last=500'), ask('/totals')]);
+      const split = entries.filter(e => e.specialization_gain_ns !== null);
+      const before = [...gainedBefore(split, totals).values()].reduce((a, b) => a + b, 0);
+      return before + split.reduce((sum, e) => sum + e.specialization_gain_ns / 1e9, 0);
+    }"""
+    assert seen.page.evaluate(script) == pytest.approx(net_s)
+    assert seen.errors == []
+
+
+def test_what_is_found_out_later_shows_in_the_line_and_the_open_entry(
+    stack: Stack, one: Entry, open_page: Open
+) -> None:
+    seen = open_page(stack.url)
+    head = f'[data-request-id="{one.request_id}"] .head'
+    seen.page.click(f"#requests {head}")
+    assert "KL" not in seen.page.inner_text("#entry dl")
+    (inbox,) = stack.gateway.events._inboxes
+    found = functools.partial(stack.gateway._compared, one.seq, "raw", 0.0123)
+    inbox._news._loop.call_soon_threadsafe(found)  # type: ignore[attr-defined]
+    seen.until("document.querySelector('#entry dl').textContent.includes('0.0123 nats')")
+    assert "KL 0.0123" in seen.page.inner_text(f"#requests {head}")
+    seen.page.keyboard.press("Escape")
+    # Focus stays in the line that is drawn again.
+    assert seen.page.evaluate("document.activeElement.closest('.request') !== null")
+    asked = [{"role": "user", "content": "what would another route have cost?"}]
+    seen.page.evaluate("document.activeElement.blur()")
+    stack.chat(messages=asked)
+    first = stack.gateway.ledger.last(1)[0]
+    others = {"split", "gpu", "cpu"} - {first.route}
+    for route in sorted(others):
+        stack.chat({"X-Isthmus-Route": route}, messages=asked)
+    assert next(e for e in stack.entries() if e["seq"] == first.seq)["regret_ns"] is not None
+    seen.view("worth")
+    assert first.route is not None
+    seen.until(
+        "route => [...document.querySelectorAll('#router-table tr')].some(r => r.cells[0].textContent === route"
+        " && Number(r.cells[6].textContent) >= 1)",
+        first.route,
+    )
+    assert seen.errors == []
+
+
+def test_how_far_predictions_were_off(stack: Stack, one: Entry, open_page: Open) -> None:
+    for number, (ttft, e2e) in enumerate(((-0.2, 0.1), (0.0, 0.3), (0.4, 0.5))):
+        strange = msgspec.structs.replace(one, route="gpu", codec=None, request_id=f"e{number}")
+        add(stack, iter([msgspec.structs.replace(strange, ttft_error=ttft, e2e_error=e2e, shadow_of="x")]))
+    seen = open_page(f"{stack.url}/#worth")
+    seen.until("document.querySelector('#router-table tbody tr')")
+    ours = [entry for entry in stack.http.get("/ledger?last=500").json()["entries"] if entry["route"] == "gpu"]
+    errors = [entry["e2e_error"] for entry in ours if entry["e2e_error"] is not None]
+    shown = cells(seen, "#router-table")["gpu"]
+    assert shown[0] == str(len(errors))
+    assert shown[3] == f"{statistics.median(errors):+.1%}"
+
+
+def test_power_is_shown_where_it_is_known(stack: Stack, open_page: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = open_page(f"{stack.url}/#nodes")
+    seen.until("document.querySelector('#workers dl')")
+    assert " W" not in seen.page.inner_text("#view-nodes")
+    plain = FakeWorker._status
+
+    def with_power(worker: FakeWorker) -> Status:
+        known = {
+            "package_watts": 80.0,
+            "dram_watts": 10.0,
+            "power_of": "package-1, dram-1",
+            "decode_tokens_per_s": 20.0,
+        }
+        return msgspec.structs.replace(plain(worker), **known)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(FakeWorker, "_status", with_power)
+    stack.prefill.health_headers = {POWER_HEADER: '{"watts": 213.4, "of": "gpu 0"}'}
+    seen.until("document.getElementById('cluster').textContent.includes('213.4 W (gpu 0)')")
+    seen.until(
+        "document.getElementById('workers').textContent.includes('90.0 W, 10.0 W of it DRAM (package-1, dram-1)')"
+    )
+    assert "4.5 J" in seen.page.inner_text("#workers")
+    stack.prefill.health_headers = {}
+    seen.until("!document.getElementById('cluster').textContent.includes(' W')")
 
 
 def test_the_measured_crossover_is_drawn(stack: Stack, open_page: Open, tmp_path: Path) -> None:

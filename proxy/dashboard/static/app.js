@@ -2,6 +2,7 @@
 
 import { askForKey, json } from "./api.js";
 import { find } from "./dom.js";
+import { renewEntry } from "./entry.js";
 import { LIMIT, follow } from "./feed.js";
 import { Nodes } from "./nodes.js";
 import { setUpTheme } from "./theme.js";
@@ -59,7 +60,20 @@ setUpTheme(() => worth.redraw());
 find("key").hidden = !sessionStorage.getItem("isthmus-api-key");
 find("key").addEventListener("click", () => askForKey());
 
+// Numbers begin again where a proxy without a file was started again: the newest entry is meant, or the one of that time.
+function found({ seq, closed_at, ...changes }) {
+  const isMeant = (entry) => entry.seq === seq && (!closed_at || entry.closed_at === closed_at);
+  const entry = added.findLast(isMeant) ?? all.findLast(isMeant);
+  if (!entry || Object.entries(changes).every(([name, value]) => entry[name] === value)) return;
+  Object.assign(entry, changes);
+  waterfall.renew(entry);
+  renewEntry(entry);
+  worth.take(all);
+}
+
 follow({
+  found,
+  totals: (sums) => worth.totals(sums),
   entries(list) {
     // In a tab that nobody sees no frame comes, and this must not grow.
     added = added.concat(list).slice(-LIMIT);

@@ -4,7 +4,15 @@ import { find, make, table } from "./dom.js";
 import * as format from "./format.js";
 import { MEANING, grossGainNs, name, nanoseconds, way } from "./stages.js";
 
+let shown = null;
+
+// Something was found out about `entry`, which may be open.
+export function renewEntry(entry) {
+  if (shown === entry && find("entry").open) openEntry(entry);
+}
+
 export function openEntry(entry) {
+  shown = entry;
   find("entry-title").textContent = `${entry.request_id}: ${way(entry)}`;
   const parts = [facts(entry), stagesOf(entry), predictions(entry), attempts(entry), whole(entry)];
   find("entry-body").replaceChildren(...parts.filter(Boolean));
@@ -19,6 +27,7 @@ function facts(entry) {
     ["worker", entry.worker],
     ["closed", entry.closed_at],
     ["run again for", entry.shadow_of],
+    ["KV checked", format.known(entry.parity_kl) ? `next token's distribution is ${entry.parity_kl.toFixed(4)} nats (KL) from the worker's own` : null],
     ["prompt", `${format.count(entry.prompt_tokens)} tokens, ${format.count(entry.kv_reused_tokens)} of them reused`],
     ["answer", `${format.count(entry.completion_tokens)} tokens`],
     ["time to first token", format.duration(entry.ttft_ns)],

@@ -3,7 +3,7 @@
 const NONE = "–";
 const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const tenths = new Intl.NumberFormat("en", { minimumFractionDigits: 1, maximumFractionDigits: 1 });
-const known = (value) => value !== null && value !== undefined && Number.isFinite(value);
+export const known = (value) => value !== null && value !== undefined && Number.isFinite(value);
 
 export function duration(ns, sign = false) {
   if (!known(ns)) return NONE;
@@ -34,4 +34,7 @@ export function bytesPerSecond(rate) {
 export const count = (value) => (known(value) ? whole.format(value) : NONE);
 export const perSecond = (rate) => (known(rate) && rate > 0 ? `${tenths.format(rate)} tokens/s` : NONE);
 export const percent = (share) => (known(share) ? `${tenths.format(share * 100)}%` : NONE);
+export const signedPercent = (share) => (known(share) && share > 0 ? `+${percent(share)}` : percent(share));
+export const watts = (power) => (known(power) ? `${tenths.format(power)} W` : NONE);
+export const joules = (energy) => (known(energy) && energy > 0 ? `${energy >= 10 ? whole.format(energy) : energy.toPrecision(2)} J` : NONE);
 export const over = (amount, ns) => (ns > 0 ? (amount / ns) * 1e9 : NaN);

@@ -70,6 +70,7 @@ export class Nodes {
         ["address", prefill.url],
         ["why", prefill.up ? null : prefill.down_reason],
         ["prefill", format.perSecond(prefill.prefill_tokens_per_s)],
+        ["power", prefill.power && `${format.watts(prefill.power.watts)} (${prefill.power.of})`],
       ]),
     );
     const self = make(
@@ -120,6 +121,17 @@ function reasons(counts) {
   return said.length > 0 ? ` (${said.join(", ")})` : "";
 }
 
+// The power is that of whole packages, whatever else runs there; nothing is said where nothing is known.
+function powerFacts(status) {
+  if (!format.known(status.package_watts)) return [];
+  const all = status.package_watts + (status.dram_watts ?? 0);
+  const dram = format.known(status.dram_watts) ? `, ${format.watts(status.dram_watts)} of it DRAM` : "";
+  return [
+    ["power", `${format.watts(all)}${dram} (${status.power_of})`],
+    ["energy for a token", status.decode_tokens_per_s > 0 ? format.joules(all / status.decode_tokens_per_s) : null],
+  ];
+}
+
 function workerParts(name, worker) {
   const status = worker.status;
   const state = worker.up ? worker.state : "down";
@@ -142,6 +154,7 @@ function workerParts(name, worker) {
     facts([
       ["why", worker.up ? null : worker.down_reason],
       ["decode", format.perSecond(status.decode_tokens_per_s)],
+      ...powerFacts(status),
       ["own prefill", format.perSecond(status.prefill_tokens_per_s)],
       ["waiting for cells", format.count(status.queued_requests)],
       ["preempted", status.preempted_sequences ? format.count(status.preempted_sequences) : null],

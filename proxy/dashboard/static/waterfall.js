@@ -49,13 +49,11 @@ export function lanes(entry) {
   return picture;
 }
 
-// A request's line: what it was, and its lanes. `entries` maps such lines to entries, for tips and dialogs.
-export function line(entry, entries) {
+// What a request was, in words.
+function headParts(entry) {
   const gain = entry.specialization_gain_ns;
   const went = entry.status === "ok" ? [] : [make("span.bad", {}, entry.status)];
-  const head = make(
-    "div.head",
-    { role: "rowheader", tabindex: "-1" },
+  return [
     make("code", {}, entry.request_id.slice(0, 12)),
     make("span.way", {}, way(entry)),
     ...went,
@@ -66,7 +64,14 @@ export function line(entry, entries) {
     gain === null || gain === undefined
       ? ""
       : make(gain < 0 ? "span.bad" : "span.good", {}, `${format.duration(gain, true)} by splitting`),
-  );
+    entry.regret_ns > 0 ? make("span.bad", {}, `${format.duration(entry.regret_ns)} longer than by the best route known`) : "",
+    format.known(entry.parity_kl) ? make("span.dim", {}, `KV checked: KL ${entry.parity_kl.toFixed(4)}`) : "",
+  ];
+}
+
+// A request's line: what it was, and its lanes. `entries` maps such lines to entries, for tips and dialogs.
+export function line(entry, entries) {
+  const head = make("div.head", { role: "rowheader", tabindex: "-1" }, ...headParts(entry));
   const row = make("div.request", { role: "row", "data-request-id": entry.request_id }, head, lanes(entry));
   entries.set(row, entry);
   return row;
@@ -156,6 +161,12 @@ export class Waterfall {
     for (const entry of added.filter((entry) => this.#wanted(entry))) grid.prepend(line(entry, this.#entries));
     while (grid.childElementCount > LIMIT) grid.lastElementChild.remove();
     this.#settle();
+  }
+
+  // Something was found out about `entry`. Its line stays, and with it the focus.
+  renew(entry) {
+    const row = [...find("requests").children].find((each) => this.#entries.get(each) === entry);
+    row?.querySelector(".head").replaceChildren(...headParts(entry));
   }
 
   #wanted(entry) {

@@ -1,4 +1,5 @@
-// Whether splitting pays: each request's gain against its cost, the running total, and the measured crossover.
+// Whether splitting pays: each request's gain against its cost, the running total, whether the router was right, and the
+// measured crossover.
 
 import { LINES, draw } from "./charts.js";
 import { find, table } from "./dom.js";
@@ -11,6 +12,8 @@ const MS = 1e6;
 
 export class Worth {
   #all = [];
+  #tests = [];
+  #totals = null;
   #crossover = null;
   #seen = false;
   #timer = null;
@@ -22,6 +25,13 @@ export class Worth {
   // Requests that were run again to test predictions were nobody's.
   take(all) {
     this.#all = all.filter((entry) => !entry.shadow_of);
+    this.#tests = all.filter((entry) => entry.shadow_of);
+    this.#soon();
+  }
+
+  // Sums over all requests since the ledger began.
+  totals(sums) {
+    this.#totals = sums;
     this.#soon();
   }
 
@@ -36,8 +46,10 @@ export class Worth {
     const split = this.#all.filter((entry) => grossGainNs(entry) !== null);
     find("verdict").textContent = verdict(this.#all, split);
     drawScatter(split);
-    drawRunning(split);
+    drawRunning(split, this.#totals);
     find("ways-table").replaceChildren(waysTable(this.#all));
+    drawTotals(this.#totals);
+    find("router-table").replaceChildren(routerTable([...this.#all, ...this.#tests]));
     if (this.#crossover) drawCrossover(this.#crossover);
   }
 
@@ -58,12 +70,15 @@ export class Worth {
 const sum = (entries, of) => entries.reduce((total, entry) => total + of(entry), 0);
 const waysOf = (entries) => [...new Set(entries.map(way))].sort();
 
-function median(values) {
-  const sorted = values.filter((value) => value !== null && value !== undefined).sort((a, b) => a - b);
+// Between neighbours as NumPy does it; null of nothing.
+function quantile(values, share) {
+  const sorted = values.filter((value) => format.known(value)).sort((a, b) => a - b);
   if (!sorted.length) return null;
-  const middle = sorted.length >> 1;
-  return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;
+  const place = (sorted.length - 1) * share;
+  const below = sorted[Math.floor(place)];
+  return below + (sorted[Math.ceil(place)] - below) * (place % 1);
 }
+const median = (values) => quantile(values, 0.5);
 
 function verdict(all, split) {
   if (!split.length) return `None of the last ${format.count(all.length)} requests was split with an estimate to compare with.`;
@@ -108,11 +123,22 @@ function drawScatter(split) {
   );
 }
 
-function drawRunning(split) {
+// Seconds by way that were gained before the requests that are shown; those that `sums` does not have are no part of it.
+export function gainedBefore(split, sums) {
+  const before = new Map((sums?.ways ?? []).map((each) => [way(each), (each.gained_ns + each.lost_ns) / S]));
+  for (const entry of split) {
+    if (!sums || entry.seq > sums.seq || entry.closed_at < sums.since) continue;
+    before.set(way(entry), (before.get(way(entry)) ?? 0) - entry.specialization_gain_ns / S);
+  }
+  return before;
+}
+
+function drawRunning(split, sums) {
   const ways = waysOf(split);
-  const totals = new Map(ways.map((each) => [each, 0]));
-  let all = 0;
-  const columns = [[], [], ...ways.map(() => [])];
+  const before = gainedBefore(split, sums);
+  const totals = new Map(ways.map((each) => [each, before.get(each) ?? 0]));
+  let all = [...before.values()].reduce((a, b) => a + b, 0);
+  const columns = [[0], [all], ...[...totals.values()].map((value) => [value])];
   split.forEach((entry, place) => {
     all += entry.specialization_gain_ns / S;
     totals.set(way(entry), totals.get(way(entry)) + entry.specialization_gain_ns / S);
@@ -148,6 +174,55 @@ function waysTable(all) {
   });
   const heads = ["route and codec", "answered", "gained", "lost", "net", "exposed, median", "first token, median", "end to end, median", "KV sent"];
   return table(heads, rows);
+}
+
+function drawTotals(sums) {
+  const since = sums?.since ? new Date(sums.since).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" }) : null;
+  const requests = (sums?.ways ?? []).reduce((total, each) => total + each.requests, 0);
+  find("totals-summary").textContent = since
+    ? `All ${format.count(requests)} requests since ${since}, by route and codec`
+    : "All requests: none yet";
+  const split = (each, ns) => (each.route === "split" ? format.duration(ns, true) : null);
+  const rows = (sums?.ways ?? []).map((each) => [
+    way(each),
+    `${format.count(each.answered)} of ${format.count(each.requests)}`,
+    split(each, each.gained_ns),
+    split(each, each.lost_ns),
+    split(each, each.gained_ns + each.lost_ns),
+    format.bytes(each.kv_wire_bytes),
+  ]);
+  find("totals-table").replaceChildren(table(["route and codec", "answered", "gained", "lost", "net", "KV sent"], rows));
+}
+
+// The same quantiles as the panels of Grafana's dashboard.
+function routerTable(all) {
+  const range = (values) =>
+    values.length ? `${format.signedPercent(quantile(values, 0.1))} to ${format.signedPercent(quantile(values, 0.9))}` : null;
+  const rows = [...new Set(all.map((entry) => entry.route).filter(Boolean))].sort().map((route) => {
+    const here = all.filter((entry) => entry.route === route);
+    const first = here.map((entry) => entry.ttft_error).filter(format.known);
+    const whole = here.map((entry) => entry.e2e_error).filter(format.known);
+    const regrets = here.filter((entry) => format.known(entry.regret_ns)).map(regretShare);
+    return [
+      route,
+      format.count(whole.length),
+      format.signedPercent(median(first)),
+      range(first),
+      format.signedPercent(median(whole)),
+      range(whole),
+      format.count(regrets.length),
+      format.percent(median(regrets)),
+      format.percent(quantile(regrets, 0.9)),
+    ];
+  });
+  const heads = ["route", "predictions", "first token, median", "10% to 90%", "end to end, median", "10% to 90%"];
+  return table([...heads, "compared", "regret, median", "regret, 90%"], rows);
+}
+
+// Over what the best route known took, from the decision to the end.
+function regretShare(entry) {
+  const servedNs = entry.total_ns - entry.queue_ns - entry.tokenize_ns - entry.route_ns;
+  return entry.regret_ns / Math.max(1, servedNs - entry.regret_ns);
 }
 
 // What `isthmus measure crossover` wrote: for each workload, and for one request with longer and longer prompts, `gain`
