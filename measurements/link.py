@@ -152,6 +152,8 @@ def over_path(progress: Progress, peer: Peer, rounds: int, num_tokens: int) -> I
         "raw": lambda: prefill.exposed("raw", "none"),
         "q8": lambda: prefill.exposed("q8", "none"),
         "raw aes-gcm": lambda: prefill.exposed("raw", "aes-gcm"),
+        "raw late": lambda: prefill.exposed("raw", "none", late=True),
+        "q8 late": lambda: prefill.exposed("q8", "none", late=True),
         "raw serial": lambda: prefill.exposed("raw", "none", overlap=False),
     }
     lone: dict[str, Way] = {

@@ -110,9 +110,9 @@ def _exposed(samples: Sequence[Sample], frames: Sequence[Sample]) -> Summary:
         key = way.replace("raw serial", "serial").replace(" ", "_").replace("-", "_")
         summary["exposed"][way] = {"ms": spread(1e3 * s["seconds"] for s in own), "prefill_s": own[0]["prefill_s"]}
         summary[f"exposed_{key}_fraction"] = float(np.median([s["fraction"] for s in own]))
-        if way in lone:
-            summary["exposed"][way]["frame_ms"] = spread(1e3 * s["seconds"] for s in lone[way])
-            both = [*own, *({**s, "way": "one frame"} for s in lone[way])]
+        if frame := lone.get(way.removesuffix(" late")):
+            summary["exposed"][way]["frame_ms"] = spread(1e3 * s["seconds"] for s in frame)
+            both = [*own, *({**s, "way": "one frame"} for s in frame)]
             summary[f"exposed_{key}_frames"] = _ratio(both, way, "one frame", lambda s: float(s["seconds"]))
     return summary
 

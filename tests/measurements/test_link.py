@@ -66,7 +66,14 @@ def test_a_path_between_two_processes(tmp_path: Path, monkeypatch: pytest.Monkey
             peer.close()
     ways = {s["way"] for s in samples if s["part"] == "path"}
     assert ways == PATH_WAYS | ({IPERF3} if shutil.which("iperf3") else set())
-    assert {s["way"] for s in samples if s["part"] == "exposed"} == {"raw", "q8", "raw aes-gcm", "raw serial"}
+    assert {s["way"] for s in samples if s["part"] == "exposed"} == {
+        "raw",
+        "q8",
+        "raw aes-gcm",
+        "raw late",
+        "q8 late",
+        "raw serial",
+    }
     assert {"path_q8_vs_raw", "exposed_raw_fraction", "exposed_q8_frames", "peak_landing_bytes"} <= set(
         summarize(samples, "path")
     )

@@ -3,8 +3,9 @@
 import time
 
 import numpy as np
+import pytest
 
-from measurements.link_exposed import Prefilling, Prompt, lone_frame
+from measurements.link_exposed import AT_HOOK, Prefilling, Prompt, lone_frame
 from measurements.link_sender import Peer
 from measurements.link_synthetic import GEOMETRY, TOKEN_BYTES
 from tests.measurements.link_agent import serving
@@ -28,16 +29,16 @@ class Ticket:
     ticket = "0" * 32
 
 
-def prefill(*, overlap):
+def prefill(handed_over):
     prefilling, recorder = Prefilling(None, PROMPT), Recorder()
     began = ended = time.monotonic_ns()
     for step in prefilling._steps:
-        ended = prefilling._compute(recorder, Ticket, step, ended, overlap=overlap)
+        ended = prefilling._compute(recorder, Ticket, step, ended, handed_over)
     return recorder.slabs, began, ended
 
 
 def test_every_layer_leaves_once_and_in_order():
-    slabs, _, _ = prefill(overlap=True)
+    slabs, _, _ = prefill(AT_HOOK)
     seen = {}
     for _, tokens, layers in slabs:
         assert layers.start == seen.get(tokens, 0)
@@ -48,17 +49,20 @@ def test_every_layer_leaves_once_and_in_order():
     assert all(layers == range(31, 32) for _, _, layers in slabs[-1:])
 
 
-def test_no_layer_leaves_before_it_is_computed():
-    slabs, began, ended = prefill(overlap=True)
+@pytest.mark.parametrize("handed_over", [AT_HOOK, 1.0])
+def test_no_layer_leaves_before_it_is_due(handed_over):
+    slabs, began, ended = prefill(handed_over)
     for at, tokens, layers in slabs:
         step_start = tokens.start // 16 * 16
-        computed = step_start + min(16, 40 - step_start) * layers.stop / GEOMETRY.num_layers
+        computed = step_start + min(16, 40 - step_start) * (layers.stop - 1 + handed_over) / GEOMETRY.num_layers
         assert at >= began + int(computed / PROMPT.tokens_per_s * 1e9) - 1000
     assert ended - began >= 40 / 4000 * 1e9 - 1000
 
 
 def test_nothing_leaves_without_overlap():
-    assert prefill(overlap=False)[0] == []
+    slabs, began, ended = prefill(None)
+    assert slabs == []
+    assert ended - began >= 40 / 4000 * 1e9 - 1000
 
 
 def test_groups_shrink_towards_the_last_layer():
@@ -79,6 +83,7 @@ def test_prefills_land_with_and_without_overlap(tmp_path):
                 sample = prefilling.exposed(codec, seal, overlap=overlap)
                 assert sample["kv_bytes"] == 40 * TOKEN_BYTES
                 assert np.isclose(sample["fraction"], sample["seconds"] / 0.01)
+            assert prefilling.exposed("q8", "none", late=True)["kv_bytes"] == 40 * TOKEN_BYTES
             fresh = prefilling.exposed("raw", "none", fresh=True)
             assert 0 < fresh["landing_bytes"] <= PROMPT.credit_chunks * agent._pool[1].buffer_bytes
             assert lone_frame(peer, "raw", "none")["kv_bytes"] == 4 << 20

@@ -43,7 +43,7 @@ def test_a_path_without_iperf3_has_no_such_ratio():
 
 
 def test_exposed_time_is_a_part_of_the_prefill_and_so_many_frames():
-    spent = {"raw": 0.06, "q8": 0.012, "raw aes-gcm": 0.08, "raw serial": 0.86}
+    spent = {"raw": 0.06, "q8": 0.012, "q8 late": 0.018, "raw aes-gcm": 0.08, "raw serial": 0.86}
     samples = [
         sample("exposed", way, turn, seconds, prefill_s=2.0, fraction=seconds / 2.0)
         for way, seconds in spent.items()
@@ -56,6 +56,7 @@ def test_exposed_time_is_a_part_of_the_prefill_and_so_many_frames():
     assert summary["exposed_serial_fraction"] == pytest.approx(0.43)
     assert summary["exposed_raw_aes_gcm_fraction"] == pytest.approx(0.04)
     assert summary["exposed_q8_frames"] == pytest.approx(2.0)
+    assert summary["exposed_q8_late_frames"] == pytest.approx(3.0)
 
 
 def test_the_worst_memory_counts():
