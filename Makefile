@@ -2,7 +2,7 @@
 #   make demo             one question through the whole stack on this machine, and what it cost
 #   make demo COMPARE=1   the same question by every route, five times each
 #   make demo KEEP=1      leave the stack up and say how to talk to it
-#   make test             every check: style, types, imports, unit and end-to-end tests
+#   make test             every check: style, types, imports, playbooks, unit and end-to-end tests
 #   make test-vllm-versions   the connector in older releases of vLLM; needs some GB
 #   make ansible          Ansible and its linter, in an environment of their own
 #   make testbed          bare hosts to a serving stack and back, on two systemd hosts in namespaces; as root
@@ -13,7 +13,7 @@ COMPILE := $(UV) pip compile pyproject.toml --extra decode --extra proxy --extra
 	--universal --no-annotate --no-header --python-version 3.11
 
 # Tests that mostly wait, for each other's messages or for time to pass: two at a time.
-LIGHT := tests/isthmus tests/proxy tests/transfer
+LIGHT := tests/ansible tests/isthmus tests/proxy tests/transfer
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-vllm-versions ansible testbed lock clean
@@ -27,7 +27,7 @@ install:
 demo: install
 	@$(BIN)/isthmus demo $(if $(COMPARE),--compare) $(if $(KEEP),--keep)
 
-test: install
+test: install ansible
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
