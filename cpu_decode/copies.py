@@ -12,6 +12,7 @@ from cpu_decode.llama import Context
 from cpu_decode.prefix import Block
 from cpu_decode.sequence import Sequence
 from cpu_decode.state import ChunkState, StateBlob
+from cpu_decode.window_blocks import WindowBlocks
 from transfer.errors import EngineError
 
 log = structlog.get_logger()
@@ -23,8 +24,9 @@ COPY_NS = 2_500_000
 class Copies:
     """Copies of KV, and the words that they are complete, in the order in which they came. Engine thread only."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, windows: WindowBlocks | None) -> None:
         self._context = context
+        self._windows = windows
         self._waiting: deque[Callable[[], None]] = deque()
 
     def __bool__(self) -> bool:
@@ -51,10 +53,19 @@ class Copies:
         self._context.inject(chunk, sequence.seq_id)
         sequence.inject_ns += time.monotonic_ns() - began
         sequence.num_cached += chunk.num_tokens
+        self.follow(sequence, chunk)
+
+    def follow(self, sequence: Sequence, injected: ChunkState | StateBlob | None = None) -> None:
+        """After ``sequence`` has got KV, perhaps ``injected``: copy what a window may leave to others."""
+        if self._windows is not None:
+            self._windows.follow(sequence, injected)
 
     def save(self, sequence: Sequence, block: Block) -> None:
         """Copy what ``block`` is to keep out of the cells of ``sequence``; it stays unsaved if that cannot be."""
         if block.saved:
+            return
+        if self._windows is not None and (copied := self._windows.copied(sequence, block)) is not None:
+            block.buffer, block.saved = copied, True
             return
         try:
             self._context.save(sequence.seq_id, range(block.start_token, block.end_token), block.buffer)

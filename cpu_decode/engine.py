@@ -27,6 +27,7 @@ from cpu_decode.sequence import Sequence
 from cpu_decode.speculate import Guessing
 from cpu_decode.state import ChunkState, StateBlob, cut
 from cpu_decode.steps import Steps
+from cpu_decode.window_blocks import WindowBlocks
 from transfer.errors import CapacityError, EngineError, IsthmusError, LinkError, RequestError
 from transfer.messages import Failure, FinishReason, Tokens
 
@@ -52,6 +53,7 @@ class Engine:
         emit: Callable[[Event], None],
         wake: Callable[[], None],
         guessing: Guessing,
+        windows: WindowBlocks | None = None,
     ) -> None:
         self._context = context
         self._steps = Steps(context, batch_tokens, guessing)
@@ -60,7 +62,7 @@ class Engine:
         self._wake = wake
         self._told = False
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._copies = Copies(context)
+        self._copies = Copies(context, windows)
         self._parked = Parked(context)
         self.drafted_tokens = self.accepted_tokens = 0
         self._sequences: dict[str, Sequence] = {}
@@ -274,6 +276,8 @@ class Engine:
                 raise EngineError(str(error)) from None
             return
         came = {}
+        for sequence, *_ in parts:
+            self._copies.follow(sequence)
         for sequence, _, row, draft in parts:
             if row is None:
                 continue
@@ -324,6 +328,8 @@ class Engine:
         if len(came) <= len(draft):
             # Before others learn that the sequence has ended, or go on: cells hold what was guessed wrong.
             self._context.trim(sequence.seq_id, sequence.num_cached)
+        if draft:
+            self._copies.follow(sequence)
         self._say(sequence, said, finish_reason)
         return came
 

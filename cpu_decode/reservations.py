@@ -75,7 +75,7 @@ class Reservations:
         self.form = Landing(cell_type=decode.cell_type, rope_order=model.rope_order)
         self.admission = Admission(decode.num_cells, decode.max_sequences)
         seed, known = seed_of(decode, geometry, model.rope_order, model.gguf), BlockLog()
-        below = open_tiers(decode, seed, known, geometry)
+        below = open_tiers(decode, seed, known)
         self.prefixes = PrefixCache(geometry, decode.cell_type, decode.pool_mib << 20, seed, known, below)
         self.fetching = Fetching(self.prefixes, lambda: engine.prefill_tokens_per_s)
         self.chunk_tokens = link.chunk_tokens

@@ -99,8 +99,8 @@ class PrefixCache:
         self._cell_type = cell_type
         self._max_bytes = max_bytes
         self._on = max_bytes > 0
-        # llama.cpp gives cells that a sliding window has left to other tokens: they can be neither lent nor, in longer
-        # blocks, read back.
+        # llama.cpp gives cells that a sliding window has left to other tokens: they cannot be lent, and are copied
+        # before (``window_blocks.py``).
         self._lends = self._on and not geometry.sliding_window
         self.block_tokens = block_names.tokens_per_block(geometry)
         self.block_bytes = state_bytes(geometry, self.block_tokens, cell_type)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
+import numpy.typing as npt
+
 from cpu_decode.landing import LandingReport
 from cpu_decode.llama import Model
 from cpu_decode.sampling import Sampler
@@ -50,6 +53,8 @@ class Sequence:
         self.prompt_tokens = len(reserve.prompt)
         self.tokens = list(reserve.prompt)
         self.num_cached = 0
+        # The first blocks of their KV, where windows leave the cells to others (``window_blocks.py``).
+        self.window_blocks: list[npt.NDArray[np.uint8]] = []
         # It may grow beyond its promised cells only where others can do without theirs.
         self.promised_tokens = promised_tokens or self.prompt_tokens + reserve.sampling.max_tokens
         # The first tokens, whose KV the worker has already; it may have to come back into cells.

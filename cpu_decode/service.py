@@ -121,8 +121,10 @@ def needed_bytes(gguf: Path, geometry: KVGeometry, decode: Decode) -> int:
     from cpu_decode.state import row_bytes
 
     cells = decode.num_cells * geometry.num_layers * sum(row_bytes(geometry, decode.cell_type))
+    # Blocks of running sequences whose cells go to others (``window_blocks.py``).
+    copies = cells if geometry.sliding_window and decode.pool_mib else 0
     files = [gguf, *([Path(decode.draft_gguf)] if decode.draft_gguf else [])]
-    return sum(file.stat().st_size for file in files) + cells + (decode.landing_mib + decode.pool_mib << 20)
+    return sum(file.stat().st_size for file in files) + cells + copies + (decode.landing_mib + decode.pool_mib << 20)
 
 
 def _raise_lock_limit() -> None:

@@ -24,6 +24,7 @@ from cpu_decode.pool.below import Fetched
 from cpu_decode.reservations import Reservations
 from cpu_decode.speculate import NO_GUESSING, Guessing
 from cpu_decode.waiting import Line, Waiting
+from cpu_decode.window_blocks import WindowBlocks
 from transfer import codecs
 from transfer.config import Decode, Link
 from transfer.doorkeeper import Doorkeeper
@@ -96,7 +97,12 @@ class Worker:
         self._announcer: Announcer | None = None
         batch_tokens = max(decode.prefill_batch_tokens, decode.max_sequences)
         self.engine = Engine(
-            context, batch_tokens=batch_tokens, emit=self._outbox.put, wake=self._wake_up, guessing=guessing
+            context,
+            batch_tokens=batch_tokens,
+            emit=self._outbox.put,
+            wake=self._wake_up,
+            guessing=guessing,
+            windows=WindowBlocks(context, geometry, decode.cell_type) if decode.pool_mib else None,
         )
         self._line = Line(decode.max_queued)
         # Whether something has ended since the first in line was refused.

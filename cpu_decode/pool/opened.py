@@ -23,7 +23,7 @@ log = structlog.get_logger()
 LEAST_BEHIND_BYTES, BEHIND_SHARE = 1 << 28, 0.5
 
 
-def open_tiers(decode: Decode, seed: bytes, known: BlockLog, geometry: KVGeometry) -> LowerTiers:
+def open_tiers(decode: Decode, seed: bytes, known: BlockLog) -> LowerTiers:
     """The tiers below RAM, for blocks named by ``seed``; ``known`` is told what they hold.
 
     Raises :class:`ConfigError` if the shared pool's URL is none or its client is missing.
@@ -31,9 +31,8 @@ def open_tiers(decode: Decode, seed: bytes, known: BlockLog, geometry: KVGeometr
     asked = bool(decode.disk_pool_dir and decode.disk_pool_mib), bool(decode.shared_pool_url)
     if not any(asked):
         return LowerTiers()
-    reason = _why_not(decode, geometry)
-    if reason:
-        log.warning("no KV is kept below RAM", reason=reason)
+    if not decode.pool_mib:
+        log.warning("no KV is kept below RAM: [decode] pool_mib is 0, and what comes back from below goes through RAM")
         return LowerTiers()
     tiers: list[Tier] = []
     if asked[0]:
@@ -48,12 +47,6 @@ def seed_of(decode: Decode, geometry: KVGeometry, rope_order: RopeOrder, gguf: P
     outlives = decode.disk_pool_dir or decode.shared_pool_url
     weights = _digest(gguf) if outlives else geometry.model_fingerprint
     return pool_seed(geometry, decode.cell_type, rope_order, weights, metadata.version("llama-cpp-python"))
-
-
-def _why_not(decode: Decode, geometry: KVGeometry) -> str:
-    if geometry.sliding_window:
-        return "llama.cpp gives cells that a sliding window has left to other tokens: long prefixes are never whole"
-    return "" if decode.pool_mib else "[decode] pool_mib is 0, and what comes back from below goes through RAM"
 
 
 def _digest(gguf: Path) -> str:

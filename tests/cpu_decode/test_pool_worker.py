@@ -211,12 +211,9 @@ def test_a_changed_model_file_and_other_cells_have_another_seed(geometry, tmp_pa
     assert before != seed_of(kept, geometry, "half", gguf)
 
 
-def test_windowed_models_and_workers_without_ram_keep_nothing_below(geometry, tmp_path):
+def test_a_worker_that_keeps_nothing_in_ram_keeps_nothing_below(tmp_path):
     from cpu_decode.pool.block_log import BlockLog
     from cpu_decode.pool.opened import open_tiers
 
-    kept = Decode(disk_pool_dir=str(tmp_path), disk_pool_mib=1)
-    windowed = msgspec.structs.replace(geometry, sliding_window=512)
-    for decode, shape in ((kept, windowed), (msgspec.structs.replace(kept, pool_mib=0), geometry)):
-        assert not open_tiers(decode, b"seed", BlockLog(), shape)
+    assert not open_tiers(Decode(disk_pool_dir=str(tmp_path), disk_pool_mib=1, pool_mib=0), b"seed", BlockLog())
     assert not list(tmp_path.iterdir())
