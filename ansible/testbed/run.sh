@@ -91,7 +91,9 @@ wheelhouse() { # every locked wheel, once; and what building needs
     mkdir -p "$cache/wheelhouse"
     local wheel=("$root/.venv/bin/pip" wheel --quiet --wheel-dir "$cache/wheelhouse" --find-links "$cache/wheelhouse")
     "${wheel[@]}" --no-deps -r "$source/requirements/torch-cpu.txt"
-    CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" "${wheel[@]}" --no-deps -r "$source/requirements/cpu.txt"
+    # The hosts' Python may be an older 3.11 than ours, which then needs a package more.
+    sed -E "s/ ; python_full_version < '3\.11\.[0-9]+'$//" "$source/requirements/cpu.txt" >"$work/cpu.txt"
+    CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" "${wheel[@]}" --no-deps -r "$work/cpu.txt"
     "${wheel[@]}" --no-deps -r "$source/requirements/default-pair.txt"
     "${wheel[@]}" hatchling
     touch "$stamp"
