@@ -12,9 +12,6 @@ UV ?= uv
 COMPILE := $(UV) pip compile pyproject.toml --extra decode --extra proxy --extra pair --extra measure --extra dev \
 	--universal --no-annotate --no-header --python-version 3.11
 
-# Tests that mostly wait, for each other's messages or for time to pass: two at a time.
-LIGHT := tests/ansible tests/isthmus tests/proxy tests/transfer
-
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-vllm-versions ansible testbed lock clean
 
@@ -27,12 +24,12 @@ install:
 demo: install
 	@$(BIN)/isthmus demo $(if $(COMPARE),--compare) $(if $(KEEP),--keep)
 
+# Most tests wait, for an engine to start or for time to pass: two files at a time.
 test: install ansible
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	# Most tests wait, for an engine to start or for time to pass: two files at a time.
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
 	$(BIN)/pytest -m own_process
 
