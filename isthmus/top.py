@@ -25,9 +25,9 @@ KEPT_ENTRIES = 500
 
 
 class Said(NamedTuple):
-    """One thing heard: a closed ledger entry, what ``/nodes`` says, or that the proxy cannot be heard and why."""
+    """One thing heard: a closed ledger entry, what ``/totals`` or ``/nodes`` say, or why the proxy cannot be heard."""
 
-    kind: Literal["entry", "nodes", "lost"]
+    kind: Literal["entry", "totals", "nodes", "lost"]
     what: Any
 
 
@@ -38,6 +38,7 @@ class Watched:
         self.url = url
         self.entries: deque[dict[str, Any]] = deque(maxlen=KEPT_ENTRIES)
         self.nodes: dict[str, Any] | None = None
+        self.totals: dict[str, Any] | None = None
         self.lost: str | None = "connecting"
 
     def take(self, said: Said) -> None:
@@ -45,14 +46,16 @@ class Watched:
         match said.kind:
             case "entry":
                 self.entries.append(said.what)
+            case "totals":
+                self.totals = said.what
             case "nodes":
                 self.nodes, self.lost = said.what, None
             case "lost":
                 self.lost = said.what
 
-    def render(self, height: int) -> RenderableType:
-        """A picture of at most about ``height`` lines."""
-        return top_view.screen(self.url, self.lost, self.nodes, list(self.entries), height)
+    def render(self, height: int, width: int) -> RenderableType:
+        """A picture of at most about ``height`` lines of ``width`` cells."""
+        return top_view.screen(self.url, self.lost, self.nodes, list(self.entries), self.totals, height, width)
 
 
 def run(url: str, api_key: str | None) -> None:
@@ -68,8 +71,9 @@ def run(url: str, api_key: str | None) -> None:
             watched.take(said)
             if said.kind == "lost":
                 raise LinkError(f"no word from the proxy at {url}: {said.what}")
-            if said.kind == "nodes":
-                console.print(watched.render(height=60))
+            # The totals come behind the nodes.
+            if said.kind == "totals":
+                console.print(watched.render(60, console.width))
                 return
     try:
         with Live(console=console, screen=True, auto_refresh=False) as live:
@@ -78,7 +82,7 @@ def run(url: str, api_key: str | None) -> None:
                 watched.take(said)
                 if said.kind != "entry" or time.monotonic() - drawn_s > REDRAW_S:
                     drawn_s = time.monotonic()
-                    live.update(watched.render(console.height), refresh=True)
+                    live.update(watched.render(console.height, console.width), refresh=True)
     except KeyboardInterrupt:
         return
 
@@ -107,6 +111,8 @@ def follow(url: str, api_key: str | None, retry_s: float = RETRY_S) -> Iterator[
                             yield Said("entry", msgspec.json.decode(data))
                         elif event == "nodes":
                             yield Said("nodes", msgspec.json.decode(data))
+                        elif event == "totals":
+                            yield Said("totals", msgspec.json.decode(data))
                 reason = "the proxy ended the stream"
             except (httpx.HTTPError, msgspec.DecodeError) as error:
                 reason = str(error) or type(error).__name__

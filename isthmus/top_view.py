@@ -11,11 +11,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from isthmus.ledger_table import mebibytes, milliseconds
+from isthmus.ledger_table import mebibytes
 
 Entry = dict[str, Any]
 
-BAR_CELLS = 36
 # What the client waits for, one after another, with the colours of the bars.
 STAGES = {
     "queue": "bright_black",
@@ -26,21 +25,33 @@ STAGES = {
     "transfer_exposed": "bright_red",
     "decode": "green",
 }
-# Lines that are no requests: heading, legend, table heads and rules.
-OTHER_LINES = 16
+# Lines that are no requests: heading, legend, table heads, sums and rules.
+OTHER_LINES = 17
 FEWEST_REQUESTS = 3
+# Below it columns are left out and headings are short.
+WIDE_CELLS = 120
+BAR_CELLS, NARROW_BAR_CELLS = 36, 20
 
 
 def screen(
-    url: str, lost: str | None, nodes: dict[str, Any] | None, entries: Sequence[Entry], height: int
+    url: str,
+    lost: str | None,
+    nodes: dict[str, Any] | None,
+    entries: Sequence[Entry],
+    sums: dict[str, Any] | None,
+    height: int,
+    width: int,
 ) -> RenderableType:
-    """Everything, in about ``height`` lines; ``lost`` says why the proxy is not heard now."""
-    totals = _totals(entries)
-    workers = len(nodes["workers"]) if nodes else 0
-    room = max(FEWEST_REQUESTS, height - OTHER_LINES - workers - totals.row_count)
+    """Everything, in about ``height`` lines of ``width`` cells; ``lost`` says why the proxy is not heard now."""
+    wide = width >= WIDE_CELLS
+    totals = _totals(entries, wide=wide)
+    workers = nodes["workers"] if nodes else {}
+    reasons = _reasons(nodes)
+    room = max(FEWEST_REQUESTS, height - OTHER_LINES - len(workers) - len(reasons) - totals.row_count)
     state = Text("live", "bold green") if lost is None else Text(f"not heard: {plain(lost)}", "bold red")
     heading = Text.assemble(("isthmus top  ", "bold"), plain(url), "  ", state)
-    return Group(heading, _nodes(nodes), _requests(entries[-room:]), _legend(), totals)
+    shown = _requests(entries[-room:], wide=wide)
+    return Group(heading, _nodes(nodes, wide=wide), *reasons, shown, _legend(), totals, _since(sums))
 
 
 def plain(text: object) -> str:
@@ -48,72 +59,126 @@ def plain(text: object) -> str:
     return "".join(letter if letter.isprintable() else "·" for letter in str(text))
 
 
-def bar(entry: Entry, longest_ns: int) -> Text:
+def duration(ns: float | None, *, sign: bool = False) -> str:
+    """A length of time in three digits or so; ``sign`` puts a plus before gains."""
+    if ns is None:
+        return "-"
+    plus = "+" if sign and ns > 0 else ""
+    size_s = abs(ns) / 1e9
+    if size_s >= 1:
+        return f"{plus}{ns / 1e9:,.{0 if size_s >= 1000 else 1 if size_s >= 10 else 2}f} s"
+    return f"{plus}{ns / 1e6:.{0 if size_s >= 0.1 else 1}f} ms"
+
+
+def bar(entry: Entry, longest_ns: int, cells: int = BAR_CELLS) -> Text:
     """The stages that the client waited for, ``longest_ns`` being as wide as there is room."""
     drawn = Text()
     now_ns = 0
     for stage, style in STAGES.items():
         now_ns += entry.get(f"{stage}_ns") or 0
-        upto = round(BAR_CELLS * now_ns / max(longest_ns, 1))
+        upto = round(cells * now_ns / max(longest_ns, 1))
         drawn.append("█" * (upto - len(drawn)), style)
     return drawn
 
 
-def _nodes(nodes: dict[str, Any] | None) -> Table:
-    table = Table(expand=True, box=None, padding=(0, 1))
-    for title in ("node", "state", "cells", "batch", "waiting", "tokens/s", "memory", "kept KV", "hits", "accepted"):
-        table.add_column(title, justify="left" if title in ("node", "state") else "right", no_wrap=True)
-    if nodes is None:
-        return table
-    prefill = nodes["prefill"]
-    table.add_row("prefill", _state(prefill["up"], prefill["state"], prefill["down_reason"]))
-    for name, worker in nodes["workers"].items():
-        state = _state(worker["up"], worker["state"], worker.get("down_reason"))
-        table.add_row(Text(plain(name)), state, *_load(worker.get("status") or {}))
+def _table(titles: dict[str, str], **options: Any) -> Table:
+    """Columns by title; the value says how they are aligned."""
+    table = Table(box=None, padding=(0, 1), collapse_padding=True, pad_edge=False, **options)
+    for title, justify in titles.items():
+        table.add_column(title, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     return table
 
 
-def _state(up: bool, state: str, reason: str | None) -> Text:
-    return Text(plain(state), "green") if up else Text(f"down {plain(reason or '')}".strip(), "bold red")
+def _nodes(nodes: dict[str, Any] | None, *, wide: bool) -> Table:
+    """The prefill node and the workers; power where some node knows its own."""
+    titles = ["cells", "batch", "queue", "tokens/s", "memory", "power", "J/token", "kept KV", "hits", "accepted"]
+    dropped = () if wide else ("kept KV", "hits", "accepted")
+    if nodes is None:
+        return _table({"node": "left", "state": "left"})
+    prefill = nodes["prefill"]
+    power = prefill.get("power")
+    rows: list[tuple[Text, Text, dict[str, str]]] = [
+        (
+            Text("prefill"),
+            _state(prefill["up"], prefill["state"]),
+            {"power": f"{power['watts']:.0f} W" if power else ""},
+        )
+    ]
+    for name, worker in nodes["workers"].items():
+        rows.append(
+            (Text(plain(name)), _state(worker["up"], worker["state"]), _load(worker.get("status") or {}, wide=wide))
+        )
+    if not any(load.get("power") for _, _, load in rows):
+        dropped = (*dropped, "power", "J/token")
+    titles = [title for title in titles if title not in dropped]
+    table = _table({"node": "left", "state": "left"} | dict.fromkeys(titles, "right"))
+    for name_cell, state, load in rows:
+        table.add_row(name_cell, state, *(load.get(title, "") for title in titles))
+    return table
 
 
-def _load(status: dict[str, Any]) -> list[str]:
-    """Cells for the worker's columns after its state; nothing where it has said nothing, a dash where it knows not."""
-    if not status:
-        return []
-    read, can = status.get("step_read_bytes_per_s", 0), status.get("memory_bytes_per_s", 0)
-    drafted = status.get("drafted_tokens", 0)
+def _reasons(nodes: dict[str, Any] | None) -> list[Text]:
+    """A line for each node that is down, which says why."""
+    named = {"prefill": nodes["prefill"]} | nodes["workers"] if nodes else {}
     return [
-        f"{status['used_cells']:,}/{status['num_cells']:,}",
-        f"{status['running_sequences']}/{status['max_sequences']}",
-        str(status.get("queued_requests", 0)),
-        f"{status.get('decode_tokens_per_s', 0):.1f}",
-        f"{read / can:.0%} of {can / 1e9:.0f} GB/s" if can else "-",
-        mebibytes(status.get("retained_bytes", 0)),
-        str(status.get("prefix_hits", 0)),
-        f"{status.get('accepted_tokens', 0) / drafted:.0%}" if drafted else "-",
+        Text(f"{plain(name)}: {plain(node['down_reason'])}", "red", no_wrap=True, overflow="ellipsis")
+        for name, node in named.items()
+        if not node["up"] and node.get("down_reason")
     ]
 
 
-def _requests(entries: Sequence[Entry]) -> Table:
-    table = Table(expand=True, box=None, padding=(0, 1))
-    table.add_column("request", no_wrap=True)
-    table.add_column("route", no_wrap=True)
-    table.add_column("where its time went", width=BAR_CELLS, no_wrap=True)
-    for title in ("tokens", "first", "all", "exposed", "net gain"):
-        table.add_column(title, justify="right", no_wrap=True)
+def _state(up: bool, state: str) -> Text:
+    return Text(plain(state), "green") if up else Text("down", "bold red")
+
+
+def _load(status: dict[str, Any], *, wide: bool) -> dict[str, str]:
+    """A worker's cells by title; nothing where it has said nothing, a dash where it knows not."""
+    if not status:
+        return {}
+    read, can = status.get("step_read_bytes_per_s", 0), status.get("memory_bytes_per_s", 0)
+    drafted = status.get("drafted_tokens", 0)
+    return {
+        "cells": f"{status['used_cells']:,}/{status['num_cells']:,}",
+        "batch": f"{status['running_sequences']}/{status['max_sequences']}",
+        "queue": str(status.get("queued_requests", 0)),
+        "tokens/s": f"{status.get('decode_tokens_per_s', 0):.1f}",
+        "memory": f"{read / can:.0%}" + (f" of {can / 1e9:.0f} GB/s" if wide else "") if can else "-",
+        **_power(status),
+        "kept KV": mebibytes(status.get("retained_bytes", 0)),
+        "hits": str(status.get("prefix_hits", 0)),
+        "accepted": f"{status.get('accepted_tokens', 0) / drafted:.0%}" if drafted else "-",
+    }
+
+
+def _power(status: dict[str, Any]) -> dict[str, str]:
+    """Watts of the worker's packages, joules for each token that it makes; nothing where they are not known."""
+    if status.get("package_watts") is None:
+        return {}
+    watts = status["package_watts"] + (status.get("dram_watts") or 0.0)
+    rate = status.get("decode_tokens_per_s", 0)
+    return {"power": f"{watts:.0f} W", "J/token": f"{watts / rate:.2g}" if rate > 0 else "-"}
+
+
+def _requests(entries: Sequence[Entry], *, wide: bool) -> Table:
+    cells = BAR_CELLS if wide else NARROW_BAR_CELLS
+    numbers = ["tokens", "first", "all", "exposed", "net gain"] if wide else ["tokens", "first", "all", "net gain"]
+    titles = {"request": "left", "route": "left", "where its time went": "left"} | dict.fromkeys(numbers, "right")
+    table = _table(titles)
     longest_ns = max((entry["total_ns"] for entry in entries), default=1)
     for entry in reversed(entries):
         failed = "" if entry["status"] == "ok" else f" {plain(entry['status'])}"
+        said: dict[str, RenderableType] = {
+            "tokens": f"{entry['prompt_tokens']}+{entry['completion_tokens']}",
+            "first": duration(entry["ttft_ns"]),
+            "all": duration(entry["total_ns"]),
+            "exposed": duration(entry["transfer_exposed_ns"]) if entry["kv_raw_bytes"] else "-",
+            "net gain": _gain(entry["specialization_gain_ns"]),
+        }
         table.add_row(
-            Text(plain(entry["request_id"])[:12]),
+            Text(plain(entry["request_id"])[: 12 if wide else 8]),
             Text(_way(entry) + failed, "red" if failed else ""),
-            bar(entry, longest_ns),
-            f"{entry['prompt_tokens']}+{entry['completion_tokens']}",
-            milliseconds(entry["ttft_ns"]),
-            milliseconds(entry["total_ns"]),
-            milliseconds(entry["transfer_exposed_ns"]) if entry["kv_raw_bytes"] else "-",
-            _gain(entry["specialization_gain_ns"]),
+            bar(entry, longest_ns, cells),
+            *(said[title] for title in numbers),
         )
     return table
 
@@ -125,17 +190,19 @@ def _legend() -> Text:
     )
 
 
-def _totals(entries: Sequence[Entry]) -> Table:
+def _totals(entries: Sequence[Entry], *, wide: bool) -> Table:
     """The same sums as the dashboard's, by route and codec."""
     # Requests that were run again to test predictions were nobody's.
     asked = [entry for entry in entries if not entry.get("shadow_of")]
     ways: dict[str, list[Entry]] = defaultdict(list)
     for entry in asked:
         ways[_way(entry)].append(entry)
-    table = Table(title=f"the last {len(asked)} requests", title_justify="left", expand=True, box=None, padding=(0, 1))
-    table.add_column("route and codec", no_wrap=True)
-    for title in ("answered", "gained", "lost", "net", "first token, median", "end to end, median", "KV sent"):
-        table.add_column(title, justify="right", no_wrap=True)
+    medians = ["first token, median", "end to end, median"] if wide else ["first", "all"]
+    title = f"the last {len(asked)} requests" + ("" if wide else "; first and all: medians")
+    titles = {"route and codec": "left"} | dict.fromkeys(
+        ("answered", "gained", "lost", "net", *medians, "KV sent"), "right"
+    )
+    table = _table(titles, title=title, title_justify="left")
     for way, found in sorted(ways.items()):
         ok = [entry for entry in found if entry["status"] == "ok" and not entry["failed_over"]]
         gains = [gain for entry in found if (gain := entry["specialization_gain_ns"]) is not None]
@@ -143,14 +210,26 @@ def _totals(entries: Sequence[Entry]) -> Table:
         table.add_row(
             way,
             f"{len(ok)} of {len(found)}",
-            milliseconds(sum(gain for gain in gains if gain > 0)) if gains else "-",
-            milliseconds(sum(gain for gain in gains if gain < 0)) if gains else "-",
+            duration(sum(gain for gain in gains if gain > 0)) if gains else "-",
+            duration(sum(gain for gain in gains if gain < 0)) if gains else "-",
             _gain(sum(gains) if gains else None),
-            milliseconds(median(first) if first else None),
-            milliseconds(median(entry["total_ns"] for entry in ok) if ok else None),
+            duration(median(first) if first else None),
+            duration(median(entry["total_ns"] for entry in ok) if ok else None),
             mebibytes(sum(entry["kv_wire_bytes"] for entry in found)),
         )
     return table
+
+
+def _since(sums: dict[str, Any] | None) -> Text:
+    """What all requests since the ledger began came to; nothing as long as there are none."""
+    if not sums or not sums["ways"]:
+        return Text()
+    requests, gained_ns, lost_ns = (
+        sum(way[name] for way in sums["ways"]) for name in ("requests", "gained_ns", "lost_ns")
+    )
+    since = plain(sums["since"])[:16].replace("T", " ")
+    sums_of_split = f"splitting gained {duration(gained_ns)}, lost {duration(-lost_ns)}, net "
+    return Text.assemble(f"{requests:,} requests since {since}: {sums_of_split}", _gain(gained_ns + lost_ns))
 
 
 def _way(entry: Entry) -> str:
@@ -158,4 +237,5 @@ def _way(entry: Entry) -> str:
 
 
 def _gain(gain_ns: float | None) -> Text:
-    return Text(milliseconds(gain_ns), "" if gain_ns is None else "green" if gain_ns > 0 else "red")
+    style = "" if gain_ns is None else "green" if gain_ns > 0 else "red"
+    return Text(duration(gain_ns, sign=True), style)

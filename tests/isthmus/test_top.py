@@ -21,7 +21,7 @@ MOST_EVENTS = 500
 
 def text(watched: top.Watched, height: int = 50, width: int = 160) -> str:
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system="truecolor")
-    console.print(watched.render(height))
+    console.print(watched.render(height, width))
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -105,7 +105,69 @@ def test_five_hundred_entries_fit_the_screen(stack: Stack) -> None:
     assert shown.count("\n") <= 40
     assert "varied-599" in shown
     gains = [entry["specialization_gain_ns"] for entry in watched.entries if entry["codec"] == "raw"]
-    assert f"{sum(gains) / 1e6:,.1f} ms" in shown
+    assert top_view.duration(sum(gains), sign=True) in shown
+
+
+def full(stack: Stack) -> top.Watched:
+    """As much as a worker can say, of two that it can say it of."""
+    stack.chat({"X-Isthmus-Route": "split"})
+    watched = top.Watched(stack.url)
+    for entry in varied(stack.gateway.ledger.last(1)[0], 30):
+        watched.take(top.Said("entry", msgspec.to_builtins(entry)))
+    view = stack.http.get("/nodes").json()
+    (worker,) = view["workers"].values()
+    worker["status"] |= {
+        "used_cells": 12_345,
+        "num_cells": 16_384,
+        "decode_tokens_per_s": 81.0,
+        "step_read_bytes_per_s": 9e9,
+        "memory_bytes_per_s": 20e9,
+        "package_watts": 85.0,
+        "dram_watts": 10.0,
+    }
+    down = worker | {"up": False, "state": "down", "down_reason": "it does not answer " * 9}
+    view["prefill"]["power"] = {"watts": 213.4, "of": "gpu 0"}
+    watched.take(top.Said("nodes", view | {"workers": {"192.168.1.20:8102": worker, "192.168.1.20:8112": down}}))
+    way = {"route": "split", "requests": 123_456, "gained_ns": 9 * 10**12, "lost_ns": -(10**10)}
+    watched.take(top.Said("totals", {"seq": 1, "since": "2026-11-25T12:00:00.000+00:00", "ways": [way]}))
+    return watched
+
+
+def test_eighty_columns_are_enough(stack: Stack) -> None:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(full(stack).render(40, 80))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert len(lines) <= 40
+    assert all(len(line.rstrip()) <= 80 for line in lines)
+    # Only the reason is longer than its line.
+    assert [line[:17] for line in lines if "…" in line] == ["192.168.1.20:8112"]
+    (worker,) = (line.split() for line in lines if line.startswith("192.168.1.20:8102"))
+    assert worker == ["192.168.1.20:8102", "up", "12,345/16,384", *worker[3:5], "81.0", "45%", "95", "W", "1.2"]
+    assert "123,456 requests since 2026-11-25 12:00" in lines[-2]
+    assert "net +8,990 s" in " ".join(lines[-2:])
+
+
+def test_power_is_named_only_where_it_is_known(stack: Stack) -> None:
+    watched = full(stack)
+    assert "213 W" in text(watched)
+    assert watched.nodes is not None
+    watched.nodes["prefill"]["power"] = None
+    for worker in watched.nodes["workers"].values():
+        worker["status"] |= {"package_watts": None}
+    shown = text(watched)
+    assert "power" not in shown
+    assert " W" not in shown
+
+
+@pytest.mark.parametrize(
+    ("ns", "said"),
+    [(None, "-"), (0, "0.0 ms"), (1_234_567, "1.2 ms"), (123e6, "123 ms"), (1.5e9, "1.50 s"), (61e9, "61.0 s")],
+)
+def test_durations_are_short(ns: float | None, said: str) -> None:
+    assert top_view.duration(ns) == said
+    if ns:
+        assert top_view.duration(ns, sign=True) == f"+{said}"
+        assert top_view.duration(-ns, sign=True) == f"-{said}"
 
 
 def test_bars_are_as_long_as_their_stages() -> None:
