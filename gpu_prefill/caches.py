@@ -7,16 +7,18 @@ scratch page and read back, so a release that packs otherwise is refused instead
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from gpu_prefill.extract import Layer
 from gpu_prefill.pages import Packing, unpack
 from transfer.errors import ConfigError, EngineError
 from transfer.frames import Element
 from transfer.geometry import KVGeometry
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -45,7 +47,7 @@ def require_supported(config: VllmConfig, kv_cache_config: KVCacheConfig) -> Non
 def in_layer_order(kv_caches: dict[str, Tensor], geometry: KVGeometry) -> list[Tensor]:
     """The caches by layer index, checked against the geometry; raises :class:`EngineError`.
 
-    Each is ``[B, H, N, 2 * D]``, bf16 or f16.
+    Each is ``[B, H, N, 2 * D]``.
     """
     from vllm.model_executor.models.utils import extract_layer_index
 
@@ -60,32 +62,58 @@ def in_layer_order(kv_caches: dict[str, Tensor], geometry: KVGeometry) -> list[T
     return layers
 
 
-def element_of(layers: list[Tensor]) -> Element:
-    """The element type of the caches; :class:`ConfigError` unless all hold bf16 or all f16.
+def as_layers(caches: Sequence[Tensor], scales: Sequence[tuple[float, float]], cache_dtype: str) -> list[Layer]:
+    """The caches with what their elements are; fp8 ones, which vLLM registers as uint8, get their type and scales.
 
-    vLLM registers fp8 caches as uint8; their scales, one a layer, would have to be undone before anything is sent.
+    ``cache_dtype`` is vLLM's name for it. Raises :class:`ConfigError` unless all hold bf16, all f16 or all fp8.
     """
     import torch
 
-    kinds = {torch.bfloat16: Element.BF16, torch.float16: Element.F16}
-    dtypes = list(dict.fromkeys(layer.dtype for layer in layers))
-    if len(dtypes) != 1 or dtypes[0] not in kinds:
+    kinds = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+    dtypes = list(dict.fromkeys(cache.dtype for cache in caches))
+    if dtypes in ([torch.bfloat16], [torch.float16]):
+        return [Layer(cache) for cache in caches]
+    fp8 = kinds.get(cache_dtype)
+    if fp8 is None or dtypes not in ([torch.uint8], [fp8]):
         raise ConfigError(
-            f"vLLM's KV cache holds {', '.join(map(str, dtypes))}; run it with dtype bfloat16 or float16 and"
-            " kv_cache_dtype auto: fp8 caches cannot be exported yet"
+            f"vLLM's KV cache, {cache_dtype}, holds {', '.join(map(str, dtypes))}; run it with dtype bfloat16 or"
+            " float16, and kv_cache_dtype auto or fp8 in every layer"
         )
-    return kinds[dtypes[0]]
+    return [Layer(cache.view(fp8), *each) for cache, each in zip(caches, scales, strict=True)]
 
 
-def find_packing(layers: list[Tensor]) -> Packing:
+def scales_of(config: VllmConfig, names: Sequence[str]) -> list[tuple[float, float]]:
+    """What fp8 K and V of each layer are multiplied by; :class:`ConfigError` if that is not one number each."""
+    if getattr(config.cache_config, "calculate_kv_scales", False):
+        raise ConfigError("KV export needs fp8 scales that stay as they are; leave calculate_kv_scales off")
+    found = []
+    for name in names:
+        layer = config.compilation_config.static_forward_context[name]
+        scales = layer._k_scale, layer._v_scale
+        if any(scale.numel() != 1 for scale in scales):
+            raise ConfigError(f"{name} has an fp8 scale for each head; KV export knows one for K and one for V")
+        found.append((float(scales[0]), float(scales[1])))
+    return found
+
+
+def element_of(layers: Sequence[Layer]) -> Element:
+    """The type of the elements that are exported."""
+    import torch
+
+    return Element.F16 if layers[0].row_dtype == torch.float16 else Element.BF16
+
+
+def find_packing(layers: Sequence[Layer]) -> Packing:
     """How the caches pack a page; :class:`EngineError` if this vLLM packs in a way unknown here."""
-    if layers[0].device.type != "cpu":
+    cache = layers[0].cache
+    if cache.device.type != "cpu":
         return "strided"
-    _, heads, block_size, width = layers[0].shape
-    pages, k, v = _write_scratch_pages(heads, block_size, width // 2, layers[0].dtype)
+    _, heads, block_size, width = cache.shape
+    pages, k, v = _write_scratch_pages(heads, block_size, width // 2, cache.dtype)
     for packing in _CPU_PACKINGS:
         if block_size % 16 == 0 and all(
-            bool((found == wanted).all()) for found, wanted in zip(unpack(pages, packing), (k, v), strict=True)
+            bool((found.float() == wanted.float()).all())
+            for found, wanted in zip(unpack(pages, packing), (k, v), strict=True)
         ):
             return packing
     raise EngineError("this vLLM build packs its CPU cache in an unknown way; use the version in requirements/cpu.txt")
@@ -107,21 +135,26 @@ def unbound(packing: Packing) -> Iterator[None]:
         os.sched_setaffinity(0, bound)
 
 
-def _write_scratch_pages(heads: int, block_size: int, dim: int, dtype: object) -> tuple[Tensor, Tensor, Tensor]:
+def _write_scratch_pages(heads: int, block_size: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Two pages as vLLM's CPU attention writes them, and the K and V, ``[2, N, H, D]``, that went in."""
     import torch
     from vllm import _custom_ops
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
+    is_fp8 = dtype.itemsize == 1
+    kind, written = ("fp8_e5m2" if dtype == torch.float8_e5m2 else "fp8", torch.uint8) if is_fp8 else ("auto", dtype)
+    computed = torch.bfloat16 if is_fp8 else dtype
     generator = torch.Generator().manual_seed(0)
     shape = (2, block_size, heads, dim)
-    k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
-    pages = torch.zeros((2, heads, block_size, 2 * dim), dtype=dtype)
+    # Values that fp8 holds too.
+    k, v = (torch.randn(shape, generator=generator).to(dtype).to(computed) for _ in range(2))
+    pages = torch.zeros((2, heads, block_size, 2 * dim), dtype=written)
     key_cache, value_cache = pages.view(2, heads, 2 * block_size, dim).chunk(2, dim=2)
     slots = torch.arange(2 * block_size)
-    isa = _get_attn_isa(dtype, block_size, dim)
+    # Releases before fp8 caches on a CPU take three arguments.
+    isa = _get_attn_isa(computed, block_size, dim, kind) if is_fp8 else _get_attn_isa(computed, block_size, dim)
     _custom_ops.cpu_attn_reshape_and_cache(
         k.flatten(0, 1), v.flatten(0, 1), key_cache, value_cache, slots, isa,
-        k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto",
+        k_scale=1.0, v_scale=1.0, kv_cache_dtype=kind,
     )  # fmt: skip
-    return pages, k, v
+    return pages.view(dtype), k, v

@@ -23,15 +23,27 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.model_executor.models.utils import extract_layer_index
 
-from gpu_prefill.caches import element_of, find_packing, in_layer_order, require_supported, unbound
+from gpu_prefill.caches import (
+    as_layers,
+    element_of,
+    find_packing,
+    in_layer_order,
+    require_supported,
+    scales_of,
+    unbound,
+)
 from gpu_prefill.export import Exporter
 from gpu_prefill.schedule import ExportSchedule, StepPlan
+from gpu_prefill.staging import Staging
+from gpu_prefill.streams import streams_of
 from transfer import keys
+from transfer.errors import ConfigError
 from transfer.geometry import KVGeometry
 from transfer.layout import RopeOrder
 from transfer.sender import KVSender
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from vllm.config import VllmConfig
     from vllm.forward_context import ForwardContext
@@ -95,6 +107,11 @@ def contained(fallback: Callable[[], Any]) -> Callable[[Callable[P, R]], Callabl
         return guarded
 
     return decorate
+
+
+def is_staged(device: torch.device) -> bool:
+    """Whether KV leaves caches there by :class:`Staging`; a CPU's are copied at once, which costs less."""
+    return str(device.type) != "cpu"
 
 
 def _nothing() -> None:
@@ -172,9 +189,13 @@ class IsthmusConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
         """Learn where the caches are and start the sender."""
         geometry = self._settings.geometry
-        layers = in_layer_order(kv_caches, geometry)
+        config = self._vllm_config
+        names = sorted(kv_caches, key=extract_layer_index)
+        caches = in_layer_order(kv_caches, geometry)
+        layers = as_layers(caches, scales_of(config, names), config.cache_config.cache_dtype)
         element, packing = element_of(layers), find_packing(layers)
         with unbound(packing):
+            staging = self._staging(layers[0].cache.device)
             sender = KVSender(
                 geometry,
                 max_backlog_bytes=self._settings.sender_bytes,
@@ -186,13 +207,29 @@ class IsthmusConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             layers,
             packing,
             element,
-            kernel_blocks=self._block_size // layers[0].shape[2],
+            kernel_blocks=self._block_size // layers[0].cache.shape[2],
             interleave_dims=geometry.rope_dims if self._settings.rope_order == "half" else 0,
             frame_bytes=self._settings.frame_bytes,
             budget_ms=self._settings.budget_ms,
+            staging=staging,
         )
         self._layer_index = {name: extract_layer_index(name) for name in kv_caches}
         log.info("kv export ready", layers=len(layers), packing=packing, element=element.name.lower())
+
+    def _staging(self, device: torch.device) -> Staging | None:
+        """On a GPU, a way off it that nothing waits for; :class:`ConfigError` if it would not hold a step's KV."""
+        if not is_staged(device):
+            return None
+        settings = self._settings
+        step_tokens: int = self._vllm_config.scheduler_config.max_num_batched_tokens
+        step_bytes = 2 * step_tokens * settings.geometry.elements_per_token
+        if settings.sender_bytes < step_bytes:
+            raise ConfigError(
+                f"a step of {step_tokens} tokens makes {step_bytes >> 20} MiB of KV; raise [prefill] sender_mib above"
+                f" {settings.sender_bytes >> 20}, to twice that or more, or lower max_step_tokens"
+            )
+        streams = streams_of(device)
+        return Staging(streams, device, slot_bytes=settings.frame_bytes, host_bytes=settings.sender_bytes)
 
     @contained(_nothing)
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:

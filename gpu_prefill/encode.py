@@ -14,6 +14,7 @@ from transfer.layout import CELL_ROWS, F16, Q8_0, ROTATED_ELEMENTS, CellType
 from transfer.rows import rotation_elements
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 # Behind the payload: an int16, not 0 if the codec refuses what the rows hold.
@@ -42,6 +43,15 @@ def payload_bytes(codec: str, plane_elements: int, num_layers: int) -> int:
     """Size of the payload of ``num_layers`` layers with planes of ``plane_elements``, K and V alike."""
     rows = CELL_ROWS[_CELLS[codec]]
     return num_layers * sum(plane_elements // row.block_elements * row.block_bytes for row in rows)
+
+
+def rows_for(codec: str, out: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Where rows of ``shape`` and ``dtype`` are to be put before :func:`encode`: those of ``raw`` are the payload."""
+    import torch
+
+    if codec == "raw":
+        return out[:-VERDICT_BYTES].view(dtype).view(shape)
+    return torch.empty(shape, dtype=dtype, device=out.device)
 
 
 def encode(codec: str, rows: Tensor, out: Tensor) -> None:

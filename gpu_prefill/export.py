@@ -11,11 +11,14 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import structlog
 
-from gpu_prefill.extract import gather
+from gpu_prefill.encode import encode, encodes, payload_bytes, rows_for
+from gpu_prefill.extract import Layer, Places, find, gather, gather_into
 from gpu_prefill.pages import Packing
 from gpu_prefill.schedule import Job, StepPlan
+from gpu_prefill.staging import Staged, Staging
 from transfer.frames import Element
 from transfer.layout import Elements, layers_together
 from transfer.messages import Ticket
@@ -40,9 +43,18 @@ class Sender(Protocol):
         """Begin a transfer."""
 
     def submit(
-        self, ticket: str, tokens: range, first_layer: int, elements: Elements, element: Element, gather_ns: int
+        self,
+        ticket: str,
+        tokens: range,
+        first_layer: int,
+        elements: Elements,
+        element: Element,
+        gather_ns: int,
+        *,
+        d2h_ns: int = 0,
+        encoded: bool = False,
     ) -> bool:
-        """Queue some layers of a chunk; False if the transfer has failed."""
+        """Queue some layers of a chunk, or their payload; False if the transfer has failed."""
 
     def finish(self, ticket: str, end_token: int) -> None:
         """Queue END."""
@@ -60,7 +72,8 @@ class Sender(Protocol):
 class Exporter:
     """One model's caches and the sender their tokens go to.
 
-    ``layers`` are the caches in layer order, each ``[B, H, N, 2 * D]``. Where vLLM's scheduler counts in blocks of
+    ``layers`` are the caches in layer order. With ``staging``, on the caches' device, codecs that are made there are,
+    and nothing waits for it; without, rows are copied to the host at once. Where vLLM's scheduler counts in blocks of
     several kernel blocks, ``kernel_blocks`` is how many. ``interleave_dims`` is the rotary width of K if the model
     keeps it in "half" order, else 0. A group of layers is what fits ``frame_bytes``, less
     towards the last (:func:`~transfer.layout.layers_together`). Steps in which exporting holds the
@@ -70,7 +83,7 @@ class Exporter:
     def __init__(
         self,
         sender: Sender,
-        layers: Sequence[Tensor],
+        layers: Sequence[Layer],
         packing: Packing,
         element: Element,
         *,
@@ -78,9 +91,11 @@ class Exporter:
         interleave_dims: int,
         frame_bytes: int,
         budget_ms: float,
+        staging: Staging | None = None,
     ) -> None:
         self._sender = sender
         self._layers = layers
+        self._staging = staging
         self._packing = packing
         self._element = element
         self._kernel_blocks = kernel_blocks
@@ -88,7 +103,8 @@ class Exporter:
         self._frame_bytes = frame_bytes
         self._budget_ns = int(budget_ms * 1e6)
         self.steps_over_budget = 0
-        self._request_of: dict[str, str] = {}
+        self._open: dict[str, Ticket] = {}
+        self._places: dict[tuple[str, int], Places] = {}
         self._failed: dict[str, str] = {}
         self._jobs: Sequence[Job] = ()
         self._group_layers = len(layers)
@@ -101,10 +117,10 @@ class Exporter:
         self._exported_layers = self._blocked_ns = 0
         if plan.jobs:
             longest = max(min(job.chunk_tokens, job.end - job.start) for job in plan.jobs)
-            _, heads, _, width = self._layers[0].shape
+            _, heads, _, width = self._layers[0].cache.shape
             self._group_layers = max(1, self._frame_bytes // (2 * longest * heads * width))
         for ticket in plan.opened:
-            self._request_of[ticket.ticket] = ticket.request_id
+            self._open[ticket.ticket] = ticket
             try:
                 self._sender.open(ticket)
             except Exception as error:  # noqa: BLE001 - whatever it is, only this transfer may fail
@@ -120,6 +136,7 @@ class Exporter:
         if self._jobs:
             self._export_layers(len(self._layers))
             self._jobs = ()
+            self._places.clear()
         if self._blocked_ns > self._budget_ns:
             self.steps_over_budget += 1
             if self.steps_over_budget.bit_count() == 1:
@@ -130,13 +147,13 @@ class Exporter:
                     steps_over_budget=self.steps_over_budget,
                 )
         for ticket, end_token in plan.ended.items():
-            if self._request_of.pop(ticket, None) is not None:
-                self._sender.finish(ticket, end_token)
+            if self._open.pop(ticket, None) is not None:
+                self._finish(ticket, end_token)
 
     def settle(self, plan: StepPlan) -> None:
         """Give up what was aborted; in a step that computes nothing, wait a little."""
         for ticket, reason in plan.aborted.items():
-            if self._request_of.pop(ticket, None) is not None:
+            if self._open.pop(ticket, None) is not None:
                 self._sender.abort(ticket, reason)
         if plan.idle:
             time.sleep(_IDLE_STEP_S)
@@ -146,11 +163,14 @@ class Exporter:
         failed = self._sender.take_failed() | self._failed
         self._failed = {}
         for ticket in failed:
-            self._request_of.pop(ticket, None)
-        return self._sender.backlog_bytes, failed
+            self._open.pop(ticket, None)
+        staged_bytes = self._staging.used_bytes if self._staging is not None else 0
+        return max(self._sender.backlog_bytes, staged_bytes), failed
 
     def close(self) -> None:
         """Stop the sender."""
+        if self._staging is not None:
+            self._staging.close()
         self._sender.close()
 
     def _export_layers(self, end_layer: int) -> None:
@@ -168,26 +188,79 @@ class Exporter:
         return layers_together(len(self._layers) - self._exported_layers, self._group_layers)
 
     def _run_job(self, job: Job, layers: range) -> None:
-        if job.ticket not in self._request_of:
+        if job.ticket not in self._open:
             return
-        block_ids = _kernel_block_ids(job.block_ids, self._kernel_blocks)
-        interleave_dims = self._interleave_dims if job.interleave else 0
-        caches = self._layers[layers.start : layers.stop]
+        export = self._copy if self._staging is None else self._stage
         try:
             for start in range(job.start, job.end, job.chunk_tokens):
-                began = time.monotonic_ns()
-                tokens = range(start, min(start + job.chunk_tokens, job.end))
-                elements = gather(caches, self._packing, block_ids, tokens.start, tokens.stop, interleave_dims)
-                gather_ns = time.monotonic_ns() - began
-                if not self._sender.submit(job.ticket, tokens, layers.start, elements, self._element, gather_ns):
-                    self._request_of.pop(job.ticket)
+                if not export(job, range(start, min(start + job.chunk_tokens, job.end)), layers):
+                    self._open.pop(job.ticket, None)
                     return
         except Exception as error:
-            log.exception("export failed", request_id=self._request_of[job.ticket])
+            log.exception("export failed", request_id=self._open[job.ticket].request_id)
             self._fail(job.ticket, f"export failed: {error}")
 
+    def _copy(self, job: Job, tokens: range, layers: range) -> bool:
+        """Copy a chunk's layers to the host and hand them over; False if the transfer has failed."""
+        began = time.monotonic_ns()
+        caches = self._layers[layers.start : layers.stop]
+        block_ids = _kernel_block_ids(job.block_ids, self._kernel_blocks)
+        elements = gather(caches, self._packing, block_ids, tokens.start, tokens.stop, self._interleave_dims_of(job))
+        gather_ns = time.monotonic_ns() - began
+        return self._sender.submit(job.ticket, tokens, layers.start, elements, self._element, gather_ns)
+
+    def _stage(self, job: Job, tokens: range, layers: range) -> bool:
+        """Queue a chunk's layers, encoded if their codec is made on the device; False if the transfer fails."""
+        staging = self._staging
+        assert staging is not None  # noqa: S101 - `_run_job` chose this way
+        caches = self._layers[layers.start : layers.stop]
+        _, heads, block_size, width = caches[0].cache.shape
+        dim, interleave_dims = width // 2, self._interleave_dims_of(job)
+        wanted = self._open[job.ticket].codec
+        codec = wanted if encodes(wanted, dim, heads) else "raw"
+        places = self._places.get((job.ticket, tokens.start))
+        if places is None:
+            block_ids = _kernel_block_ids(job.block_ids, self._kernel_blocks)
+            places = self._places[job.ticket, tokens.start] = find(staging.to_device, block_ids, tokens, block_size)
+
+        def fill(out: Tensor) -> None:
+            shape = (len(layers), 2, len(tokens), heads, dim)
+            rows = rows_for(codec, out, shape, caches[0].row_dtype)
+            gather_into(rows, caches, self._packing, places, interleave_dims)
+            encode(codec, rows, out)
+
+        def deliver(staged: Staged) -> None:
+            if staged.refused:
+                self._sender.abort(job.ticket, f"KV holds values that codec {codec} cannot carry")
+                return
+            elements = staged.payload.view(np.uint16).reshape(len(layers), -1)
+            self._sender.submit(
+                job.ticket,
+                tokens,
+                layers.start,
+                elements,
+                self._element,
+                staged.filled_ns,
+                d2h_ns=staged.copied_ns,
+                encoded=codec == wanted,
+            )
+
+        if staging.stage(payload_bytes(codec, len(tokens) * heads * dim, len(layers)), fill, deliver):
+            return True
+        self._fail(job.ticket, f"staging is full: over {staging.used_bytes} of {staging.host_bytes} bytes wait")
+        return False
+
+    def _interleave_dims_of(self, job: Job) -> int:
+        return self._interleave_dims if job.interleave else 0
+
+    def _finish(self, ticket: str, end_token: int) -> None:
+        if self._staging is None:
+            self._sender.finish(ticket, end_token)
+        else:
+            self._staging.after(lambda: self._sender.finish(ticket, end_token))
+
     def _fail(self, ticket: str, reason: str) -> None:
-        log.warning("transfer failed", request_id=self._request_of.pop(ticket), reason=reason)
+        log.warning("transfer failed", request_id=self._open.pop(ticket).request_id, reason=reason)
         self._failed[ticket] = reason
         self._sender.abort(ticket, reason)
 

@@ -1,9 +1,16 @@
-"""Paged blocks to chunks: the elements of a token range of all layers, in the order of ``transfer/layout.py``."""
+"""Paged blocks to chunks: the elements of a token range of all layers, in the order of ``transfer/layout.py``.
+
+Two ways to the same rows. On a host, whole blocks are copied out and reordered while they are in a core's cache. On a
+device one operation takes K's or V's tokens from wherever they lie straight to their place.
+
+An fp8 cache holds ``value / scale``, with a scale for K and one for V of each layer; its rows are
+``bf16(f32(element) * scale)``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -11,11 +18,34 @@ from gpu_prefill.pages import Packing, unpack
 from transfer.layout import Elements
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
+class Layer(NamedTuple):
+    """One layer's cache, ``[B, H, N, 2 * D]`` of bf16, f16 or an fp8 type, and what fp8 is multiplied by."""
+
+    cache: Tensor
+    k_scale: float = 1.0
+    v_scale: float = 1.0
+
+    @property
+    def row_dtype(self) -> torch.dtype:
+        """The type of what is exported: the cache's, or bf16 for fp8."""
+        import torch
+
+        return self.cache.dtype if self.cache.element_size() == 2 else torch.bfloat16
+
+
+class Places(NamedTuple):
+    """Where tokens lie: int64 ``[num_tokens]`` on the caches' device, the block of each and its place in it."""
+
+    block_ids: Tensor
+    offsets: Tensor
+
+
 def gather(
-    layers: Sequence[Tensor],
+    layers: Sequence[Layer],
     packing: Packing,
     block_ids: Sequence[int],
     start: int,
@@ -35,7 +65,7 @@ def gather(
 
 
 def gather_rows(
-    layers: Sequence[Tensor],
+    layers: Sequence[Layer],
     packing: Packing,
     block_ids: Sequence[int],
     start: int,
@@ -44,36 +74,85 @@ def gather_rows(
 ) -> Tensor:
     """Tokens ``[start, end)`` of one request as ``[num_layers, 2, end - start, H, D]``, on the caches' device.
 
-    ``layers`` are the layers' caches, each ``[B, H, N, 2 * D]`` of bf16 or f16 on one device; block ``i`` of
-    ``block_ids`` holds tokens ``[i * N, (i + 1) * N)``. If ``interleave_dims`` is not 0, the first so many elements of
-    each head of K go from "half" to "interleaved" order. Raises :class:`ValueError` for tokens beyond the blocks.
+    ``layers`` are on one device; block ``i`` of ``block_ids`` holds tokens ``[i * N, (i + 1) * N)``. If
+    ``interleave_dims`` is not 0, the first so many elements of each head of K go from "half" to "interleaved" order.
+    Raises :class:`ValueError` for tokens beyond the blocks.
     """
     import torch
 
-    cache = layers[0]
+    cache = layers[0].cache
     _, heads, block_size, width = cache.shape
     dim, num_tokens = width // 2, end - start
     first, last = start // block_size, -(-end // block_size)
-    if len(block_ids) < last:
-        raise ValueError(f"token {end - 1} lies in block {last - 1}, but the request has {len(block_ids)} blocks")
+    _require_blocks(block_ids, end, block_size)
     blocks = torch.tensor(block_ids[first:last], dtype=torch.int64, device=cache.device)
-    out = torch.empty((len(layers), 2, num_tokens, heads, dim), dtype=cache.dtype, device=cache.device)
+    out = torch.empty((len(layers), 2, num_tokens, heads, dim), dtype=layers[0].row_dtype, device=cache.device)
     for layer, rows in zip(layers, out, strict=True):
-        k, v = unpack(layer.index_select(0, blocks), packing)
-        _copy_k(k, rows[0], start - first * block_size, interleave_dims)
-        _copy_tokens(v, rows[1], start - first * block_size)
+        k, v = unpack(layer.cache.index_select(0, blocks), packing)
+        for pages, place in (*_k_parts(k, rows[0], interleave_dims), (v, rows[1])):
+            _copy_tokens(pages, place, start - first * block_size)
+        _scale(rows, layer)
     return out
 
 
-def _copy_k(k: Tensor, rows: Tensor, skip: int, interleave_dims: int) -> None:
-    if not interleave_dims:
-        _copy_tokens(k, rows, skip)
-        return
-    pairs = (interleave_dims // 2, 2)
-    half = k[..., :interleave_dims].unflatten(-1, pairs[::-1]).transpose(-1, -2)
-    _copy_tokens(half, rows[..., :interleave_dims].unflatten(-1, pairs), skip)
+def find(
+    to_device: Callable[[Sequence[int]], Tensor], block_ids: Sequence[int], tokens: range, block_size: int
+) -> Places:
+    """The places of ``tokens``, by blocks as in :func:`gather_rows`; ``to_device`` carries numbers to int64 there."""
+    import torch
+
+    _require_blocks(block_ids, tokens.stop, block_size)
+    first = tokens.start // block_size
+    blocks = to_device(block_ids[first : -(-tokens.stop // block_size)])
+    skip = tokens.start - first * block_size
+    at = torch.arange(skip, skip + len(tokens), device=blocks.device)
+    return Places(blocks[at // block_size], at % block_size)
+
+
+def gather_into(rows: Tensor, layers: Sequence[Layer], packing: Packing, places: Places, interleave_dims: int) -> None:
+    """Fill ``rows``, ``[num_layers, 2, num_tokens, H, D]`` of ``row_dtype``, as :func:`gather_rows` does.
+
+    A few operations for each layer on the caches' device; nothing waits for it. Packing ``amx`` copies whole caches.
+    """
+    for layer, out in zip(layers, rows, strict=True):
+        k, v = unpack(layer.cache, packing)
+        for source, place in (*_k_parts(k, out[0], interleave_dims), (v, out[1])):
+            _take(source, places, place)
+        _scale(out, layer)
+
+
+def _require_blocks(block_ids: Sequence[int], end: int, block_size: int) -> None:
+    last = -(-end // block_size)
+    if len(block_ids) < last:
+        raise ValueError(f"token {end - 1} lies in block {last - 1}, but the request has {len(block_ids)} blocks")
+
+
+def _scale(rows: Tensor, layer: Layer) -> None:
+    """Undo fp8's scales: one multiplication in f32, rounded to bf16."""
+    for plane, scale in zip(rows, (layer.k_scale, layer.v_scale), strict=True):
+        if scale != 1.0:
+            plane.mul_(scale)
+
+
+def _k_parts(k: Tensor, rows: Tensor, interleave_dims: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of K and of where it goes: the rotary elements of each head in pairs, and the others."""
+    if interleave_dims:
+        pairs = (interleave_dims // 2, 2)
+        half = k[..., :interleave_dims].unflatten(-1, pairs[::-1]).transpose(-1, -2)
+        yield half, rows[..., :interleave_dims].unflatten(-1, pairs)
     if interleave_dims < k.shape[-1]:
-        _copy_tokens(k[..., interleave_dims:], rows[..., interleave_dims:], skip)
+        yield k[..., interleave_dims:], rows[..., interleave_dims:]
+
+
+def _take(source: Tensor, places: Places, rows: Tensor) -> None:
+    """Copy the tokens at ``places`` of ``source``, ``[B, N, ...]``, to ``rows``, ``[num_tokens, ...]``."""
+    import torch
+
+    if source.dtype == rows.dtype:
+        torch.ops.aten.index.Tensor_out(source, list(places), out=rows)
+    else:
+        # Few operations know fp8.
+        rows.copy_(source.view(torch.uint8)[places.block_ids, places.offsets].view(source.dtype))
 
 
 def _copy_tokens(pages: Tensor, rows: Tensor, skip: int) -> None:

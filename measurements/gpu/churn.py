@@ -6,19 +6,25 @@ the exporter copies, as in vLLM.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
 from gpu_prefill.export import Exporter
 from gpu_prefill.schedule import PARAMS_KEY, ExportSchedule
+from gpu_prefill.staging import Staging
+from gpu_prefill.streams import streams_of
 from measurements.gpu.paged import LAYOUTS, Bits, caches_of
+from transfer import layout as kv_layout
+from transfer.codecs import by_name
 from transfer.frames import Element
+from transfer.geometry import KVGeometry
 from transfer.layout import Elements, interleaved_index
 from transfer.messages import Landing, Ticket
 
@@ -28,6 +34,21 @@ NUM_BLOCKS = 24
 STEP_TOKENS, REQUEST_STEP_TOKENS = 96, 20
 CHUNK_TOKENS = 40
 MAX_BACKLOG_BYTES = 1000
+FRAME_BYTES = 2 * 2 * CHUNK_TOKENS * HEADS * DIM
+# `zstd` is not made on a device: its elements come as they are.
+CODECS = ("raw", "q8", "k8v4", "rows_q8_0", "zstd")
+GEOMETRY = KVGeometry(
+    model_fingerprint="churn",
+    num_layers=LAYERS,
+    num_kv_heads=HEADS,
+    head_dim_k=DIM,
+    head_dim_v=DIM,
+    rope_dims=DIM,
+    rope_theta=10_000.0,
+    rope_scaling="none",
+    sliding_window=0,
+    vocab_size=1,
+)
 MAX_STEPS = 10_000
 
 
@@ -46,12 +67,21 @@ class Request:
         return int(self.kv.shape[2])
 
 
+class Slab(NamedTuple):
+    """What the sender was given: some layers of a chunk, or their payload."""
+
+    tokens: range
+    first_layer: int
+    elements: Elements
+    encoded: bool
+
+
 class Recorder:
     """Keeps what it is given in place of :class:`transfer.sender.KVSender`."""
 
     def __init__(self) -> None:
         self.backlog_bytes = 0
-        self.slabs: dict[str, list[tuple[range, int, Elements]]] = {}
+        self.slabs: dict[str, list[Slab]] = {}
         self.ended: dict[str, int] = {}
 
     def open(self, ticket: Ticket) -> None:
@@ -66,10 +96,14 @@ class Recorder:
         elements: Elements,
         element: Element,  # noqa: ARG002 - KVSender's signature
         gather_ns: int,  # noqa: ARG002
+        *,
+        d2h_ns: int = 0,  # noqa: ARG002
+        encoded: bool = False,
     ) -> bool:
-        """Keep some layers of a chunk."""
-        self.slabs[ticket].append((tokens, first_layer, elements))
-        return True
+        """Keep some layers of a chunk; the memory of what was staged is wanted back."""
+        if ticket in self.slabs:
+            self.slabs[ticket].append(Slab(tokens, first_layer, elements.copy(), encoded))
+        return ticket in self.slabs
 
     def finish(self, ticket: str, end_token: int) -> None:
         """Keep where the prompt ends."""
@@ -90,7 +124,7 @@ class Recorder:
 class FakeEngine:
     """A scheduler and a model that computes by copying: requests run until their prompts are in the caches."""
 
-    def __init__(self, device: str, layout: Any, seed: int) -> None:
+    def __init__(self, device: str, layout: Any, seed: int, *, staged: bool) -> None:
         import torch
 
         self._torch, self._device, self._random = torch, device, random.Random(seed)  # noqa: S311 - no secrets
@@ -104,8 +138,9 @@ class FakeEngine:
             Element.BF16,
             kernel_blocks=1,
             interleave_dims=DIM,
-            frame_bytes=2 * 2 * CHUNK_TOKENS * HEADS * DIM,
+            frame_bytes=FRAME_BYTES,
             budget_ms=1e9,
+            staging=_staging(torch.device(device)) if staged else None,
         )
         self._schedule = ExportSchedule(MAX_BACKLOG_BYTES)
         self._free = list(range(NUM_BLOCKS))
@@ -128,6 +163,7 @@ class FakeEngine:
             self._step()
         # Aborts leave with the next plan.
         self._settle({}, {})
+        self._exporter.close()
 
     def _step(self) -> None:
         self.counts["steps"] += 1
@@ -191,8 +227,8 @@ class FakeEngine:
     def _release(self, request: Request) -> None:
         if request.blocks:
             blocks = self._torch.tensor(request.blocks, device=self._device)
-            for cache in self._caches:
-                cache[blocks] = -1.0
+            for layer in self._caches:
+                layer.cache[blocks] = -1.0
         self._free += request.blocks
         request.blocks = []
 
@@ -202,7 +238,7 @@ class FakeEngine:
         self._exporter.begin(plan)
         hooks = self._random.random() < 0.8
         self.counts["steps_without_hooks"] += not hooks
-        for layer, cache in enumerate(self._caches):
+        for layer, (cache, *_) in enumerate(self._caches):
             for name, after in computed_after.items():
                 self._compute(cache, running[name], layer, after)
             if hooks:
@@ -228,48 +264,61 @@ class FakeEngine:
 
 
 def run(device: str, requests: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Drive it with random prompts in each layout; a sample says what happened and how many elements were wrong."""
+    """Drive it with random prompts in each layout, each way off the device, codecs in turn.
+
+    A sample says what happened and how many elements, or bytes of payloads, were wrong.
+    """
     samples = []
-    for layout in LAYOUTS:
-        engine = FakeEngine(device, layout, seed)
+    for layout, staged in itertools.product(LAYOUTS, (False, True)):
+        engine = FakeEngine(device, layout, seed, staged=staged)
         rng = np.random.default_rng(seed)
         for number in range(requests):
             tokens = int(rng.integers(1, NUM_BLOCKS * BLOCK_TOKENS // 2))
-            kv = rng.integers(0, 0x7F80, (LAYERS, 2, tokens, HEADS, DIM), dtype=np.uint16)
-            engine.add(Request(_ticket(number, interleaved=bool(number % 2)), kv))
+            # Positive and finite, and not too large for any scale.
+            kv = rng.integers(0, 0x4600, (LAYERS, 2, tokens, HEADS, DIM), dtype=np.uint16)
+            engine.add(Request(_ticket(number, CODECS[number % len(CODECS)], interleaved=bool(number % 2)), kv))
         engine.run()
         ended = engine.sender.ended
         whole = [each for each in engine.finished if ended.get(each.ticket.ticket) == each.tokens]
         samples.append(
-            {"part": "churn", "layout": layout, "requests": requests}
+            {"part": "churn", "layout": layout, "staged": staged, "requests": requests}
             | engine.counts
             | {"exported": len(whole), "exported_tokens": sum(request.tokens for request in whole)}
             | {"unfinished": len(engine.finished) - len(whole)}
+            | {"encoded": sum(slab.encoded for each in whole for slab in engine.sender.slabs[each.ticket.ticket])}
             | {"wrong_elements": sum(_wrong(engine.sender.slabs[each.ticket.ticket], each) for each in whole)}
         )
     return samples
 
 
-def _wrong(slabs: Sequence[tuple[range, int, Elements]], request: Request) -> int:
-    """Elements that differ from the prompt's KV, those that never came or came twice among them."""
-    wanted = request.kv.copy()
+def _wrong(slabs: Sequence[Slab], request: Request) -> int:
+    """What differs from the prompt's KV, what never came or came twice included."""
+    kv = request.kv.copy()
     if request.ticket.landing.rope_order == "interleaved":
-        wanted[:, 0] = wanted[:, 0][..., interleaved_index(DIM, DIM)]
-    found = np.zeros_like(wanted)
+        kv[:, 0] = kv[:, 0][..., interleaved_index(DIM, DIM)]
     times = np.zeros((LAYERS, request.tokens), np.int64)
-    for tokens, first, elements in slabs:
+    wrong = 0
+    for tokens, first, elements, encoded in slabs:
         layers = slice(first, first + len(elements))
-        found[layers, :, tokens.start : tokens.stop] = elements.reshape(len(elements), 2, len(tokens), HEADS, DIM)
+        wanted = kv[layers, :, tokens.start : tokens.stop].reshape(-1)
+        if encoded:
+            codec, slab = by_name(request.ticket.codec), kv_layout.Slab(GEOMETRY, len(elements), tokens)
+            wanted = np.frombuffer(codec.encode(wanted, Element.BF16, slab), np.uint16)
+        wrong += int((elements.reshape(-1) != wanted).sum())
         times[layers, tokens.start : tokens.stop] += 1
-    return int((found != wanted).sum() + (times != 1).sum())
+    return wrong + int((times != 1).sum())
 
 
-def _ticket(number: int, *, interleaved: bool) -> Ticket:
+def _staging(device: Any) -> Staging:
+    return Staging(streams_of(device), device, slot_bytes=FRAME_BYTES, host_bytes=16 << 20)
+
+
+def _ticket(number: int, codec: str, *, interleaved: bool) -> Ticket:
     return Ticket(
         request_id=f"churn-{number}",
         ticket=f"{number:032x}",
         kv_endpoint="tcp://127.0.0.1:1",
-        codec="raw",
+        codec=codec,
         landing=Landing(cell_type="f16", rope_order="interleaved" if interleaved else "half"),
         chunk_tokens=CHUNK_TOKENS,
         credit_chunks=4,

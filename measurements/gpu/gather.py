@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpu_prefill.extract import gather, gather_rows
+from gpu_prefill.extract import Layer, gather, gather_rows
 from measurements.gpu.paged import LAYOUTS, Bits, caches_of, exported, times_ns
 
 Sample = dict[str, Any]
@@ -88,9 +88,11 @@ def speed(device: str, tokens: Sequence[int], rounds: int, layers: int = SPEED_L
     shape = SPEED_SHAPE
     blocks = max(tokens) // shape.block_tokens + 1
     caches = [
-        torch.randn((blocks, shape.block_tokens, shape.heads, 2 * shape.dim), device=device)
-        .to(torch.bfloat16)
-        .transpose(1, 2)
+        Layer(
+            torch.randn((blocks, shape.block_tokens, shape.heads, 2 * shape.dim), device=device)
+            .to(torch.bfloat16)
+            .transpose(1, 2)
+        )
         for _ in range(layers)
     ]
     block_ids = [int(each) for each in np.random.default_rng(0).permutation(blocks)]

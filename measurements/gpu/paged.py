@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from gpu_prefill.extract import Layer
 from transfer.layout import Elements, interleaved_index
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # Physical orders of vLLM's caches: `LBNHC` and `LBHNC`.
 Layout = Literal["NHD", "HND"]
@@ -20,13 +18,13 @@ LAYOUTS: tuple[Layout, ...] = ("NHD", "HND")
 Bits = npt.NDArray[np.uint16]
 
 
-def caches_of(bits: Bits, layout: Layout, dtype: Any, device: str) -> list[Tensor]:
+def caches_of(bits: Bits, layout: Layout, dtype: Any, device: str) -> list[Layer]:
     """Caches ``[B, H, N, 2 * D]`` of ``dtype``, one a layer, that hold ``bits`` ``[layers, 2, B, N, H, D]``."""
     import torch
 
     kv = torch.from_numpy(bits.view(np.int16)).to(device).view(dtype)
     pages = torch.cat([kv[:, 0], kv[:, 1]], dim=-1).transpose(2, 3)
-    return list(pages if layout == "NHD" else pages.contiguous())
+    return [Layer(cache) for cache in (pages if layout == "NHD" else pages.contiguous())]
 
 
 def exported(bits: Bits, block_ids: Sequence[int], start: int, end: int, rope_dims: int) -> Elements:

@@ -1,8 +1,8 @@
 """``python -m tests.families.vllm_kv ORDERS``: the KV that the connector exports for one prompt of several models.
 
 In a process of its own, for vLLM in a test's process pins its threads and reloads modules. ``ORDERS`` is a JSON file
-``{"prompt": [...], "models": {HF_DIR: OUT}}``; each ``OUT`` becomes a ``.npz`` with ``k`` and ``v``, fp32
-``[num_layers, tokens, heads, dim]``.
+``{"prompt": [...], "models": {HF_DIR: OUT}, "staged": bool, "kv_cache_dtype": str}``; each ``OUT`` becomes a ``.npz``
+with ``k`` and ``v``, fp32 ``[num_layers, tokens, heads, dim]``. What is ``staged`` goes the way that devices do.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transfer.config import Cluster, Link, Pair
 STEP_TOKENS = 128
 
 
-def export(hf_dir: str, prompt: list[int], out: Path) -> None:
+def export(hf_dir: str, prompt: list[int], out: Path, kv_cache_dtype: str) -> None:
     """Run vLLM on the model in ``hf_dir`` and write ``out``."""
     from vllm import LLM, SamplingParams
     from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown, get_kv_transfer_group
@@ -37,6 +37,7 @@ def export(hf_dir: str, prompt: list[int], out: Path) -> None:
         max_num_seqs=8,
         enforce_eager=True,
         dtype="bfloat16",
+        kv_cache_dtype=kv_cache_dtype,
         disable_hybrid_kv_cache_manager="--disable-hybrid-kv-cache-manager" in service.command(cluster)[0],
         kv_transfer_config=msgspec.json.decode(service.kv_transfer_config(cluster)),
     )
@@ -48,7 +49,10 @@ def export(hf_dir: str, prompt: list[int], out: Path) -> None:
         extra_args={"kv_transfer_params": {"isthmus": msgspec.to_builtins(ticket)}},
     )
     llm.generate([{"prompt_token_ids": prompt}], parameters, use_tqdm=False)
-    sender = get_kv_transfer_group()._exporter._sender
+    exporter = get_kv_transfer_group()._exporter
+    sender = exporter._sender
+    if exporter._staging is not None:
+        exporter._staging.close()
     assert sender.tokens(ticket.ticket) == list(range(len(prompt)))
     k, v = sender.planes(ticket.ticket)
     np.savez(out, k=k, v=v)
@@ -63,5 +67,6 @@ if __name__ == "__main__":
     # vLLM looks into every imported module's objects and trips over llvmlite's.
     sys.modules.pop("llvmlite.binding.ffi", None)
     orders = msgspec.json.decode(Path(sys.argv[1]).read_bytes())
+    connector.is_staged = lambda _: orders.get("staged", False)
     for hf_dir, out in orders["models"].items():
-        export(hf_dir, orders["prompt"], Path(out))
+        export(hf_dir, orders["prompt"], Path(out), orders.get("kv_cache_dtype", "auto"))

@@ -25,12 +25,16 @@ def make_ticket(number: int, **changes: object) -> Ticket:
 
 
 class RecordingSender:
-    """Has KVSender's methods. Set ``refuse`` to fail every submit, ``backlog_bytes`` to feign a slow link."""
+    """Has KVSender's methods. Set ``refuse`` to fail every submit, ``backlog_bytes`` to feign a slow link.
+
+    Payloads of other codecs than ``raw`` are kept as they are, in ``payloads``.
+    """
 
     def __init__(self, geometry: KVGeometry, **_: object) -> None:
         self.geometry = geometry
         self.num_layers = geometry.num_layers
         self.groups: dict[tuple[str, int], list[Elements]] = {}
+        self.payloads: dict[str, list[tuple[range, int, Elements]]] = {}
         self.slabs: list[tuple[str, range, range]] = []
         self.backlog_bytes = 0
         self.refuse = False
@@ -39,7 +43,7 @@ class RecordingSender:
         self.finished: dict[str, int] = {}
         self.aborted: dict[str, str] = {}
         self.failed: dict[str, str] = {}
-        self.closed = False
+        self.closed = self.staged = False
 
     def open(self, ticket: Ticket) -> None:
         assert ticket.ticket not in self.opened
@@ -47,9 +51,21 @@ class RecordingSender:
         self.chunks[ticket.ticket] = []
 
     def submit(
-        self, ticket: str, tokens: range, first_layer: int, elements: Elements, element: Element, gather_ns: int
+        self,
+        ticket: str,
+        tokens: range,
+        first_layer: int,
+        elements: Elements,
+        element: Element,
+        gather_ns: int,
+        *,
+        d2h_ns: int = 0,  # noqa: ARG002 - KVSender's signature
+        encoded: bool = False,
     ) -> bool:
         assert ticket not in self.finished
+        if encoded and self.opened[ticket].codec != "raw":
+            self.payloads.setdefault(ticket, []).append((tokens, first_layer, elements.copy()))
+            return True
         assert elements.size == elements.shape[0] * len(tokens) * self.geometry.elements_per_token // self.num_layers
         assert element in (Element.BF16, Element.F16)
         assert gather_ns > 0
@@ -58,7 +74,8 @@ class RecordingSender:
             return False
         groups = self.groups.setdefault((ticket, tokens.start), [])
         assert first_layer == sum(map(len, groups))
-        groups.append(elements)
+        # What was staged is wanted back.
+        groups.append(elements.copy())
         self.slabs.append((ticket, tokens, range(first_layer, first_layer + len(elements))))
         if first_layer + len(elements) == self.num_layers:
             self.chunks[ticket].append((tokens.start, np.concatenate(self.groups.pop((ticket, tokens.start)))))

@@ -10,7 +10,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from gpu_prefill.caches import element_of, in_layer_order, require_supported  # noqa: E402
+from gpu_prefill.caches import as_layers, element_of, in_layer_order, require_supported, scales_of  # noqa: E402
+from gpu_prefill.extract import Layer  # noqa: E402
 from tests.gpu_prefill.test_export import GEOMETRY  # noqa: E402
 from transfer.errors import ConfigError, EngineError  # noqa: E402
 from transfer.frames import Element  # noqa: E402
@@ -63,24 +64,54 @@ def caches(*dtypes: Any, width: int = 32) -> list[Any]:
     return [torch.zeros((2, 2, 16, width), dtype=dtype) for dtype in dtypes]
 
 
+def layers_of(dtypes: tuple[Any, ...], cache_dtype: str = "auto") -> list[Layer]:
+    return as_layers(caches(*dtypes), [(0.5, 2.0)] * len(dtypes), cache_dtype)
+
+
 def test_elements_of_16_bits_are_told_apart() -> None:
-    assert element_of(caches(torch.bfloat16, torch.bfloat16)) is Element.BF16
-    assert element_of(caches(torch.float16)) is Element.F16
+    assert element_of(layers_of((torch.bfloat16, torch.bfloat16))) is Element.BF16
+    assert element_of(layers_of((torch.float16,))) is Element.F16
 
 
 @pytest.mark.parametrize(
-    ("dtypes", "named"),
+    ("cache_dtype", "kind"),
+    [("fp8", torch.float8_e4m3fn), ("fp8_e4m3", torch.float8_e4m3fn), ("fp8_e5m2", torch.float8_e5m2)],
+)
+def test_fp8_caches_get_their_type_and_scales(cache_dtype: str, kind: Any) -> None:
+    layers = layers_of((torch.uint8, torch.uint8), cache_dtype)
+    assert [(layer.cache.dtype, layer.k_scale, layer.v_scale) for layer in layers] == [(kind, 0.5, 2.0)] * 2
+    assert element_of(layers) is Element.BF16
+    # Scales that vLLM keeps for 16-bit caches too mean nothing there.
+    assert layers_of((torch.bfloat16,))[0].k_scale == 1.0
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "cache_dtype", "named"),
     [
-        ((torch.uint8, torch.uint8), "torch.uint8"),
-        ((torch.float8_e4m3fn,), "torch.float8_e4m3fn"),
-        ((torch.float32,), "torch.float32"),
+        ((torch.uint8, torch.uint8), "nvfp4", "nvfp4, holds torch.uint8"),
+        ((torch.uint8,), "auto", "auto, holds torch.uint8"),
+        ((torch.float32,), "auto", "auto, holds torch.float32"),
         # Layers that `kv_cache_dtype_skip_layers` names stay in 16 bits beside fp8.
-        ((torch.bfloat16, torch.uint8), "torch.bfloat16, torch.uint8"),
+        ((torch.bfloat16, torch.uint8), "fp8", "fp8, holds torch.bfloat16, torch.uint8"),
     ],
 )
-def test_other_caches_are_refused_by_their_types(dtypes: tuple[Any, ...], named: str) -> None:
-    with pytest.raises(ConfigError, match=f"holds {named}; run it with .*fp8 caches cannot be exported yet"):
-        element_of(caches(*dtypes))
+def test_other_caches_are_refused_by_their_types(dtypes: tuple[Any, ...], cache_dtype: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=f"{named}; run it with dtype .* auto or fp8 in every layer"):
+        layers_of(dtypes, cache_dtype)
+
+
+def config_with(k_scale: Any, **cache_config: object) -> Any:
+    layer = SimpleNamespace(_k_scale=k_scale, _v_scale=torch.tensor(2.0))
+    compilation = SimpleNamespace(static_forward_context={"a": layer})
+    return SimpleNamespace(cache_config=SimpleNamespace(**cache_config), compilation_config=compilation)
+
+
+def test_scales_are_one_number_for_k_and_one_for_v() -> None:
+    assert scales_of(config_with(torch.tensor([0.25])), ["a"]) == [(0.25, 2.0)]
+    with pytest.raises(ConfigError, match="a has an fp8 scale for each head"):
+        scales_of(config_with(torch.ones(2)), ["a"])
+    with pytest.raises(ConfigError, match="leave calculate_kv_scales off"):
+        scales_of(config_with(torch.ones(1), calculate_kv_scales=True), ["a"])
 
 
 @pytest.mark.parametrize(
