@@ -36,6 +36,10 @@ _LOG_INFO_LEVEL, _LOG_ERROR_LEVEL = 2, 4
 # llama_kv_cache says of K and of V whether it rotates what it keeps.
 _ROTATION = re.compile(r"\battn_rot_([kv]) = ([01])")
 _rotations: dict[str, bool] = {}
+# struct llama_token_data: what samplers take.
+TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+
+TokenData = npt.NDArray[np.void]
 
 
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
@@ -205,6 +209,10 @@ class Context:
             )
         self._memory = llama_cpp.llama_get_memory(self.handle)
         self._row = ctypes.c_float * model.vocab_size
+        # Of samplers, which run one after the other: fresh pages for every token would cost as much as the sampling.
+        self.scratch = np.empty((2, model.vocab_size), np.float32)
+        self.candidates: TokenData = np.zeros(model.vocab_size, TOKEN_DATA)
+        self.candidates["id"] = np.arange(model.vocab_size)
         # Chunks land here first: setting a sequence's state clears what that sequence held.
         self._scratch = max_sequences
 

@@ -7,6 +7,8 @@ the end. Repetition penalty and DRY look at prompt and output, presence and freq
 penalty samplers.
 
 What changes with every token, grammars and min_tokens, is written into the logits before the chain reads them.
+Temperature, min_p and top_p are ours where no top_k or typical_p comes between (``nucleus.py``): llama.cpp's are slow
+over a whole vocabulary.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import numpy as np
 from cpu_decode.grammar import Grammar
 from cpu_decode.llama import Context, Model
 from cpu_decode.logprobs import token_logprob
+from cpu_decode.nucleus import Nucleus, apply
 from transfer.errors import RequestError
 from transfer.messages import Reserve, Sampling, TokenLogprob
 
@@ -50,7 +53,10 @@ class Sampler:
         output = prompt[len(prompt) - reserve.prior_output :]
         # The likeliest token whatever came before: nothing needs to be remembered, nor copied for llama.cpp.
         self._argmax = False
-        self._chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+        # Temperature, min_p and top_p, where they are ours: between what is in ``_before`` and what is in the chain.
+        self._nucleus: Nucleus | None = None
+        self._before: object = None
+        self._chain = _new_chain()
         self._add_bias(model, sampling)
         self._add_penalties(model, sampling, prompt, output)
         if sampling.temperature < _GREEDY_BELOW:
@@ -90,16 +96,33 @@ class Sampler:
     def accept(self, token: int) -> None:
         """Remember a token that was sampled elsewhere, without a grammar."""
         self._output_tokens += 1
-        llama_cpp.llama_sampler_accept(self._chain, token)
+        for chain in self._chains:
+            llama_cpp.llama_sampler_accept(chain, token)
 
     def close(self) -> None:
-        """Free the chain and its samplers."""
-        llama_cpp.llama_sampler_free(self._chain)
+        """Free the chains and their samplers."""
+        for chain in self._chains:
+            llama_cpp.llama_sampler_free(chain)
+
+    @property
+    def _chains(self) -> tuple[object, ...]:
+        return (self._chain,) if self._before is None else (self._before, self._chain)
 
     def _pick(self, context: Context, row: int) -> int:
         if self._argmax:
             return int(context.live_logits(row).argmax())
-        return int(llama_cpp.llama_sampler_sample(self._chain, context.handle, row))
+        if self._nucleus is None:
+            return int(llama_cpp.llama_sampler_sample(self._chain, context.handle, row))
+        logits = context.live_logits(row)
+        if self._before is not None:
+            candidates = context.candidates
+            candidates["logit"] = logits
+            apply(self._before, candidates)
+            logits = candidates["logit"]
+        token = self._nucleus.draw(context, logits, self._chain)
+        for chain in self._chains:
+            llama_cpp.llama_sampler_accept(chain, token)
+        return token
 
     def _forbidden(self, vocab_size: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         forbidden = ~self._grammar.allowed() if self._grammar else np.zeros(vocab_size, np.bool_)
@@ -155,6 +178,19 @@ class Sampler:
         self._add(sampler)
 
     def _add_distribution(self, sampling: Sampling, seed: int) -> None:
+        whole = sampling.top_k <= 0 and sampling.typical_p >= 1
+        # XTC looks for likely tokens, and must not take all unlikely ones together for one.
+        if whole and (sampling.top_p < 1 or sampling.xtc_probability <= 0):
+            self._nucleus = Nucleus(sampling.temperature, sampling.min_p, sampling.top_p)
+            if llama_cpp.llama_sampler_chain_n(self._chain):
+                self._before, self._chain = self._chain, _new_chain()
+        else:
+            self._add_selection(sampling)
+        if sampling.xtc_probability > 0:
+            self._add(llama_cpp.llama_sampler_init_xtc(sampling.xtc_probability, sampling.xtc_threshold, 1, seed))
+        self._add(llama_cpp.llama_sampler_init_dist(seed))
+
+    def _add_selection(self, sampling: Sampling) -> None:
         self._add(llama_cpp.llama_sampler_init_temp(sampling.temperature))
         if sampling.min_p > 0:
             self._add(llama_cpp.llama_sampler_init_min_p(sampling.min_p, 1))
@@ -165,6 +201,7 @@ class Sampler:
             self._add(llama_cpp.llama_sampler_init_typical(sampling.typical_p, 1))
         if sampling.top_p < 1:
             self._add(llama_cpp.llama_sampler_init_top_p(sampling.top_p, 1))
-        if sampling.xtc_probability > 0:
-            self._add(llama_cpp.llama_sampler_init_xtc(sampling.xtc_probability, sampling.xtc_threshold, 1, seed))
-        self._add(llama_cpp.llama_sampler_init_dist(seed))
+
+
+def _new_chain() -> object:
+    return llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
