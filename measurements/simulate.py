@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Generator
 from itertools import count
 from typing import Any, Literal, NamedTuple
@@ -9,8 +10,9 @@ from typing import Any, Literal, NamedTuple
 import simpy
 
 from measurements.profiles import CodecCost, Setup
-from measurements.roofline import prefill_seconds, step_seconds, wire_seconds
+from measurements.roofline import wire_seconds
 from measurements.simulate_engine import Cores, Engine, NoRoomError
+from measurements.simulate_router import route
 from measurements.workloads import Ask, Workload, asks
 
 Architecture = Literal["gpu", "cpu", "replicated", "split", "auto"]
@@ -50,31 +52,36 @@ class Cluster:
         self.wire = simpy.Resource(env, capacity=1)
         self.proxy = simpy.Resource(env, capacity=1)
         self._turn = count()
+        # Requests that an engine decodes, or will.
+        self._decoding: Counter[Engine] = Counter()
 
     def answer(self, architecture: Architecture, ask: Ask) -> Generator[simpy.Event, Any, float]:
         """Serve ``ask``; returns when its first token was known."""
         with self.proxy.request() as turn:
             yield turn
             yield self.env.timeout(self.setup.arrival_ms / 1e3)
+        gpu, cpu = (min(engines, key=lambda each: each.load) for engines in (self.gpus, self.cpus))
         if architecture == "auto":
-            architecture = self._cheapest(ask)
+            arriving = len(self.proxy.queue)
+            architecture, cpu = route(self.setup, self.codec, gpu, self.cpus, self._decoding, arriving, ask)
         if architecture == "split":
-            return (yield from self._split(ask))
-        nodes = {"gpu": self.gpus, "cpu": self.cpus}.get(architecture)
-        if nodes is None:
+            return (yield from self._split(ask, cpu))
+        engine = {"gpu": gpu, "cpu": cpu}.get(architecture)
+        if engine is None:
             # Round robin over whole nodes, blind to their speed: the baseline that people build.
-            nodes = (self.gpus, self.cpus)[next(self._turn) % 2]
-        engine = min(nodes, key=lambda each: each.load)
+            engine = (gpu, cpu)[next(self._turn) % 2]
+        self._decoding[engine] += 1
         yield self.env.timeout(engine.device.request_ms / 1e3)
         sequence = engine.submit(ask.prompt_tokens, ask.output_tokens - 1, shared=ask.shared_tokens)
         yield sequence.prefilled
         first_s = self.env.now
         yield sequence.done
+        self._decoding[engine] -= 1
         return first_s
 
-    def _split(self, ask: Ask) -> Generator[simpy.Event, Any, float]:
+    def _split(self, ask: Ask, worker: Engine) -> Generator[simpy.Event, Any, float]:
         """Reserve, prefill, send while prefill runs, decode: ARCHITECTURE.md, the life of a split request."""
-        worker = min(self.cpus, key=lambda each: each.load)
+        self._decoding[worker] += 1
         reserved = worker.submit(ask.prompt_tokens, ask.output_tokens - 1, shared=ask.shared_tokens, landing=True)
         yield reserved.admitted
         yield self.env.timeout(self.setup.link.handoff_ms / 1e3)
@@ -94,33 +101,8 @@ class Cluster:
         yield simpy.AllOf(self.env, sending)
         worker.land(reserved, missing)
         yield reserved.done
+        self._decoding[worker] -= 1
         return first_s
-
-    def _cheapest(self, ask: Ask) -> Architecture:
-        """The route with the least estimated end to end, from what the engines have to do now."""
-        gpu, cpu = (min(engines, key=lambda each: each.load) for engines in (self.gpus, self.cpus))
-        # What both compute on is halved where both have something to do.
-        both = self.setup.shared_cores
-        crowd = {gpu: 1 + (both and cpu.load > 0), cpu: 1 + (both and gpu.load > 0)}
-
-        def prefill_s(engine: Engine) -> float:
-            own = ask.prompt_tokens - engine.lent(ask.shared_tokens)
-            return crowd[engine] * prefill_seconds(engine.device, engine.model, engine.queued_prompt_tokens + own)
-
-        def decode_s(engine: Engine) -> float:
-            contexts = [*engine.contexts, ask.prompt_tokens]
-            return ask.output_tokens * crowd[engine] * step_seconds(engine.device, engine.model, contexts, [])
-
-        tail_s = wire_seconds(self.setup.link, self.codec, self.setup.model, ask.prompt_tokens)
-        tail_s = tail_s / self.setup.model.num_layers + self.setup.link.handoff_ms / 1e3
-        estimates: dict[Architecture, float] = {
-            "gpu": prefill_s(gpu) + decode_s(gpu),
-            "cpu": prefill_s(cpu) + decode_s(cpu),
-            "split": prefill_s(gpu) + tail_s + decode_s(cpu),
-        }
-        decodes_on: dict[Architecture, Engine] = {"gpu": gpu, "cpu": cpu, "split": cpu}
-        roomy = [each for each in estimates if decodes_on[each].fits(ask.prompt_tokens, ask.output_tokens - 1)]
-        return min(roomy or estimates, key=lambda each: estimates[each])
 
     def _send(self, tokens: float, end_s: float) -> Generator[simpy.Event, Any, None]:
         """One chunk's KV: layers leave as they are computed, the last one when the step ends at ``end_s``."""

@@ -133,7 +133,7 @@ class Gateway:
                 slot = self.admission.slot(call.request_id, call.api_key, call.body.guessed_prompt_tokens)
                 share = await held.enter_async_context(slot)
                 held.callback(lambda: share.settle(account.prompt_tokens + account.completion_tokens))
-            with account.meter.stage("tokenize"):
+            with account.meter.stage("tokenize"), self.dispatcher.planner.arriving():
                 prompt = await self._tokenize(call.body)
             with account.meter.stage("route"):
                 job = self.dispatcher.plan(self._job(call, prompt), account)

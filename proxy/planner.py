@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -47,6 +48,16 @@ class Planner:
         self._workers = workers
         self._turn = 0
         self._trying: set[str] = set()
+        self._arriving = 0
+
+    @contextmanager
+    def arriving(self) -> Iterator[None]:
+        """A request will be planned after the body."""
+        self._arriving += 1
+        try:
+            yield
+        finally:
+            self._arriving -= 1
 
     def plan(self, job: Job, open_routes: Open, *, waited_ns: int = 0) -> Planned:
         """Where ``job`` goes.
@@ -118,6 +129,7 @@ class Planner:
             turn=self._turn,
             may_try=not self._trying,
             worker_samples=job.decoder_samples,
+            arriving=self._arriving,
         )
 
     def _vllm_facts(self, job: Job) -> VllmFacts:

@@ -7,7 +7,7 @@ take; :func:`decide` picks by the policy:
 policy          what is smallest
 ==============  ==================================================================================================
 ``min_ttft``    time to first token; where that is equal, end to end
-``min_e2e``     time until the last token
+``min_e2e``     time until the last token, on average of all that are in flight (``mixing.py``)
 ``max_goodput`` the larger of ttft / objective and tpot / objective: the request goes where most of its objectives is
                 left, and where none can be met, where least is missed. Without objectives as ``min_e2e``
 ``round_robin`` nothing: whole requests to vLLM and to the workers in turn, the replicated baseline
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from proxy import mixing
 from proxy.costs import Cost
 from proxy.router import ROUTES, Reason, Route
 from transfer.config import PolicyName
@@ -42,7 +43,7 @@ class Ask(msgspec.Struct, frozen=True, array_like=True):
 
     ``answer_tokens`` is what each of ``choices`` is expected to have. Objectives are 0 where there are none. ``turn``
     counts round-robin. The request ``may_try`` what is not known. With ``worker_samples`` vLLM's first token is of no
-    use.
+    use. So many others are ``arriving``: here, and not placed yet.
     """
 
     prompt_tokens: int
@@ -56,12 +57,13 @@ class Ask(msgspec.Struct, frozen=True, array_like=True):
     turn: int
     may_try: bool
     worker_samples: bool
+    arriving: int = 0
 
 
 class VllmFacts(msgspec.Struct, frozen=True, array_like=True):
     """The prefill node: ``prefill`` by (new tokens, requests), ``step`` by (steps, sequences, context tokens).
 
-    ``backlog_ns`` of prefills stand before this one; ``sequences`` decode there, with ``context_tokens`` in all.
+    ``backlog_ns`` of prefills stand before this one; ``sequences`` decode there or will, ``context_tokens`` in all.
     ``cached_tokens`` of the prompt are thought to be in vLLM's prefix cache.
     """
 
@@ -156,12 +158,13 @@ def decide(inputs: Inputs) -> Decision:
     possible = {route: plans for route in ask.routes if (plans := _plans(inputs, route))}
     best = {route: _best(ask, plans) for route, plans in possible.items()}
     known = {route: plan.predicted for route, plan in best.items() if plan.predicted}
-    plan, reason = _pick(ask, list(best.values()))
+    plan, reason = _pick(inputs, list(best.values()))
     others = [other for plans in possible.values() for other in plans if other.worker != plan.worker]
     return Decision(plan.route, plan.worker, plan.codec, reason, known, _patience_ns(ask, plan, others))
 
 
-def _pick(ask: Ask, plans: list[Plan]) -> tuple[Plan, Reason]:
+def _pick(inputs: Inputs, plans: list[Plan]) -> tuple[Plan, Reason]:
+    ask = inputs.ask
     if len(plans) == 1:
         return plans[0], ask.reason or ask.policy
     if ask.policy == "round_robin" and ask.reason is None:
@@ -170,12 +173,57 @@ def _pick(ask: Ask, plans: list[Plan]) -> tuple[Plan, Reason]:
     known = [plan for plan in plans if plan.predicted]
     if not known:
         return plans[0], ask.reason or "cold"
-    first = min(known, key=lambda plan: _rank(ask, plan))
+    first = _first(inputs, known)
     if ask.may_try and ask.reason is None:
         for plan in plans:
             if plan is not first and _is_worth_a_try(ask, plan, first):
                 return plan, "explores"
     return first, ask.reason or ask.policy
+
+
+def _first(inputs: Inputs, plans: list[Plan]) -> Plan:
+    """The best of ``plans``, which are predicted, one for each route; by end to end, the one best for all in flight."""
+    ask, vllm = inputs.ask, inputs.vllm
+    first = min(plans, key=lambda plan: _rank(ask, plan))
+    by_route = {plan.route: plan for plan in plans}
+    at_workers = [plan for plan in plans if plan.route != "gpu"]
+    in_flight = vllm.sequences + sum(worker.sequences for worker in inputs.workers)
+    if ask.reason or not in_flight + ask.arriving or not at_workers or not _by_e2e(ask):
+        return first
+    there = min(at_workers, key=lambda plan: _rank(ask, plan))
+    load = _load(inputs, there)
+    if load is None or there.queue_ns:
+        return first
+    at_vllm = round(vllm.sequences / ask.choices)
+    return by_route[mixing.place(load, at_vllm, round(in_flight / ask.choices) - at_vllm, ask.arriving, by_route)]
+
+
+def _by_e2e(ask: Ask) -> bool:
+    return ask.policy == "min_e2e" or (ask.policy == "max_goodput" and not (ask.slo_ttft_ns or ask.slo_tpot_ns))
+
+
+def _load(inputs: Inputs, plan: Plan) -> mixing.Load | None:
+    """The request as ``mixing`` wants it, at ``plan``'s worker; None where a cost is not known."""
+    ask, vllm = inputs.ask, inputs.vllm
+    worker = next(each for each in inputs.workers if each.name == plan.worker)
+    if vllm.prefill is None or vllm.step is None or worker.step is None:
+        return None
+    new_tokens, local_tokens = ask.prompt_tokens - vllm.cached_tokens, ask.prompt_tokens - worker.held_tokens
+    exposed = next((codec.exposed for codec in worker.codecs if codec.exposed), None)
+    return mixing.Load(
+        prefill_ns=vllm.prefill.at(new_tokens, 0),
+        latency_ns=vllm.prefill.at(0, 1),
+        prefill_crowding=vllm.prefill.crowding,
+        local_ns=worker.prefill.at(local_tokens, 0, 0) if worker.prefill else 0,
+        local_latency_ns=worker.prefill.at(0, 1, 0) if worker.prefill else 0,
+        exposed_ns=exposed.at(local_tokens, 1) if exposed else 0,
+        steps=max(1, ask.answer_tokens - 1),
+        sequences=ask.choices,
+        context_tokens=_own_tokens(ask),
+        vllm=vllm.step,
+        worker=worker.step,
+        workers=len(inputs.workers),
+    )
 
 
 def _is_worth_a_try(ask: Ask, plan: Plan, first: Plan) -> bool:
@@ -189,10 +237,12 @@ def _rank(ask: Ask, plan: Plan) -> tuple[float, float]:
     predicted = plan.predicted
     if predicted is None:
         return float("inf"), float("inf")
+    if _by_e2e(ask):
+        return predicted.e2e_ns, predicted.ttft_ns
     match ask.policy:
         case "min_ttft":
             return predicted.ttft_ns, predicted.e2e_ns
-        case "max_goodput" if ask.slo_ttft_ns or ask.slo_tpot_ns:
+        case "max_goodput":
             ttft = predicted.ttft_ns / ask.slo_ttft_ns if ask.slo_ttft_ns else 0.0
             tpot = predicted.tpot_ns / ask.slo_tpot_ns if ask.slo_tpot_ns else 0.0
             return max(ttft, tpot), predicted.e2e_ns
@@ -225,17 +275,21 @@ def _by_gpu(inputs: Inputs) -> Prediction | None:
     ask, vllm = inputs.ask, inputs.vllm
     if vllm.prefill is None or vllm.step is None:
         return None
-    ttft_ns = vllm.backlog_ns + vllm.prefill.at(ask.prompt_tokens - vllm.cached_tokens, 1)
-    step_ns = _step_ns(vllm.step, ask, vllm.sequences, vllm.context_tokens)
-    return _prediction(ask, ttft_ns, 0, step_ns, min(vllm.prefill.samples, vllm.step.samples))
+    new_tokens, crowd = ask.prompt_tokens - vllm.cached_tokens, _workers_busy(inputs)
+    ttft_ns = vllm.backlog_ns + vllm.prefill.at(new_tokens, 1, crowd=crowd)
+    step_ns = _step_ns(vllm.step, ask, vllm.sequences, vllm.context_tokens, crowd)
+    # Those that end are followed by others, whose prompts are computed between the steps.
+    others_ns = vllm.prefill.at(new_tokens, 0, crowd=crowd) * vllm.sequences
+    return _prediction(ask, ttft_ns, others_ns, step_ns, min(vllm.prefill.samples, vllm.step.samples))
 
 
 def _by_cpu(inputs: Inputs, worker: WorkerFacts) -> Plan:
     ask = inputs.ask
     predicted = None
     if worker.prefill is not None and worker.step is not None:
-        prefill_ns = _local_prefill_ns(worker.prefill, worker, ask.prompt_tokens - worker.held_tokens)
-        step_ns = _step_ns(worker.step, ask, worker.sequences, worker.context_tokens)
+        crowd = _vllm_busy(inputs)
+        prefill_ns = _local_prefill_ns(worker.prefill, worker, ask.prompt_tokens - worker.held_tokens, crowd)
+        step_ns = _step_ns(worker.step, ask, worker.sequences, worker.context_tokens, crowd)
         samples = min(worker.prefill.samples, worker.step.samples)
         predicted = _prediction(ask, worker.queue_ns + prefill_ns, 0, step_ns, samples)
     return Plan("cpu", worker.name, None, predicted, worker.queue_ns, worker.load)
@@ -247,8 +301,9 @@ def _by_split(inputs: Inputs, worker: WorkerFacts) -> Plan:
     plan = Plan("split", worker.name, codec.name, None, worker.queue_ns, worker.load)
     if vllm.prefill is None or worker.step is None:
         return plan
-    prefill_ns = vllm.backlog_ns + vllm.prefill.at(ask.prompt_tokens - vllm.cached_tokens, 1)
-    step_ns = _step_ns(worker.step, ask, worker.sequences, worker.context_tokens)
+    new_tokens = ask.prompt_tokens - vllm.cached_tokens
+    prefill_ns = vllm.backlog_ns + vllm.prefill.at(new_tokens, 1, crowd=_workers_busy(inputs))
+    step_ns = _step_ns(worker.step, ask, worker.sequences, worker.context_tokens, _vllm_busy(inputs))
     exposed_ns = codec.exposed.at(ask.prompt_tokens - worker.held_tokens, 1) if codec.exposed else 0
     samples = min(vllm.prefill.samples, worker.step.samples, codec.exposed.samples if codec.exposed else 0)
     ttft_ns = worker.queue_ns + prefill_ns
@@ -257,20 +312,33 @@ def _by_split(inputs: Inputs, worker: WorkerFacts) -> Plan:
     return plan._replace(predicted=_prediction(ask, ttft_ns, exposed_ns, step_ns, samples))
 
 
-def _prediction(ask: Ask, ttft_ns: int, exposed_ns: int, step_ns: int, samples: int) -> Prediction:
+def _prediction(ask: Ask, ttft_ns: int, more_ns: int, step_ns: int, samples: int) -> Prediction:
+    """``more_ns`` pass after the first token beside the steps."""
     rest_tokens = max(0, ask.answer_tokens - 1)
-    rest_ns = exposed_ns + step_ns * rest_tokens if rest_tokens else 0
+    rest_ns = more_ns + step_ns * rest_tokens if rest_tokens else 0
     return Prediction(ttft_ns, round(rest_ns / max(1, rest_tokens)), ttft_ns + rest_ns, samples)
 
 
-def _step_ns(step: Cost, ask: Ask, sequences: int, context_tokens: int) -> int:
-    """A decode step with this request in the batch, half of its answer made."""
-    own_tokens = ask.prompt_tokens + ask.choices * ask.answer_tokens // 2
-    return step.at(1, sequences + ask.choices, context_tokens + own_tokens)
+def _step_ns(step: Cost, ask: Ask, sequences: int, context_tokens: int, crowd: float) -> int:
+    """A decode step with this request in the batch."""
+    return step.at(1, sequences + ask.choices, context_tokens + _own_tokens(ask), crowd=crowd)
 
 
-def _local_prefill_ns(prefill: Cost, worker: WorkerFacts, new_tokens: int) -> int:
-    return worker.backlog_ns + prefill.at(new_tokens, 1, new_tokens * worker.sequences)
+def _own_tokens(ask: Ask) -> int:
+    """What steps look at of this request, half of its answer made."""
+    return ask.prompt_tokens + ask.choices * ask.answer_tokens // 2
+
+
+def _workers_busy(inputs: Inputs) -> float:
+    return float(any(worker.sequences or worker.backlog_ns for worker in inputs.workers))
+
+
+def _vllm_busy(inputs: Inputs) -> float:
+    return float(inputs.vllm.sequences > 0 or inputs.vllm.backlog_ns > 0)
+
+
+def _local_prefill_ns(prefill: Cost, worker: WorkerFacts, new_tokens: int, crowd: float) -> int:
+    return worker.backlog_ns + prefill.at(new_tokens, 1, new_tokens * worker.sequences, crowd=crowd)
 
 
 def _codec(inputs: Inputs, worker: WorkerFacts) -> CodecFacts:
@@ -313,7 +381,7 @@ def computes_the_rest(inputs: Inputs, worker: str | None, codec: str | None, reu
     vllm = inputs.vllm
     if facts.prefill is None or vllm.prefill is None:
         return missing_tokens <= ALWAYS_LOCAL_TOKENS
-    here_ns = _local_prefill_ns(facts.prefill, facts, missing_tokens)
+    here_ns = _local_prefill_ns(facts.prefill, facts, missing_tokens, _vllm_busy(inputs))
     there_ns = vllm.backlog_ns + vllm.prefill.at(inputs.ask.prompt_tokens - vllm.cached_tokens, 1)
     if inputs.ask.policy != "min_ttft" or inputs.ask.worker_samples:
         exposed = next((each.exposed for each in facts.codecs if each.name == codec), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import msgspec
@@ -112,8 +113,62 @@ def test_the_least_is_chosen(changes, route):
 
 def test_a_busy_worker_loses_to_vllm_and_another_worker():
     busy = worker("busy", sequences=10, load=0.6)
-    assert decide(inputs(busy)).route == "gpu"
+    assert decide(inputs(busy, prompt_tokens=100)).route == "gpu"
     assert decide(inputs(busy, worker("free"))).worker == "free"
+
+
+def crowded(*ms: float) -> Cost:
+    """Twice as much while the other engine is busy."""
+    return msgspec.structs.replace(cost(*ms), crowding=1.0)
+
+
+# Long steps, hardly longer for many, and short ones, longer for each sequence.
+AT_VLLM = {"prefill": crowded(1, 20), "step": crowded(22, 0.9, 0)}
+AT_WORKER = {"prefill": crowded(5, 30, 0), "step": crowded(4, 4, 0), "codecs": (CodecFacts("raw", cost(0, 5)),)}
+
+
+def chat(at_vllm: dict[str, Any] = AT_VLLM, at_worker: dict[str, Any] = AT_WORKER, **asked: Any) -> Inputs:
+    """A short prompt and a short answer."""
+    asked = {"prompt_tokens": 64, "answer_tokens": 24, "may_try": False} | asked
+    return inputs(worker(**at_worker), at_vllm=vllm(**at_vllm), **asked)
+
+
+def busy(facts: dict[str, Any], sequences: int) -> dict[str, Any]:
+    return facts | {"sequences": sequences, "context_tokens": 76 * sequences}
+
+
+@pytest.mark.parametrize(
+    ("at_vllm", "at_worker", "arriving", "route"),
+    [
+        (0, 0, 0, "split"),
+        (0, 3, 0, "split"),
+        (0, 0, 15, "gpu"),
+        (15, 0, 0, "gpu"),
+        # Alone at vLLM it takes longer than beside them; but all do, if they leave.
+        (0, 15, 0, "gpu"),
+        (1000, 0, 1000, "gpu"),
+    ],
+)
+def test_where_engines_slow_each_other_all_go_where_together_they_take_least(at_vllm, at_worker, arriving, route):
+    assert decide(chat(busy(AT_VLLM, at_vllm), busy(AT_WORKER, at_worker), arriving=arriving)).route == route
+
+
+def test_machines_of_their_own_are_both_used():
+    at_vllm = {"prefill": cost(1, 20), "step": cost(22, 0.9, 0)}
+    at_worker = {"prefill": cost(5, 30, 0), "step": cost(4, 4, 0)}
+    taken = Counter()
+    for _ in range(16):
+        at_workers = taken["split"] + taken["cpu"]
+        taken[decide(chat(busy(at_vllm, taken["gpu"]), busy(at_worker, at_workers))).route] += 1
+    assert 4 <= taken["gpu"] <= 12
+
+
+def test_a_decision_of_an_older_make_can_be_read():
+    built = msgspec.to_builtins(chat())
+    del built[0][-1]
+    for costs in (built[1][0], built[1][1], built[2][0][1], built[2][0][2]):
+        del costs[-1]
+    assert replay(built).route == "split"
 
 
 def test_the_preferred_worker_is_kept_for_a_little_more_and_not_for_much_load():
