@@ -103,7 +103,7 @@ boot() {
 
 await() {
     local host=$1
-    for _ in $(seq 300); do
+    for _ in $(seq 900); do
         to "$host" test -e /run/systemd/system 2>/dev/null && return
         sleep 0.2
     done

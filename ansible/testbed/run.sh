@@ -140,7 +140,7 @@ first_token() { # from outside, by the route split, with its clock and the ledge
 
 came_back() { # came_back UNIT-ON-HOST PID: as another process, by itself
     local host=${1%%:*} unit=${1#*:} after=0
-    for _ in $(seq 120); do
+    for _ in $(seq 300); do
         after=$(./hosts.sh ssh "$host" systemctl show -P MainPID "$unit" || echo 0)
         [[ $after != 0 && $after != "$2" ]] && ./hosts.sh ssh "$host" systemctl is-active --quiet "$unit" && return
         sleep 2

@@ -118,7 +118,7 @@ def test_cluster_files_of_two_decode_hosts_are_what_the_nodes_read(pair: dict[st
     tasks = [
         {"ansible.builtin.import_role": {"name": "isthmus"}},
         {"ansible.builtin.include_vars": f"{roles}/firewall/defaults/main.yml"},
-        {"ansible.builtin.template": template, "vars": {"base_numa": 1, "base_port_offset": 10}},
+        {"ansible.builtin.template": template, "vars": {"base_node": "decode", "base_numa": 1, "base_port_offset": 10}},
         {"ansible.builtin.template": files},
     ]
     playbook = tmp_path / "write.yml"
