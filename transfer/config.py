@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 import structlog
 
-from transfer import codecs
+from transfer import codecs, config_errors
 from transfer.errors import CodecError, ConfigError
 from transfer.layout import CellType
 from transfer.seal import SealName
@@ -190,14 +190,17 @@ class Cluster(Section, frozen=True, kw_only=True):
 def load(path: Path) -> Cluster:
     """Read a cluster file. Relative paths are taken from the file's folder.
 
-    Raises :class:`ConfigError` naming the file, the key and what is wrong with it.
+    Raises :class:`ConfigError` naming the file, the line, the key and what is wrong with it.
     """
     try:
-        cluster = msgspec.toml.decode(path.read_bytes(), type=Cluster)
+        toml = path.read_text()
+        cluster = msgspec.toml.decode(toml, type=Cluster)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: {error}") from None
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{path}: {config_errors.explain(error, toml, Cluster)}") from None
     try:
         if cluster.link.codec != AUTO_CODEC:
             codecs.for_cells(cluster.link.codec, cluster.decode.cell_type)

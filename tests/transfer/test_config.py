@@ -123,6 +123,36 @@ def test_a_wrong_key_is_named_with_its_file(write, text, key):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '[proxy]\npolicy = "fastest"',
+            "line 6: Invalid enum value 'fastest' - at `$.proxy.policy`;"
+            " allowed: min_ttft, min_e2e, max_goodput, round_robin",
+        ),
+        ('# none\n[link]\n\n seal="rot13"', "line 8: Invalid enum value 'rot13' - at `$.link.seal`; allowed: none,"),
+        ('[decode]\nnuma = "one"', "at `$.decode.numa`; allowed: auto, off, or a number"),
+        ('[decode]\nspeculate = "on"', "at `$.decode.speculate`; allowed: auto, off, always"),
+        ('[decode]\ncell_type = "f32"', "allowed: f16, bf16,"),
+        ("[proxy]\n[decode]\nnum_cells = 0", "line 7: Expected `int` >= 1 - at `$.decode.num_cells`"),
+        (
+            "[decode]\nthreads = 1\n[proxy]\nthreads = 1",
+            "line 8: Object contains unknown field `threads` - at `$.proxy`",
+        ),
+        ("[nodes]\nname = 1", "line 5: Object contains unknown field `nodes`"),
+        ("[prefill]\nextra_args = [\n1]", "line 6: Expected `str`, got `int` - at `$.prefill.extra_args[0]`"),
+        ("[proxy]\nport = \n", "Invalid value (at line 6"),
+        ("proxy = 1", "unknown field `proxy`"),
+    ],
+)
+def test_a_message_names_the_line_and_what_is_allowed(write, text, message):
+    path = write(MINIMAL.lstrip() + text)
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        config.load(path)
+    assert str(path) in str(caught.value)
+
+
 @pytest.mark.parametrize("content", [b"[pair\n", b'[pair]\nname = "a"\nname = "b"', b"\xff\xfe", b"pair = 1"])
 def test_a_file_that_is_not_our_toml_is_refused(write, content):
     path = write("")
