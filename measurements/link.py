@@ -28,7 +28,7 @@ from rich.progress import Progress
 from measurements import link_exposed, link_inject, link_namespaces, link_receiver, link_sender, result
 from measurements.link_exposed import Prompt
 from measurements.link_sender import Peer, Sample
-from measurements.link_summary import IPERF3, MEMCPY, ZMQ, ZMQ_COPIED, ZMQ_KEPT, summarize, tables
+from measurements.link_summary import CHECKED, IPERF3, MEMCPY, ZMQ, ZMQ_COPIED, ZMQ_KEPT, summarize, tables
 from measurements.link_synthetic import GEOMETRY, TOKEN_BYTES, Chunk, chunks
 from transfer.codecs import landing_codecs
 from transfer.config import Link
@@ -134,6 +134,8 @@ def over_loopback(progress: Progress, peer: Peer, bare_peer: Peer, rounds: int, 
         return {"kv_bytes": num_tokens * TOKEN_BYTES, "seconds": (time.monotonic_ns() - began) / 1e9}
 
     ways: dict[str, Way] = {MEMCPY: memcpy, ZMQ_KEPT: lambda: link_sender.bare(peer, prompt, link, copied=False)}
+    landed = [(tokens, copy) for (tokens, _), copy in zip(prompt, copies, strict=True)]
+    ways[CHECKED] = lambda: link_sender.checked(prompt, landed, link)
     ways |= _bare_ways(bare_peer, prompt, link) | _plane_ways(peer, prompt, link, CODECS)
     yield from _in_turn(progress, "loopback", ways, rounds)
 

@@ -22,6 +22,8 @@ Summary = dict[str, Any]
 MEMCPY, IPERF3 = "memcpy", "iperf3"
 # Into a process that is a bare ZeroMQ program; one that also copies each message; one that keeps its heap as the plane.
 ZMQ, ZMQ_COPIED, ZMQ_KEPT = "bare ZeroMQ", "bare ZeroMQ, copied", "bare ZeroMQ, heap kept"
+# What raw KV needs beside ZeroMQ, alone on one core: checksums at both ends and the copy to where it lands.
+CHECKED = "checked and landed alone"
 STAGES = ("encode", "seal", "wire", "open", "decode_frame")
 CPU_SIDES = ("sender", "receiver")
 
@@ -35,6 +37,11 @@ def summarize(samples: Sequence[Sample], path: str) -> Summary:
         summary["loopback_raw_vs_zmq"] = _ratio(loopback, "raw", ZMQ)
         summary["loopback_raw_vs_zmq_copied"] = _ratio(loopback, "raw", ZMQ_COPIED)
         summary["loopback_raw_vs_zmq_heap_kept"] = _ratio(loopback, "raw", ZMQ_KEPT)
+        if any(s["way"] == CHECKED for s in loopback):
+            # Of what bare ZeroMQ moves where processors are the limit.
+            both = [sample for sample in loopback if sample["way"] in (CHECKED, ZMQ)]
+            needed = _ratio(both, CHECKED, ZMQ, _cpu_s_per_gb)
+            summary["loopback_raw_vs_zmq_bound"] = 1 / (1 + needed)
     if ways := _of(samples, "path"):
         summary[path] = _by_way(ways)
         if any(s["way"] == IPERF3 for s in ways):
@@ -73,6 +80,11 @@ def _ways(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
 def _rate(sample: Sample) -> float:
     """GB/s of 16-bit elements, whatever the codec made of them."""
     return float(sample["kv_bytes"] / sample["seconds"] / 1e9)
+
+
+def _cpu_s_per_gb(sample: Sample) -> float:
+    """CPU seconds of both processes for each GB of KV."""
+    return float((sample["sender_cpu_s"] + sample["receiver_cpu_s"]) / sample["kv_bytes"] * 1e9)
 
 
 def spread(values: Iterable[float]) -> dict[str, float]:

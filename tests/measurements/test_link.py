@@ -15,7 +15,7 @@ from rich.progress import Progress
 from isthmus.cli import cli
 from measurements import link, link_inject, link_namespaces
 from measurements.link_sender import Peer
-from measurements.link_summary import IPERF3, MEMCPY, ZMQ, ZMQ_COPIED, ZMQ_KEPT, summarize
+from measurements.link_summary import CHECKED, IPERF3, MEMCPY, ZMQ, ZMQ_COPIED, ZMQ_KEPT, summarize
 from tests.measurements.link_agent import serving
 from transfer.config import Link
 from transfer.errors import ConfigError, EngineError
@@ -47,11 +47,15 @@ def test_every_way_is_measured_and_written(tmp_path: Path, monkeypatch: pytest.M
     link.run(tmp_path / "link.json", tmp_path / "link.png", 1, 40, shaped=False)
     written = json.loads((tmp_path / "link.json").read_text())
     loopback = [sample["way"] for sample in written["samples"] if sample["part"] == "loopback"]
-    assert sorted(loopback) == sorted({MEMCPY, ZMQ, ZMQ_COPIED, ZMQ_KEPT, *link.CODECS, "raw integrity", "raw aes-gcm"})
+    assert sorted(loopback) == sorted(
+        {MEMCPY, CHECKED, ZMQ, ZMQ_COPIED, ZMQ_KEPT, *link.CODECS, "raw integrity", "raw aes-gcm"}
+    )
     assert {s["way"] for s in written["samples"] if s["part"] == "inject"} == {"inject", MEMCPY, "stall"}
     assert written["measure"] == "link"
     assert written["summary"] == summarize(written["samples"], "shaped_10g")
-    assert {"loopback_raw_gb_per_s", "loopback_raw_vs_zmq", "inject_vs_memcpy"} <= set(written["summary"])
+    assert {"loopback_raw_gb_per_s", "loopback_raw_vs_zmq", "loopback_raw_vs_zmq_bound", "inject_vs_memcpy"} <= set(
+        written["summary"]
+    )
     assert (tmp_path / "link.png").stat().st_size > 1000
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from measurements.link_summary import IPERF3, MEMCPY, ZMQ, ZMQ_COPIED, ZMQ_KEPT, summarize, tables
+from measurements.link_summary import CHECKED, IPERF3, MEMCPY, ZMQ, ZMQ_COPIED, ZMQ_KEPT, summarize, tables
 
 
 def sample(part, way, turn, seconds, **fields):
@@ -23,6 +23,13 @@ def test_ratios_are_taken_within_a_round():
     assert summary["loopback_raw_vs_zmq_copied"] == 0.625
     assert summary["loopback_raw_vs_zmq_heap_kept"] == 0.25
     assert summary["loopback"][ZMQ]["gb_per_s"] == {"median": 4.0, "quartile_1": 3.0, "quartile_3": 6.0}
+
+
+def test_what_processors_allow_beside_bare_zeromq():
+    spent = {ZMQ: 0.3, ZMQ_COPIED: 0.3, ZMQ_KEPT: 0.3, "raw": 0.5, CHECKED: 0.1}
+    samples = [sample("loopback", way, 1, 1.0, sender_cpu_s=s, receiver_cpu_s=s) for way, s in spent.items()]
+    samples.append(sample("loopback", MEMCPY, 1, 1.0))
+    assert summarize(samples, "path")["loopback_raw_vs_zmq_bound"] == pytest.approx(0.75)
 
 
 def test_a_path_has_goodput_and_cpu_time():
