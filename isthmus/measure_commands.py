@@ -105,21 +105,23 @@ def measure_link(
 @measure.command("decode")
 @json_option
 @plot_option
-@click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Rounds, interleaved.")
+@click.option("--quick", is_flag=True, help="One short round, about 4 minutes in place of 14: for a first look.")
+@click.option("--rounds", type=click.IntRange(1, 100), help="Rounds, interleaved: 2 if left out.")
 @click.option("--gguf", type=click.Path(path_type=Path), help="The model; the default pair's if left out.")
-@click.option("--sequences", default="1,2,4,8,16", show_default=True, help="Numbers of sequences, ascending.")
-@click.option("--context", type=click.IntRange(1, 1 << 20), default=900, show_default=True, help="Tokens of a prompt.")
-@click.option("--tokens", type=click.IntRange(8, 4096), default=64, show_default=True, help="New tokens a sequence.")
+@click.option("--sequences", help="Numbers of sequences, ascending: 1,2,4,8,16 if left out.")
+@click.option("--context", type=click.IntRange(1, 1 << 20), help="Tokens of a prompt: 900 if left out.")
+@click.option("--tokens", type=click.IntRange(8, 4096), help="New tokens a sequence: 64 if left out.")
 @click.option("--profile", type=click.Path(path_type=Path), help="Settings for the tuned worker, made with --tune.")
 @click.option("--tune", type=click.Path(path_type=Path), metavar="FILE", help="Find this host's settings instead.")
 def measure_decode(
     json: Path | None,
     plot: Path | None,
-    rounds: int,
+    quick: bool,
+    rounds: int | None,
     gguf: Path | None,
-    sequences: str,
-    context: int,
-    tokens: int,
+    sequences: str | None,
+    context: int | None,
+    tokens: int | None,
     profile: Path | None,
     tune: Path | None,
 ) -> None:
@@ -131,13 +133,16 @@ def measure_decode(
     from measurements import decode
 
     decode.stay_on_one_node()
-    setting = decode.setting(gguf, sequences, context, tokens)
+    plan = decode.QUICK if quick else decode.FULL
+    setting = decode.setting(
+        gguf, sequences or plan.sequences, context or plan.context_tokens, tokens or plan.new_tokens
+    )
     if tune is not None:
         from measurements.decode_tune import run
 
-        run(setting, tune, rounds)
+        run(setting, tune, rounds or plan.rounds)
     else:
-        decode.run(json, plot, rounds, setting, str(profile.resolve()) if profile else "")
+        decode.run(json, plot, rounds or plan.rounds, setting, str(profile.resolve()) if profile else "")
 
 
 @measure.command("memory")
@@ -198,12 +203,22 @@ def measure_crossover(
 @json_option
 @plot_option
 @click.option("--rounds", type=click.IntRange(1, 20), default=3, show_default=True, help="Prompts of 4,033 tokens.")
-def measure_pool(json: Path | None, plot: Path | None, rounds: int) -> None:
+@click.option(
+    "--kills",
+    type=click.IntRange(1, 1000),
+    help="Instead: kill -9 a worker in mid-stream so often, and compare what answers go on with. Draws nothing.",
+)
+def measure_pool(json: Path | None, plot: Path | None, rounds: int, kills: int | None) -> None:
     """What the KV pool saves: TTFT of a repeated prompt from each tier, and what conversations compute and send.
 
     Starts the stack with the default model and a redis-server, and its worker anew for every tier; evictions are
-    simulated. Three rounds take about four minutes on two cores.
+    simulated. Three rounds take about four minutes on two cores, a hundred kills about ten.
     """
+    if kills is not None:
+        from measurements import pool_kills
+
+        pool_kills.run(json, kills)
+        return
     from measurements.pool import run
 
     run(json, plot, rounds)

@@ -6,7 +6,7 @@ import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from measurements import bandwidth, decode_latency, result
+from measurements import bandwidth, decode_latency, decode_speculation, result
 from measurements.decode_latency import Load
+from measurements.decode_targets import verdicts
 from measurements.decode_ways import Setting, measure_batched_bench, measure_ours, measure_server
 from measurements.decode_worker import live_worker
 from measurements.llama_tools import Tools, tools
@@ -28,6 +29,20 @@ BENCH, SERVER, DEFAULT = "llama-batched-bench", "llama-server", "llama-server, d
 # The step loops are compared with tuning off, as llama.cpp's programs have none of it.
 LOAD = Load()
 MAX_SEQUENCES = 200
+
+
+class Plan(NamedTuple):
+    """How much is measured: for a look at whether anything is wrong, or for figures to show."""
+
+    rounds: int
+    sequences: str
+    context_tokens: int
+    new_tokens: int
+
+
+# About 4 and 14 minutes on two cores that have nothing else to do: most of it are prefills of llama.cpp's programs.
+QUICK = Plan(rounds=1, sequences="1,4,16", context_tokens=300, new_tokens=32)
+FULL = Plan(rounds=2, sequences="1,2,4,8,16", context_tokens=900, new_tokens=64)
 PLAIN = {"huge_pages": False, "mlock": False}
 
 
@@ -92,6 +107,7 @@ def run(json: Path | None, plot: Path | None, rounds: int, setting: Setting, pro
 
         draw(summary, plot)
     Console().print(table(summary))
+    Console().print(verdict_table(summary))
 
 
 def measure(setting: Setting, programs: Tools, rounds: int, profile: str) -> Iterator[Sample]:
@@ -119,6 +135,7 @@ def measure(setting: Setting, programs: Tools, rounds: int, profile: str) -> Ite
             for count, rate in ways[name]():
                 yield {"what": "rate", "way": name, "round": turn, "sequences": count, "tokens_per_s": rate}
         yield from latency(setting, LOAD, turn)
+        yield from decode_speculation.measure(setting, turn)
 
 
 def latency(setting: Setting, load: Load, turn: int) -> Iterator[Sample]:
@@ -142,7 +159,7 @@ def latency(setting: Setting, load: Load, turn: int) -> Iterator[Sample]:
         }
 
 
-def summarize(samples: Sequence[Sample]) -> dict[str, Any]:
+def summarize(samples: list[Sample]) -> dict[str, Any]:
     """Plain numbers; ratios are taken within a round and their medians reported."""
     rates: dict[tuple[str, int, int], float] = {
         (s["way"], s["sequences"], s["round"]): s["tokens_per_s"] for s in samples if s["what"] == "rate"
@@ -182,6 +199,12 @@ def summarize(samples: Sequence[Sample]) -> dict[str, Any]:
             for what in ("handoff", "prefill")
             for during in ("quiet", "disturbed")
         },
+        "speculation": decode_speculation.ratios(samples),
+        "memory_bytes": {
+            "weights": memory["weights_bytes"],
+            "cells": memory["cells_bytes"],
+            "the rest": memory["resident_bytes"] - owed,
+        },
         "handoff_to_logits_ms": statistics.median(s["ms"] for s in samples if s["what"] == "handoff_to_logits"),
         "memory_overhead_fraction": max(s["resident_bytes"] for s in samples if s["what"] == "memory") / owed - 1,
         "stream_triad_gb_per_s": max(s["triad_gb_per_s"] for s in samples if s["what"] == "bandwidth"),
@@ -214,6 +237,11 @@ def _gaps(samples: Sequence[Sample], what: str, during: str) -> list[Sample]:
 
 def describe(sample: Sample) -> str:
     """One sample for a progress bar."""
+    if sample["what"] == "speculation":
+        return (
+            f"{sample['weights']} weights, {sample['text']} text, guessing {sample['speculate']},"
+            f" {sample['sequences']} sequences: {sample['tokens_per_s']:.0f} tokens/s"
+        )
     if sample["what"] == "rate":
         return f"{sample['way']}, {sample['sequences']} sequences: {sample['tokens_per_s']:.0f} tokens/s"
     return str(sample["what"])
@@ -237,4 +265,15 @@ def table(summary: dict[str, Any]) -> Table:
         f" {summary['handoff_to_logits_ms']:.1f} ms from the last frame of {LOAD.short_tokens} tokens to logits"
         f" beyond a step; memory {summary['memory_overhead_fraction']:+.1%} of weights and cells"
     )
+    return shown
+
+
+def verdict_table(summary: dict[str, Any]) -> Table:
+    """Every figure that has a target, and whether it reaches it."""
+    shown = Table(title="targets", title_justify="left")
+    for column in ("figure", "measured", "target", ""):
+        shown.add_column(column, justify="left" if column == "figure" else "right", no_wrap=True)
+    for each in verdicts(summary):
+        said = "pass" if each.passed else "miss"
+        shown.add_row(each.figure, f"{each.value:.3f}", f"{each.bound} {each.target:g}", said)
     return shown

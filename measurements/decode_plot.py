@@ -1,4 +1,4 @@
-"""The picture of ``isthmus measure decode``: throughput, ratios, gaps between tokens, roofline."""
+"""The picture of ``isthmus measure decode``: throughput, gaps between tokens, roofline, memory, guessing."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from measurements import picture
 
 
 def draw(summary: dict[str, Any], path: Path) -> None:
-    """Four panels in the format of ``path``'s name."""
+    """Six panels in the format of ``path``'s name."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    rates, ratios, gaps, roofline = figure.subplots(2, 2).flat
+    figure = Figure(figsize=(15, 8), layout="constrained")
+    rates, ratios, gaps, roofline, memory, guessing = figure.subplots(2, 3).flat
     for way, by_count in summary["tokens_per_s"].items():
         rates.plot([int(n) for n in by_count], list(by_count.values()), marker="o", label=way)
     rates.set(xlabel="sequences", ylabel="tokens/s", title="decode throughput, medians", ylim=(0, None))
@@ -40,4 +40,14 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     roofline.axhline(summary["stream_triad_gb_per_s"], color="grey", linestyle=":", label="STREAM triad, measured")
     roofline.set(xlabel="sequences", ylabel="GB/s of weights and cells", title="roofline: what each step must read")
     roofline.legend()
+
+    parts = summary["memory_bytes"]
+    memory.bar(list(parts), [size / 2**20 for size in parts.values()])
+    memory.set(ylabel="MiB", title="resident memory of the worker")
+
+    speculation = summary["speculation"]
+    guessing.barh(list(speculation), list(speculation.values()))
+    guessing.axvline(1, color="grey", linestyle="--")
+    guessing.set(xlabel="tokens/s, auto over off", title="guessing from the text so far")
+    guessing.invert_yaxis()
     picture.save(figure, path)

@@ -20,7 +20,7 @@ from measurements.llama_tools import Tools
 from transfer.config import Decode
 from transfer.errors import EngineError
 
-START_S = 120.0
+START_S = 300.0
 RUN_S = 1800.0
 # Threads at barriers wait the same way in all programs, unless a way is about defaults.
 WAIT_POLICY = {"GOMP_SPINCOUNT": "1000"}

@@ -43,7 +43,7 @@ from transfer.messages import (
 )
 from transfer.sender import KVSender
 
-START_S = 120.0
+START_S = 300.0
 ANSWER_S = 600.0
 POLL_MS = 100
 LINK = Link(seal="none")
@@ -88,8 +88,12 @@ class LiveWorker:
 
     def reserve(self, num_tokens: int, max_tokens: int, source: Literal["kv", "local"]) -> Stream:
         """Promise cells for a random prompt of ``num_tokens``; greedy, to the last of ``max_tokens``."""
-        request_id = f"measure-{next(self._ids)}"
         prompt = self._random.integers(0, self.geometry.vocab_size, num_tokens).tolist()
+        return self.reserve_prompt(prompt, max_tokens, source)
+
+    def reserve_prompt(self, prompt: list[int], max_tokens: int, source: Literal["kv", "local"] = "local") -> Stream:
+        """The same for a prompt of the caller's."""
+        request_id = f"measure-{next(self._ids)}"
         sampling = Sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
         reserve = Reserve(
             request_id=request_id,
@@ -100,7 +104,7 @@ class LiveWorker:
             deadline_ms=int(ANSWER_S * 1000),
         )
         self._send(reserve)
-        stream = Stream(self._wait_for(Ticket, ANSWER_S), num_tokens)
+        stream = Stream(self._wait_for(Ticket, ANSWER_S), len(prompt))
         self._streams[request_id] = stream
         if source == "kv":
             self._sender.open(stream.ticket)

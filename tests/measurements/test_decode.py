@@ -7,9 +7,10 @@ import pytest
 
 from cpu_decode import binding, numa, profile
 from cpu_decode.profile import Profile, Tuned
-from measurements import bandwidth, decode, decode_tune
+from measurements import bandwidth, decode, decode_speculation, decode_tune
 from measurements.decode_latency import Load, gaps_ns
 from measurements.decode_plot import draw
+from measurements.decode_targets import verdicts
 from measurements.decode_tune import axes, pick
 from measurements.decode_ways import Setting, measure_ours, steady_rate
 from measurements.decode_worker import Stream
@@ -33,11 +34,24 @@ def samples() -> list[dict[str, Any]]:
         for what, worst in (("handoff", 11.0), ("prefill", 20.0)):
             for during, ms in (("quiet", 10.0), ("disturbed", worst)):
                 made.append({"what": f"itl_{what}", "round": turn, "during": during, "gaps_ms": [ms] * 50})
+        for weights, gain in (("file", 1.0), ("bf16", 1.5 + turn / 10)):
+            for speculate, rate in (("off", 100.0), ("auto", 100.0 * gain)):
+                made.append(
+                    {
+                        "what": "speculation",
+                        "round": turn,
+                        "weights": weights,
+                        "text": "copied",
+                        "speculate": speculate,
+                        "sequences": 1,
+                        "tokens_per_s": rate,
+                    }
+                )
         made.append(
             {
                 "what": "memory",
                 "round": turn,
-                "resident_bytes": 126_000_000,
+                "resident_bytes": 125_400_000,
                 "weights_bytes": 100_000_000,
                 "cells_bytes": 20_000_000,
                 "cell_bytes": 1000,
@@ -55,7 +69,39 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert summary["itl_p99_handoff_ratio"] == pytest.approx(1.1)
     assert summary["itl_p99_prefill_ratio"] == pytest.approx(2.0)
     assert summary["handoff_to_logits_ms"] == pytest.approx(3.5)
-    assert summary["memory_overhead_fraction"] == pytest.approx(0.05)
+    assert summary["memory_overhead_fraction"] == pytest.approx(0.045)
+
+
+def test_guessing_is_compared_within_a_round() -> None:
+    assert decode.summarize(samples())["speculation"] == {
+        "file weights, copied text, 1 sequences": pytest.approx(1.0),
+        "bf16 weights, copied text, 1 sequences": pytest.approx(1.55),
+    }
+
+
+def test_each_figure_with_a_target_passes_or_misses() -> None:
+    found = {each.figure: each.passed for each in verdicts(decode.summarize(samples()))}
+    assert found == {
+        "vs_batched_bench, 1 sequences": False,
+        "vs_batched_bench, 8 sequences": False,
+        "vs_llama_server, 1 sequences": False,
+        "vs_llama_server, 8 sequences": False,
+        "tuned_vs_llama_server_default, 8 sequences": False,
+        "itl_p99_handoff_ratio": True,
+        "itl_p99_prefill_ratio": True,
+        "handoff_to_logits_ms": True,
+        "memory_overhead_fraction": True,
+        "speculation auto over off, file weights, copied text, 1 sequences": True,
+        "speculation auto over off, bf16 weights, copied text, 1 sequences": True,
+        "speculation auto over off, best on copied text": True,
+    }
+
+
+def test_copied_prompts_repeat_a_block_and_new_ones_do_not() -> None:
+    copied, new = (decode_speculation.prompt(text, 3) for text in ("copied", "new"))
+    assert len(copied) == len(new)
+    assert copied == copied[:96] * 4
+    assert new[:96] != new[96:192]
 
 
 def test_a_step_reads_the_weights_once_and_every_sequences_cells() -> None:
@@ -69,6 +115,7 @@ def test_a_step_reads_the_weights_once_and_every_sequences_cells() -> None:
 def test_the_summary_can_be_shown_and_drawn(tmp_path: Path) -> None:
     summary = decode.summarize(samples())
     assert decode.table(summary).row_count == 9
+    assert decode.verdict_table(summary).row_count == 12
     draw(summary, tmp_path / "decode.png")
     assert (tmp_path / "decode.png").stat().st_size > 10_000
 

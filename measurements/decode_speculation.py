@@ -1,0 +1,106 @@
+"""What guessing from the text so far is worth: a worker with ``speculate = "auto"`` over one with ``"off"``.
+
+On text that repeats itself and on text that does not; with the weights of the file, and with the same weights in bf16,
+where a row more costs less of a step, for reading the weights takes more of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+from measurements.decode_ways import Setting, steady_rate
+from measurements.decode_worker import LiveWorker, live_worker
+from transfer.errors import EngineError
+
+Sample = dict[str, Any]
+Text = Literal["copied", "new"]
+
+BLOCK_TOKENS, BLOCKS = 96, 4
+NEW_TOKENS = 160
+COUNTS = (1, 4)
+REPEATS = 2
+_FTYPE_BF16 = 32  # enum llama_ftype
+
+
+def measure(setting: Setting, turn: int) -> Iterator[Sample]:
+    """Tokens/s by weights, kind of text, number of sequences and ``speculate``; the order shifts by one each turn."""
+    with bf16_weights(setting.gguf) as bf16:
+        for weights, gguf in (("file", setting.gguf), ("bf16", bf16)):
+            modes = ("off", "auto") if turn % 2 == 0 else ("auto", "off")
+            for mode in modes:
+                decode = msgspec.structs.replace(setting.decode, speculate=mode)
+                with live_worker(gguf, decode) as worker:
+                    for text in ("copied", "new"):
+                        for count in COUNTS:
+                            yield {
+                                "what": "speculation",
+                                "round": turn,
+                                "weights": weights,
+                                "text": text,
+                                "speculate": mode,
+                                "sequences": count,
+                                **rate(worker, text, count),
+                            }
+
+
+def rate(worker: LiveWorker, text: Text, count: int) -> dict[str, float]:
+    """Tokens/s of ``count`` sequences, the best of some, and how much was guessed and came true."""
+    before = worker.status()
+    rates = []
+    for repeat in range(REPEATS):
+        streams = [worker.reserve_prompt(prompt(text, repeat * count + k), NEW_TOKENS) for k in range(count)]
+        for stream in streams:
+            worker.start(stream)
+        worker.take_until(streams)
+        worker.idle()
+        rates.append(steady_rate([list(zip(s.times_ns, s.counts, strict=True)) for s in streams]))
+    after = worker.status()
+    return {
+        "tokens_per_s": max(rates),
+        "drafted_tokens": after.drafted_tokens - before.drafted_tokens,
+        "accepted_tokens": after.accepted_tokens - before.accepted_tokens,
+    }
+
+
+def prompt(text: Text, seed: int) -> list[int]:
+    """A block of random tokens four times over, which models go on repeating, or as many that do not repeat."""
+    draw = np.random.default_rng(seed)
+    blocks, times = (1, BLOCKS) if text == "copied" else (BLOCKS, 1)
+    tokens: list[int] = draw.integers(1000, 9000, blocks * BLOCK_TOKENS).tolist()
+    return tokens * times
+
+
+@contextmanager
+def bf16_weights(gguf: Path) -> Iterator[Path]:
+    """A file of the same model with its matrices in bf16, for the body. Raises :class:`EngineError` if it fails."""
+    import llama_cpp
+
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype, parameters.allow_requantize = _FTYPE_BF16, True
+    with tempfile.TemporaryDirectory(prefix="isthmus-bf16-") as folder:
+        path = Path(folder) / f"{gguf.stem}-bf16.gguf"
+        code = llama_cpp.llama_model_quantize(str(gguf).encode(), str(path).encode(), ctypes.byref(parameters))
+        if code:
+            raise EngineError(f"llama.cpp cannot write {gguf} with bf16 weights: {code}")
+        yield path
+
+
+def ratios(samples: list[Sample]) -> dict[str, float]:
+    """Tokens/s of ``auto`` over ``off`` within a round, medians of the rounds, by what was decoded."""
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for s in samples:
+        if s["what"] == "speculation":
+            name = f"{s['weights']} weights, {s['text']} text, {s['sequences']} sequences"
+            found.setdefault(name, {}).setdefault(s["round"], {})[s["speculate"]] = s["tokens_per_s"]
+    return {
+        name: float(np.median([pair["auto"] / pair["off"] for pair in rounds.values()]))
+        for name, rounds in found.items()
+    }
