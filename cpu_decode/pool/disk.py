@@ -70,6 +70,7 @@ class DiskTier:
             return
         began = time.monotonic()
         try:
+            self.losses.refused["torn"] += sum(1 for _ in (self._part / "tmp").glob(f"*{block_files.SUFFIX}"))
             shutil.rmtree(self._part / "tmp", ignore_errors=True)
             (self._part / "tmp").mkdir(mode=0o700, exist_ok=True)
             found: list[tuple[float, Header]] = []

@@ -7,6 +7,7 @@ longer block has its tokens now. ``foreign``: made room, was another model's. ``
 
 ``busy``: everything else was in use. ``too_large``: larger than the tier. ``paused``: the store is left alone after a
 failure. ``behind``: too much was waiting to be written. ``failed``: writing it failed.
+``torn``: its writer was killed in the middle.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from measurements import pool
+from collections import Counter
+
+from measurements import pool, pool_kills
 from measurements.pool_eviction import CAPACITY_BLOCKS, SCAN_CAPACITIES, STRETCH, hit_rates, with_scans, zipf
 
 
@@ -56,3 +58,26 @@ def test_a_picture_is_drawn(tmp_path):
     samples += [{"part": "eviction", "exponent": 1.0, "scan": False, "tree": 0.6, "lru": 0.4}]
     pool.draw(pool.summarize(samples), samples, tmp_path / "pool.png")
     assert (tmp_path / "pool.png").stat().st_size > 10_000
+
+
+def test_kills_pass_only_where_every_text_is_right_and_nothing_is_corrupt():
+    sample = {
+        "status": "ok",
+        "error": "",
+        "same": True,
+        "failed_over": "link_error",
+        "prompt_tokens": 300,
+        "reused_tokens": 256,
+        "gap_s": 0.5,
+    }
+    losses = Counter(torn=2)
+    summary = pool_kills.summarize([sample, sample], losses, 30, 0)
+    assert (summary["pass"], summary["right_texts"], summary["torn_writes"]) == (True, 2, 2)
+    assert summary["resumed_with_blocks"] == 2
+    wrong = pool_kills.summarize([sample, sample | {"same": False}], losses, 30, 0)
+    ended = pool_kills.summarize([sample | {"error": "an answer ended early"}], losses, 30, 0)
+    corrupt = pool_kills.summarize([sample], losses, 30, 1)
+    empty = pool_kills.summarize([sample], losses, 0, 0)
+    assert not any(each["pass"] for each in (wrong, ended, corrupt, empty))
+    assert "NO" in [*pool_kills.table(wrong).columns[1].cells]
+    assert "WRONG TEXT" in pool_kills.told(sample | {"same": False})
