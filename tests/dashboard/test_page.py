@@ -393,6 +393,21 @@ def test_the_key_is_asked_for_once(hf_dir: Path, tmp_path: Path, open_page: Open
         assert key not in "".join(seen.asked)
 
 
+def test_nobody_is_asked_for_a_key_again_and_again(hf_dir: Path, tmp_path: Path, open_page: Open) -> None:
+    key = make(tmp_path / "keys", "me")
+    with running(make_cluster(hf_dir, api_keys_file=str(tmp_path / "keys"))) as stack:  # type: ignore[arg-type]
+        seen = open_page(stack.url, live=False)
+        seen.page.wait_for_selector("#ask-key[open]")
+        seen.page.keyboard.press("Escape")
+        seen.until("document.getElementById('connection').title.includes('no API key: see the button')")
+        assert not seen.page.is_visible("#ask-key")
+        seen.page.click("#key")
+        seen.page.fill("#key-value", key)
+        seen.page.keyboard.press("Enter")
+        seen.until("document.getElementById('connection').dataset.state === 'live'")
+        seen.until("document.querySelector('h1').textContent.includes('tiny')")
+
+
 def test_the_proxy_goes_away_and_comes_back(hf_dir: Path, open_page: Open) -> None:
     cluster = make_cluster(hf_dir)
     state = "document.getElementById('connection').dataset.state"
@@ -446,9 +461,10 @@ def test_by_keyboard_alone(stack: Stack, one: Entry, open_page: Open) -> None:
     assert seen.page.inner_text("#answers .answer").startswith("one")
 
 
-def test_a_phone_scrolls_one_way_only(stack: Stack, one: Entry, open_page: Open) -> None:
+@pytest.mark.parametrize("width", [PHONE["width"], 320])
+def test_a_phone_scrolls_one_way_only(stack: Stack, one: Entry, open_page: Open, width: int) -> None:
     add(stack, varied(one, 10))
-    seen = open_page(stack.url, size=PHONE, has_touch=True)
+    seen = open_page(stack.url, size=PHONE | {"width": width}, has_touch=True)
     seen.until("document.querySelectorAll('#requests .request').length > 5")
     for view in ("waterfall", "worth", "nodes", "try"):
         seen.view(view)
@@ -484,6 +500,37 @@ def test_nothing_is_asked_of_any_other_host(stack: Stack, open_page: Open) -> No
     assert all(address.startswith(stack.url) for address in seen.asked)
     assert weight < 300_000
     assert seen.errors == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_its_ground(stack: Stack, one: Entry, open_page: Open, scheme: str) -> None:
+    add(stack, varied(one, 3))
+    seen = open_page(stack.url, color_scheme=scheme)
+    # Relative luminance and contrast as WCAG 2 defines them; 4.5 is its level AA for text.
+    script = """() => {
+      const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+      const pixel = colour => {
+        canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+        return [...canvas.getImageData(0, 0, 1, 1).data];
+      };
+      const light = colour => {
+        const linear = c => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4;
+        const [r, g, b] = pixel(colour).map(c => linear(c / 255));
+        return .2126 * r + .7152 * g + .0722 * b;
+      };
+      const ground = e => {
+        const own = getComputedStyle(e).backgroundColor;
+        return pixel(own)[3] > 0 ? own : ground(e.parentElement);
+      };
+      const own = e => [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim());
+      return [...document.querySelectorAll('body *')].filter(e => own(e) && e.checkVisibility()).map(e => {
+        const [a, b] = [light(getComputedStyle(e).color), light(ground(e))].sort((x, y) => y - x);
+        return [(a + .05) / (b + .05), e.tagName + '.' + e.className + ' ' + e.textContent.trim().slice(0, 30)];
+      }).filter(([ratio]) => ratio < 4.5);
+    }"""
+    for view in ("waterfall", "worth", "nodes", "try"):
+        seen.view(view)
+        assert seen.page.evaluate(script) == [], view
 
 
 def test_a_screen_reader_finds_names_for_everything(stack: Stack, one: Entry, open_page: Open) -> None:

@@ -4,6 +4,8 @@ import { find } from "./dom.js";
 
 const STORED = "isthmus-api-key";
 let asking = null;
+// Whoever gives no key is not asked again, until they press the button.
+let refused = false;
 
 const headers = (more = {}) => {
   const key = sessionStorage.getItem(STORED);
@@ -22,6 +24,7 @@ export function askForKey(why = "") {
         const value = find("key-value").value.trim();
         find("key-value").value = "";
         if (value) sessionStorage.setItem(STORED, value);
+        refused = !value;
         find("key").hidden = false;
         asking = null;
         resolve(Boolean(value));
@@ -41,6 +44,7 @@ export async function request(path, options = {}) {
     if (answer.status !== 401) return answer;
     // Somebody may have typed one meanwhile.
     if (sent !== sessionStorage.getItem(STORED)) continue;
+    if (refused && !asking) throw new Error("no API key: see the button above");
     if (!(await askForKey(sent ? "The proxy does not know this key." : ""))) throw new Error("no API key");
   }
 }

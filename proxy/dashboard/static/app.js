@@ -87,19 +87,24 @@ follow({
   state(state, why) {
     say(state, why);
     if (state === "lost") nodes.lost();
+    else if (!tryIt.model) introduce();
   },
 });
 
-json("/v1/models")
-  .then(({ data }) => {
-    find("model").textContent = data[0].id;
-    document.title = `Isthmus: ${data[0].id}`;
-    tryIt.model = data[0].id;
-  })
-  .catch((error) => say("lost", error.message));
-json("/dashboard/measured")
-  .then(({ crossover, link }) => {
-    worth.showCrossover(crossover);
-    nodes.measured(link);
-  })
-  .catch(() => {});
+// What does not change while the proxy runs; asked again when somebody has given a key after all.
+function introduce() {
+  json("/v1/models")
+    .then(({ data }) => {
+      find("model").textContent = data[0].id;
+      document.title = `Isthmus: ${data[0].id}`;
+      tryIt.model = data[0].id;
+    })
+    .catch((error) => say("lost", error.message));
+  json("/dashboard/measured")
+    .then(({ crossover, link }) => {
+      worth.showCrossover(crossover);
+      nodes.measured(link);
+    })
+    .catch(() => {});
+}
+introduce();

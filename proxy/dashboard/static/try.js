@@ -45,13 +45,16 @@ export class TryIt {
 
 class Answer {
   #entries = new WeakMap();
-  #text = make("div.answer", { tabindex: "0", "aria-label": "Answer" });
+  // Read out as a whole when it is complete, and not a token at a time.
+  #text = make("div.answer", { role: "log", tabindex: "0", "aria-busy": "true" });
   #state = make("p.dim", { role: "status" }, "waiting for its turn");
-  #lanes = make("div.one", { role: "grid", "aria-label": "Where its time went" });
+  #lanes = make("div.one", { role: "grid" });
 
   constructor(route) {
     this.route = route;
     const title = make("h3", {}, `by route ${route}`);
+    this.#text.setAttribute("aria-label", `Answer by route ${route}`);
+    this.#lanes.setAttribute("aria-label", `Where its time went, by route ${route}`);
     this.element = make("article.card", { "data-route": route }, title, this.#text, this.#state, this.#lanes);
     attend(this.#lanes, this.#entries);
   }
@@ -92,6 +95,8 @@ class Answer {
       }
     } catch (error) {
       this.say(signal.aborted ? "stopped" : error.message);
+    } finally {
+      this.#text.setAttribute("aria-busy", "false");
     }
   }
 
