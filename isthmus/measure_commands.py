@@ -52,7 +52,7 @@ def measure_prefill(json: Path | None, plot: Path | None, rounds: int) -> None:
 @measure.command("proxy")
 @json_option
 @plot_option
-@click.option("--quick", is_flag=True, help="Two rounds and few requests: under five minutes on two cores.")
+@click.option("--quick", is_flag=True, help="Few rounds and requests: about ten minutes on two cores.")
 def measure_proxy(json: Path | None, plot: Path | None, quick: bool) -> None:
     """What the proxy adds to an engine, how many streams it holds, what a split loses, and what `auto` finds.
 

@@ -20,6 +20,7 @@ from measurements.load_generator import Ask, Generator, Request, Target
 from measurements.proxy_fixed import FixedStack
 from measurements.proxy_streams import measure as measure_streams
 from measurements.proxy_summary import AUTO, DIRECT, FORCED, PROXIED, Sample, summarize
+from measurements.proxy_targets import verdicts
 from measurements.workloads import QUICK_WORKLOADS, Workload
 from transfer.errors import EngineError
 
@@ -30,9 +31,13 @@ _DEADLINE_S = 280.0
 
 
 class Profile(NamedTuple):
-    """How much is asked in a round. ``tail_requests`` are for the 99th percentile of the time to first token."""
+    """How much is asked in a round. ``tail_requests`` are for the 99th percentile of the time to first token.
+
+    Workloads have ``workload_rounds``, with ``workload_requests`` one after the other, and ``STREAMS`` at once.
+    """
 
     rounds: int
+    workload_rounds: int
     tail_requests: int
     throughput_requests: int
     workload_requests: int
@@ -40,8 +45,8 @@ class Profile(NamedTuple):
     idle_seconds: float
 
 
-QUICK = Profile(2, 30, 32, 2, 200, 8.0)
-FULL = Profile(5, 100, 64, 4, 200, 20.0)
+QUICK = Profile(2, 1, 30, 32, 2, 200, 8.0)
+FULL = Profile(5, 3, 100, 64, 4, 200, 20.0)
 
 # Tokens in and out of a request: one whose time to first token is mostly overhead, and one that is mostly tokens.
 TAIL_TOKENS = (32, 4)
@@ -71,6 +76,7 @@ def run(json: Path | None, plot: Path | None, profile: Profile) -> None:
                 progress.update(task, advance=1)
             progress.update(task, total=1, completed=1)
     summary = summarize(samples)
+    summary["targets"] = [each._asdict() | {"passed": each.passed} for each in verdicts(summary)]
     if json is not None:
         result.write(json, "proxy", environment, samples, summary)
     if plot is not None:
@@ -166,17 +172,19 @@ def _workloads(generator: Generator, folder: Path, proxy: Target, profile: Profi
 
     No two runs share a prompt, so that no route profits from what another has left in a cache.
     """
+    loads = [(each, at) for each in QUICK_WORKLOADS for at in ((STREAMS,) if each.together else (1, STREAMS))]
     seed = 1000
-    for turn in range(profile.rounds + 1):
-        for workload in QUICK_WORKLOADS:
+    for turn in range(profile.workload_rounds + 1):
+        for workload, at_once in loads:
             for route in _rotated((*FORCED, AUTO), turn):
                 seed += 1
-                ask = _asked(workload, profile.workload_requests if turn else 1, route, seed)
+                requests = at_once if at_once > 1 else profile.workload_requests if turn else 1
+                ask = _asked(workload, requests, at_once, route, seed)
                 found = generator.run(proxy, ask, folder / "asked.json", _DEADLINE_S)
                 if turn:
                     yield {
                         "part": "workload",
-                        "workload": workload.name,
+                        "workload": f"{workload.name}, {at_once} at once",
                         "route": route,
                         "round": turn,
                         "e2e_s": [request.e2e_s for request in found],
@@ -185,11 +193,10 @@ def _workloads(generator: Generator, folder: Path, proxy: Target, profile: Profi
                     }
 
 
-def _asked(workload: Workload, requests: int, route: str, seed: int) -> Ask:
-    together = 4 if workload.together else 1
+def _asked(workload: Workload, requests: int, at_once: int, route: str, seed: int) -> Ask:
     return Ask(
-        requests * together,
-        together,
+        requests,
+        at_once,
         workload.prompt_tokens,
         workload.output_tokens,
         workload.shared_tokens,
@@ -241,7 +248,15 @@ def tables(summary: dict[str, Any]) -> list[Table]:
     more.add_row("  late at the 99th percentile, ms", f"{idle['late_ms_p99']:.1f}")
     more.add_row("others' gaps beside a reader that does not read, over alone", f"{slow['gap_p99_ratio']:.2f}")
     more.add_row("split efficiency: (prefill + decode alone) / end to end", f"{summary['split_efficiency']:.2f}")
-    for workload, ratio in summary["auto_vs_best"].items():
-        best = summary["workloads"][workload]["best"]
-        more.add_row(f"auto over the best route, {workload} ({best})", f"{ratio:.2f}")
-    return [shown, more]
+    return [shown, more, _verdict_table(summary)]
+
+
+def _verdict_table(summary: dict[str, Any]) -> Table:
+    """Every figure that has a target, and whether it reaches it."""
+    shown = Table(title="targets", title_justify="left")
+    for column in ("figure", "measured", "target", ""):
+        shown.add_column(column, justify="left" if column == "figure" else "right", no_wrap=True)
+    for each in verdicts(summary):
+        said = "pass" if each.passed else "miss"
+        shown.add_row(each.figure, f"{each.value:.3f}", f"{each.bound} {each.target:g}", said)
+    return shown

@@ -13,7 +13,7 @@ from measurements.proxy_summary import AUTO, FORCED
 
 def draw(summary: dict[str, Any], path: Path) -> None:
     """End-to-end times by workload and route, `auto` among them with its regret; in the format of ``path``'s name."""
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
     axes = figure.subplots()
     workloads = summary["workloads"]
     at = np.arange(len(workloads))
@@ -23,7 +23,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         if route == AUTO:
             regrets = [f"{(found['auto_vs_best'] - 1) * 100:+.0f}%" for found in workloads.values()]
             axes.bar_label(bars, regrets, padding=2, fontsize=8)
-    axes.set_xticks(at, list(workloads))
+    axes.set_xticks(at, [name.replace(", ", "\n") for name in workloads], fontsize=8)
     title = (
         f"end to end by route; above auto: over the best one\n"
         f"proxy adds {summary['added_ttft_ms_p50']:.1f} ms to the first token (99th percentile"

@@ -12,6 +12,7 @@ from measurements import proxy, proxy_streams
 from measurements.proxy_fixed import FLOOD_TEXT, FixedStack, engine
 from measurements.proxy_plot import draw
 from measurements.proxy_summary import summarize
+from measurements.proxy_targets import verdicts
 from tests.conftest import ModelPair
 from transfer.config import Pair
 
@@ -73,7 +74,21 @@ def test_the_summary():
 def test_tables_and_picture(tmp_path):
     summary = summarize(SAMPLES)
     rows = [cell for table in proxy.tables(summary) for column in table.columns for cell in column.cells]
-    assert "auto over the best route, burst (gpu)" in rows
+    assert "auto over the best route, burst" in rows
+    assert {each.figure: each.passed for each in verdicts(summary)} == {
+        "added TTFT to vLLM, ms, p50": True,
+        "added TTFT to vLLM, ms, p99": True,
+        "throughput over vLLM": False,
+        "added TTFT to a fixed pace, ms, p50": True,
+        "added TTFT to a fixed pace, ms, p99": True,
+        "throughput over a fixed pace": True,
+        "errors of 200 idle streams": False,
+        "errors beside a slow reader": True,
+        "gaps beside a slow reader over alone, p99": True,
+        "split efficiency": True,
+        "auto over the best route, short chat": False,
+        "auto over the best route, burst": True,
+    }
     draw(summary, tmp_path / "proxy.png")
     assert (tmp_path / "proxy.png").stat().st_size > 1000
 
