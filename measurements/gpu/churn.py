@@ -20,11 +20,10 @@ from gpu_prefill.export import Exporter
 from gpu_prefill.schedule import PARAMS_KEY, ExportSchedule
 from gpu_prefill.staging import Staging
 from gpu_prefill.streams import streams_of
-from measurements.gpu.paged import LAYOUTS, Bits, caches_of
+from measurements.gpu.paged import GEOMETRY, LAYOUTS, Bits, caches_of
 from transfer import layout as kv_layout
 from transfer.codecs import by_name
 from transfer.frames import Element
-from transfer.geometry import KVGeometry
 from transfer.layout import Elements, interleaved_index
 from transfer.messages import Landing, Ticket
 
@@ -37,18 +36,6 @@ MAX_BACKLOG_BYTES = 1000
 FRAME_BYTES = 2 * 2 * CHUNK_TOKENS * HEADS * DIM
 # `zstd` is not made on a device: its elements come as they are.
 CODECS = ("raw", "q8", "k8v4", "rows_q8_0", "zstd")
-GEOMETRY = KVGeometry(
-    model_fingerprint="churn",
-    num_layers=LAYERS,
-    num_kv_heads=HEADS,
-    head_dim_k=DIM,
-    head_dim_v=DIM,
-    rope_dims=DIM,
-    rope_theta=10_000.0,
-    rope_scaling="none",
-    sliding_window=0,
-    vocab_size=1,
-)
 MAX_STEPS = 10_000
 
 
@@ -302,7 +289,10 @@ def _wrong(slabs: Sequence[Slab], request: Request) -> int:
         layers = slice(first, first + len(elements))
         wanted = kv[layers, :, tokens.start : tokens.stop].reshape(-1)
         if encoded:
-            codec, slab = by_name(request.ticket.codec), kv_layout.Slab(GEOMETRY, len(elements), tokens)
+            geometry = msgspec.structs.replace(
+                GEOMETRY, num_layers=LAYERS, num_kv_heads=HEADS, head_dim_k=DIM, head_dim_v=DIM
+            )
+            codec, slab = by_name(request.ticket.codec), kv_layout.Slab(geometry, len(elements), tokens)
             wanted = np.frombuffer(codec.encode(wanted, Element.BF16, slab), np.uint16)
         wrong += int((elements.reshape(-1) != wanted).sum())
         times[layers, tokens.start : tokens.stop] += 1

@@ -10,12 +10,26 @@ import numpy as np
 import numpy.typing as npt
 
 from gpu_prefill.extract import Layer
+from transfer.geometry import KVGeometry
 from transfer.layout import Elements, interleaved_index
 
 # Physical orders of vLLM's caches: `LBNHC` and `LBHNC`.
 Layout = Literal["NHD", "HND"]
 LAYOUTS: tuple[Layout, ...] = ("NHD", "HND")
 Bits = npt.NDArray[np.uint16]
+# Codecs ask for heads and their sizes only.
+GEOMETRY = KVGeometry(
+    model_fingerprint="none",
+    num_layers=1,
+    num_kv_heads=1,
+    head_dim_k=64,
+    head_dim_v=64,
+    rope_dims=64,
+    rope_theta=10_000.0,
+    rope_scaling="none",
+    sliding_window=0,
+    vocab_size=1,
+)
 
 
 def caches_of(bits: Bits, layout: Layout, dtype: Any, device: str) -> list[Layer]:

@@ -47,9 +47,18 @@ def test_gathering_is_plain_indexing() -> None:
     assert summary["wrong_elements"] == 0
 
 
-def test_gathering_that_is_wrong_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gather, "gather", lambda *found: gather.exported(found[0], *found[2:]) ^ 1)
-    monkeypatch.setattr(gather, "caches_of", lambda bits, *_: bits)
+@pytest.mark.parametrize("broken", ["gather", "gather_into"])
+def test_what_is_wrong_is_counted(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    right = getattr(gather, broken)
+
+    def wrong(*arguments: Any) -> Any:
+        found = right(*arguments)
+        if found is None:
+            arguments[0].view(torch.int16).bitwise_xor_(1)
+            return None
+        return found ^ 1
+
+    monkeypatch.setattr(gather, broken, wrong)
     shape = gather.Shape(2, 16, 8, 16)
     assert gather.summarize(list(gather.check_real("cpu", planes(shape, 32), shape)))["wrong_elements"] > 1000
 
@@ -58,8 +67,10 @@ def test_speed_says_what_a_copy_of_the_same_bytes_takes() -> None:
     samples = list(gather.speed("cpu", [16, 32], rounds=2, layers=1))
     assert {sample["payload_bytes"] for sample in samples} == {65536, 131072}
     summary = gather.summarize(samples)
-    assert summary["gather_vs_device_copy"].keys() == {"16", "32"}
-    assert all(ratio > 0 for ratio in summary["gather_vs_device_copy"].values())
+    assert summary["device_copy_share"].keys() == set(gather.DEVICE_CODECS)
+    for shares in summary["device_copy_share"].values():
+        assert shares.keys() == {"16", "32"}
+        assert all(share > 0 for share in shares.values())
     assert summary["pageable_vs_pinned"] == {}
 
 
