@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from measurements import picture
-from measurements.link_summary import IPERF3, MEMCPY
+from measurements.link_summary import CHECKED, IPERF3, MEMCPY
 
 Summary = dict[str, Any]
 TITLES = {
@@ -32,8 +32,9 @@ def draw(summary: Summary, path: Path) -> None:
             stall = f"{summary['inject_stall_ms']:.1f} ms a chunk of {summary['inject_chunk_tokens']} tokens"
             axes.set(ylabel="GB/s", title=f"into f16 cells: {stall}")
         else:
-            # memcpy would dwarf the others.
-            _bars(axes, {way: row["gb_per_s"] for way, row in summary[part].items() if way != MEMCPY})
+            # What one core does alone would dwarf the others.
+            moved = {way: row["gb_per_s"] for way, row in summary[part].items() if way not in (MEMCPY, CHECKED)}
+            _bars(axes, moved)
             axes.set(ylabel="GB/s of 16-bit KV", title=TITLES[part])
             if IPERF3 in summary[part]:
                 axes.axhline(summary[part][IPERF3]["gb_per_s"]["median"], color="grey", linestyle="--")

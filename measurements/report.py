@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from measurements import report_tables
+from measurements import report_short, report_tables
 from measurements.report_files import PICTURES, Problem, Result, collect
 from transfer.errors import ConfigError
 
@@ -56,6 +56,7 @@ def _part(result: Result) -> dict[str, Any]:
     return {
         "result": result,
         "picture": _data_uri(result.picture) if result.picture else None,
+        "short": list(report_short.sentences(result.measure, result.summary)),
         "tables": report_tables.tables(result.summary),
         "machine": result.about("cpu").get("model", "unknown"),
         "cores": result.about("cpu").get("usable_cores", "?"),

@@ -136,9 +136,29 @@ def test_the_page_holds_its_pictures_and_runs_nothing_of_the_files(tmp_path: Pat
     picture = base64.b64encode((tmp_path / "codec.png").read_bytes()).decode()
     assert f"data:image/png;base64,{picture}" in html
     assert "<script>" not in html
-    assert not re.search(r'(src|href)="(?!data:)', html)
+    assert not re.search(r'(src|href)="(?!data:|#)', html)
     assert "![codec](codec.png)" in markdown
     assert "| q8 | 0.002 |" in markdown
+
+
+def test_what_results_say_in_short(tmp_path: Path) -> None:
+    speeds = {"loopback_raw_gb_per_s": 2.4, "loopback_raw_vs_zmq": 0.66, "loopback_raw_vs_zmq_copied": 0.81}
+    save(tmp_path, "link", "link", summary=speeds)
+    save(tmp_path, "crossover", "crossover", summary={"workloads": 3, "validation": {"why": "no"}})
+    save(tmp_path, "advise", "advise", summary={"workloads": {"<b>": {"verdict": "don't split"}}})
+    html, markdown = (report.render(f"report.{kind}.j2", *report_files.collect(tmp_path)) for kind in ("html", "md"))
+    assert "loopback, raw: 2.40 GB/s, 0.66 of bare ZeroMQ" in html
+    assert "10 Gbit/s" not in html
+    assert "simulated, &lt;b&gt;: don&#39;t split" in html
+    assert "- link.json\n  - loopback, raw: 2.40 GB/s" in markdown
+
+
+def test_many_notes_about_a_file_are_folded(tmp_path: Path) -> None:
+    notes = [f"note {number}" for number in range(6)]
+    save(tmp_path, "codec", summary={"memcpy_gb_per_s": 1, "raw": 1, "q8": 1, "problems": notes})
+    html = report.render("report.html.j2", *report_files.collect(tmp_path))
+    assert "<strong>codec.json</strong>: 6 notes</summary>" in html
+    assert all(f"<li>{note}</li>" in html for note in notes)
 
 
 def test_markdown_tables_are_whole(tmp_path: Path) -> None:
@@ -172,3 +192,5 @@ def test_the_committed_results_make_a_report() -> None:
     text = report.render("report.html.j2", *report_files.collect(folder))
     assert "bits_per_element" in text
     assert "left out" not in text
+    assert "In short" in text
+    assert "one request, longer and longer prompts: split" in text
