@@ -6,6 +6,7 @@
 #   make test-vllm-versions   the connector in older releases of vLLM; needs some GB
 #   make ansible          Ansible and its linter, in an environment of their own
 #   make testbed          bare hosts to a serving stack and back, on two systemd hosts in namespaces; as root
+#   make testbed-numa     a decode host with two NUMA nodes in QEMU: are threads and pages where they belong; as root
 
 BIN := .venv/bin
 UV ?= uv
@@ -13,7 +14,7 @@ COMPILE := $(UV) pip compile pyproject.toml --extra decode --extra proxy --extra
 	--universal --no-annotate --no-header --python-version 3.11
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-vllm-versions ansible testbed lock clean
+.PHONY: help install demo test test-vllm-versions ansible testbed testbed-numa lock clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -45,6 +46,9 @@ ansible: .venv-ansible/bin/ansible-lint
 
 testbed: install ansible
 	ansible/testbed/run.sh
+
+testbed-numa: install ansible
+	ansible/testbed/numa.sh
 
 lock:
 	$(COMPILE) --extra prefill-cpu --overrides requirements/overrides-cpu.txt -o requirements/cpu.txt
