@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from cpu_decode.pool import block_files
-from measurements import picture, pool_eviction, prompts, result
+from measurements import picture, pool_eviction, pool_targets, prompts, result
 from measurements.pool_stack import Answer, PoolStack, redis_server
+from measurements.pool_targets import LIMITS
+from transfer.blocks import BLOCK_TOKENS
 
 # 63 blocks of 64 tokens and the one whose logits are wanted.
 PROMPT_TOKENS = 4033
@@ -26,8 +28,6 @@ QUESTIONS, QUESTION_TOKENS = 6, 513
 SESSIONS, SYSTEM_TOKENS, SESSION_TOKENS = 32, 2000, 49
 RAM_MIB, DISK_MIB = 2048, 4096
 TIERS = ("cells", "ram", "disk", "shared")
-# Of the cold TTFT, as issue 7 asks for.
-LIMITS = {"cells": 0.05, "ram": 0.10, "disk": 0.25}
 
 Sample = dict[str, Any]
 
@@ -49,11 +49,13 @@ def run(json: Path | None, plot: Path | None, rounds: int) -> None:
         with redis_server(folder) as url, PoolStack(default_pair(), folder, console) as stack:
             samples = [*pool_eviction.simulate(), *measure(stack, folder / "blocks", url, rounds, console)]
     summary = summarize(samples)
+    found = list(pool_targets.verdicts(summary))
+    summary["targets"] = [each._asdict() | {"passed": each.passed} for each in found]
     if json is not None:
         result.write(json, "pool", environment, samples, summary)
     if plot is not None:
         draw(summary, samples, plot)
-    for made in tables(summary):
+    for made in (*tables(summary), pool_targets.table(found)):
         Console().print(made)
 
 
@@ -93,7 +95,7 @@ def measure(stack: PoolStack, folder: Path, url: str, rounds: int, console: Cons
                 next(background)
                 yield _same("cells", stack.ask(prompt, ANSWER_TOKENS, "cpu", alone=True), texts[-1])
         yield from in_turn("ram")
-        blocks = (rounds + 1) * (PROMPT_TOKENS // 64) + QUESTIONS * (QUESTION_TOKENS // 64)
+        blocks = (rounds + 1) * (PROMPT_TOKENS // BLOCK_TOKENS) + QUESTIONS * (QUESTION_TOKENS // BLOCK_TOKENS)
         for tier in ("disk", "shared"):
             stack.settle(tier, blocks)
         console.print("conversation", highlight=False)
@@ -130,7 +132,8 @@ def sessions(stack: PoolStack, tokens: Callable[[int], list[int]]) -> Iterator[S
         answer = stack.ask([*system, *tokens(SESSION_TOKENS)], ANSWER_TOKENS, "split")
         yield _sent("session", number, answer.entry)
     # A system prompt has 31 full blocks; each session has one of its own behind them.
-    stack.settle("disk", before["disk"]["blocks"] + SYSTEM_TOKENS // 64 + SESSIONS)
+    for tier in ("disk", "shared"):
+        stack.settle(tier, before[tier]["blocks"] + SYSTEM_TOKENS // BLOCK_TOKENS + SESSIONS)
     after = stack.tiers()
     for tier in ("ram", "disk", "shared"):
         yield {"part": "stored", "tier": tier, "blocks": after[tier]["blocks"] - before[tier]["blocks"]}
@@ -153,8 +156,8 @@ def summarize(samples: list[Sample]) -> dict[str, Any]:
         "answers": len(answers),
         "read_bytes_per_s": {s["name"]: s["read_bytes_per_s"] for s in samples if s["part"] == "tier"},
         "conversation": _totals(turns),
-        "sessions": _totals(each)
-        | {"stored_blocks": {s["tier"]: s["blocks"] for s in samples if s["part"] == "stored"}},
+        "conversation_growth": pool_targets.growth(turns),
+        "sessions": _shared_prompt(each, {s["tier"]: s["blocks"] for s in samples if s["part"] == "stored"}),
         "eviction": [s for s in samples if s["part"] == "eviction"],
     }
 
@@ -245,6 +248,22 @@ def _sent(part: str, number: int, entry: dict[str, Any]) -> Sample:
         "new_tokens": new_tokens,
         "wire_bytes": entry["kv_wire_bytes"],
         "unpooled_bytes": round(token_bytes * entry["prompt_tokens"]),
+    }
+
+
+def _shared_prompt(samples: list[Sample], stored_blocks: dict[str, int]) -> dict[str, Any]:
+    """Totals of the sessions, and how often the prompt that they share was stored and sent, as far as blocks tell.
+
+    Each session has a full block of its own behind the shared ones, and in RAM a shorter one behind that.
+    """
+    totals = _totals(samples)
+    own = {tier: len(samples) * (2 if tier == "ram" else 1) for tier in stored_blocks}
+    return totals | {
+        "stored_blocks": stored_blocks,
+        "stored_times": {
+            tier: (blocks - own[tier]) / (SYSTEM_TOKENS // BLOCK_TOKENS) for tier, blocks in stored_blocks.items()
+        },
+        "sent_times": (totals["new_tokens"] - SESSION_TOKENS * len(samples)) / SYSTEM_TOKENS,
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from measurements import pool, pool_kills
+from measurements import pool, pool_kills, pool_targets
 from measurements.pool_eviction import CAPACITY_BLOCKS, SCAN_CAPACITIES, STRETCH, hit_rates, with_scans, zipf
 
 
@@ -43,6 +43,13 @@ def test_a_summary_has_shares_totals_and_tables():
     }
     assert summary["sessions"]["wire_bytes"] == 8000
     assert summary["sessions"]["stored_blocks"]["disk"] == 63
+    assert summary["sessions"]["stored_times"] == {"ram": 59 / 31, "disk": 61 / 31, "shared": 61 / 31}
+    missed = [each.figure for each in pool_targets.verdicts(summary) if not each.passed]
+    assert missed == [
+        "answers as the cold ones",
+        *(f"times that the shared prompt is stored in {tier}" for tier in ("ram", "disk", "shared")),
+    ]
+    assert "miss" in [*pool_targets.table([*pool_targets.verdicts(summary)]).columns[3].cells]
     assert [table.row_count for table in pool.tables(summary)] == [5, 2, 1]
 
 
@@ -81,3 +88,11 @@ def test_kills_pass_only_where_every_text_is_right_and_nothing_is_corrupt():
     assert not any(each["pass"] for each in (wrong, ended, corrupt, empty))
     assert "NO" in [*pool_kills.table(wrong).columns[1].cells]
     assert "WRONG TEXT" in pool_kills.told(sample | {"same": False})
+
+
+def test_growth_is_that_of_the_worst_turn():
+    def turn(prompt_tokens: int, new_tokens: int) -> pool.Sample:
+        return {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "wire_bytes": 1000 * new_tokens}
+
+    assert pool_targets.growth([turn(100, 100), turn(180, 40), turn(260, 80)]) == {"tokens": 1.0, "bytes": 1.0}
+    assert pool_targets.growth([turn(100, 100), turn(180, 180), turn(260, 40)])["tokens"] == 180 / 80
