@@ -8,8 +8,9 @@ from measurements.profiles import CodecCost, Setup
 from measurements.roofline import prefill_seconds, step_seconds, wire_seconds
 from measurements.simulate_engine import Engine
 from measurements.workloads import Ask as Asked
-from proxy import policy
 from proxy.costs import Cost
+from proxy.facts import Ask, CodecFacts, Inputs, VllmFacts, WorkerFacts
+from proxy.policy import decide
 from proxy.router import Route
 
 _NS_PER_S = 1e9
@@ -35,7 +36,7 @@ def route(
         open_routes.remove("gpu")
     if not any(cpu.fits(asked.prompt_tokens, asked.output_tokens - 1) for cpu in cpus):
         open_routes = ["gpu"]
-    ask = policy.Ask(
+    ask = Ask(
         prompt_tokens=asked.prompt_tokens,
         answer_tokens=asked.output_tokens,
         choices=1,
@@ -53,7 +54,7 @@ def route(
     own_tokens = asked.prompt_tokens + asked.output_tokens // 2
     tail_s = wire_seconds(setup.link, codec, setup.model, asked.prompt_tokens) / setup.model.num_layers
     exposed = Cost((0.0, (tail_s + setup.link.handoff_ms / 1e3) * _NS_PER_S), _SEEN)
-    vllm = policy.VllmFacts(
+    vllm = VllmFacts(
         prefill=_prefill(gpu, asked.prompt_tokens, crowding, 2),
         step=_step(gpu, own_tokens, crowding),
         backlog_ns=_backlog_ns(gpu),
@@ -62,7 +63,7 @@ def route(
         cached_tokens=gpu.lent(asked.shared_tokens),
     )
     workers = tuple(
-        policy.WorkerFacts(
+        WorkerFacts(
             name=str(number),
             prefill=_prefill(cpu, asked.prompt_tokens, crowding, 3),
             step=_step(cpu, own_tokens, crowding),
@@ -72,11 +73,11 @@ def route(
             sequences=decoding[cpu],
             context_tokens=decoding[cpu] * own_tokens,
             held_tokens=cpu.lent(asked.shared_tokens),
-            codecs=(policy.CodecFacts(codec.name, exposed),),
+            codecs=(CodecFacts(codec.name, exposed),),
         )
         for number, cpu in enumerate(cpus)
     )
-    decision = policy.decide(policy.Inputs(ask, vllm, workers))
+    decision = decide(Inputs(ask, vllm, workers))
     return decision.route, cpus[int(decision.worker or 0)]
 
 

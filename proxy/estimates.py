@@ -10,8 +10,8 @@ import msgspec
 import structlog
 
 from proxy.costs import Average, Cost, Learner
+from proxy.facts import Inputs, WorkerFacts
 from proxy.ledger import Entry
-from proxy.policy import Inputs, WorkerFacts
 from transfer.messages import Status
 
 # Workers that are gone are forgotten when there are so many names.

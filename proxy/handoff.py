@@ -19,7 +19,7 @@ from proxy.ledger import Account
 from proxy.load import Occupancy, VllmLoad
 from proxy.nodes import DecodePool
 from proxy.planner import Planned
-from proxy.policy import computes_the_rest
+from proxy.predictions import computes_the_rest
 from proxy.prefill_node import STREAM_SILENCE_S, Counts, FirstToken, PrefillNode, PromptLogprobs
 from proxy.router import Objectives, Route, unknown_to_vllm
 from transfer.errors import CapacityError, CodecError, EngineError, IsthmusError, LinkError, ProtocolError

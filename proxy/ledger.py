@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from proxy.costs import Estimate
+from proxy.facts import Inputs, Prediction
 from proxy.load import Beside, Occupancy, watched
-from proxy.policy import Inputs, Prediction
 from proxy.router import Reason, Route
 from proxy.store import PAGE_ROWS, Row, Store, Wanted
 from proxy.totals import Totals
@@ -47,7 +47,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     ``kv_reused_tokens``, ``kv_restored_tokens`` came from below the worker's cells in ``restore_ns``. Speculation
     guessed ``drafted_tokens``, of which ``accepted_tokens`` were right.
     ``predicted`` is what the first decision expected of each open route, and ``decision`` all that it was made from
-    (``policy.py``; arrays in the order of the fields there). ``ttft_error`` and ``e2e_error`` are how far that was off
+    (``facts.py``; arrays in the order of the fields there). ``ttft_error`` and ``e2e_error`` are how far that was off
     for the route taken and an answer of the length that it had, as a share of what it took (0.1: a tenth too much).
     ``beside`` is what else went on at the node that did a stage, ``prefill`` and ``decode``, as far as the proxy knows.
     A request that was run again to test the predictions has a ``shadow_of``, the first one's id. ``regret_ns`` is how

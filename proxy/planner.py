@@ -11,10 +11,11 @@ import msgspec
 
 from proxy.decode_node import DecodeNode
 from proxy.estimates import Estimates
+from proxy.facts import Ask, CodecFacts, Inputs, VllmFacts, WorkerFacts
 from proxy.load import Occupancy, VllmLoad
 from proxy.nodes import DecodePool
 from proxy.placement import ranked
-from proxy.policy import Ask, CodecFacts, Decision, Inputs, VllmFacts, WorkerFacts, decide
+from proxy.policy import Decision, decide
 from proxy.router import Open, Route, possible_codecs
 from transfer.config import Cluster
 from transfer.errors import CodecError, LinkError, RequestError

@@ -13,8 +13,8 @@ import pytest
 from measurements import ledger_spans
 from measurements.ledger_entries import Spent
 from proxy.api_keys import make
+from proxy.facts import Prediction
 from proxy.ledger import Entry
-from proxy.policy import Prediction
 from tests.dashboard.browser import PHONE, Open, Seen, needs_chromium
 from tests.dashboard.entries import varied
 from tests.proxy.conftest import Stack, make_cluster, running, wait_until
@@ -84,6 +84,13 @@ def test_all_routes_side_by_side(stack: Stack, open_page: Open) -> None:
     shown = seen.page.eval_on_selector_all("#answers .card", "all => all.map(c => c.dataset.route)")
     assert shown == ["split", "gpu", "cpu"] == [entry["route"] for entry in stack.entries()[-3:]]
     assert seen.count("#answers .request") == 3
+    # On one scale: tracks are as long as what they show.
+    script = """all => all.map(lanes => [
+      Number(lanes.style.getPropertyValue('--length')), lanes.querySelector('.track').getBoundingClientRect().width
+    ])"""
+    lengths, widths = zip(*seen.page.eval_on_selector_all("#answers .lanes", script), strict=True)
+    assert [width / max(widths) for width in widths] == pytest.approx([ns / max(lengths) for ns in lengths], rel=0.02)
+    assert seen.page.evaluate("[...document.querySelectorAll('.answer')].every(a => a.ariaBusy === 'false')")
 
 
 def test_a_route_that_fails_says_why(stack: Stack, open_page: Open) -> None:
@@ -155,6 +162,16 @@ def test_hover_and_tap_tell_bytes_codec_and_rate(stack: Stack, one: Entry, open_
     phone.page.tap(wire)
     assert phone.page.inner_text("#tip") == told
     assert not phone.page.is_visible("#entry")
+
+
+def test_bars_of_kept_kv_say_how_much_it_was(stack: Stack, one: Entry, open_page: Open) -> None:
+    local = {"route": "cpu", "codec": None, "kv_raw_bytes": 0, "kv_wire_bytes": 0, "inject_ns": 10**6}
+    kept = {"kv_reused_tokens": 64, "kv_restored_tokens": 48, "restore_ns": 10**6}
+    told = msgspec.to_builtins(msgspec.structs.replace(one, **local, **kept))
+    script = "async ([entry, stage]) => (await import('/static/stages.js')).about(entry, stage)"
+    seen = open_page(stack.url)
+    assert seen.page.evaluate(script, [told, "inject"])[-1] == "64 tokens of kept KV"
+    assert seen.page.evaluate(script, [told, "restore"])[-1] == "48 tokens"
 
 
 def test_five_hundred_entries_stay_smooth(stack: Stack, one: Entry, open_page: Open) -> None:
@@ -538,9 +555,13 @@ def test_a_screen_reader_finds_names_for_everything(stack: Stack, one: Entry, op
     seen = open_page(stack.url)
     nameless = """() => [...document.querySelectorAll('button, input, select, textarea, [role$=cell], [role=grid]')]
       .filter(e => !(e.textContent.trim() || e.getAttribute('aria-label') || e.labels?.length)).map(e => e.outerHTML)"""
+    # A heading is at most one level below the one before it.
+    jumps = """() => [...document.querySelectorAll('h1, h2, h3, h4')].filter(e => e.checkVisibility())
+      .map(e => Number(e.tagName[1])).some((level, place, all) => place && level > all[place - 1] + 1)"""
     for view in ("waterfall", "worth", "nodes", "try"):
         seen.view(view)
         assert seen.page.evaluate(nameless) == []
+        assert not seen.page.evaluate(jumps), view
     seen.view("waterfall")
     seen.page.click("#waterfall-as-table")
     assert seen.count("#requests-table tbody tr") >= 3

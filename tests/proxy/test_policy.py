@@ -11,17 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.costs import Cost
-from proxy.policy import (
-    ALWAYS_LOCAL_TOKENS,
-    Ask,
-    CodecFacts,
-    Inputs,
-    VllmFacts,
-    WorkerFacts,
-    computes_the_rest,
-    decide,
-    replay,
-)
+from proxy.facts import Ask, CodecFacts, Inputs, VllmFacts, WorkerFacts
+from proxy.policy import decide, replay
+from proxy.predictions import ALWAYS_LOCAL_TOKENS, computes_the_rest
 from proxy.router import ROUTES
 
 MS = 1_000_000
