@@ -4,6 +4,9 @@ A block is ``block_tokens`` tokens behind all that stand before them. Its name i
 before it and of its own tokens; before the first one stands a root, which is made of all that the KV depends on beside
 the tokens. Nobody can make two token lists of one name, so nothing foreign ever matches. Stores go by the first 16
 bytes of a name and keep the whole beside the KV, to be compared on reading; the proxy's index goes by the first 8.
+
+What is left behind the last full block has no name and stays in RAM: it could only be found under each of its possible
+lengths, every turn of a conversation would write it anew, and it saves 63 tokens of prefill at most.
 """
 
 from __future__ import annotations
