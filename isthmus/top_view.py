@@ -229,7 +229,9 @@ def _since(sums: dict[str, Any] | None) -> Text:
     )
     since = plain(sums["since"])[:16].replace("T", " ")
     sums_of_split = f"splitting gained {duration(gained_ns)}, lost {duration(-lost_ns)}, net "
-    return Text.assemble(f"{requests:,} requests since {since}: {sums_of_split}", _gain(gained_ns + lost_ns))
+    return Text.assemble(
+        f"{requests:,} request{'s' * (requests != 1)} since {since}: {sums_of_split}", _gain(gained_ns + lost_ns)
+    )
 
 
 def _way(entry: Entry) -> str:

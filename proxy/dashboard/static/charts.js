@@ -29,7 +29,7 @@ export function draw(place, { x, series, data }) {
     width: place.clientWidth || 600,
     height: innerWidth < 600 ? PHONE_HEIGHT : HEIGHT,
     scales: { x: { time: false } },
-    axes: [axis(x.label, { values: x.values }), axis(x.across, { size: 70 })],
+    axes: [axis(x.label, { incrs: x.incrs, values: (_, at) => at.map((value) => Number(value.toPrecision(4)).toLocaleString("en", { maximumFractionDigits: 9 })) }), axis(x.across, { size: 70 })],
     series: [{ label: x.label, value: x.value }, ...drawn],
     cursor: { drag: { x: false, y: false } },
     legend: { live: innerWidth >= 600 },

@@ -87,8 +87,10 @@ export function about(entry, stage) {
   if ((stage === "wire" || stage === "transfer_exposed") && raw) {
     lines.push(`codec ${entry.codec}: ${format.bytes(wire)} of ${format.bytes(raw)} (${format.percent(wire / raw)})`);
     lines.push(`${format.bytesPerSecond(format.over(wire, entry.wire_ns))} on the wire`);
-  } else if (SENDING.includes(stage) || RECEIVING.includes(stage)) {
+  } else if ((SENDING.includes(stage) || RECEIVING.includes(stage)) && raw) {
     lines.push(`${format.bytes(raw)}, codec ${entry.codec}: ${format.bytesPerSecond(format.over(raw, ns))}`);
+  } else if (stage === "inject") {
+    lines.push(`${format.count(entry.kv_reused_tokens)} tokens of kept KV`);
   } else if (stage === "prefill") {
     const known = Math.max(entry.kv_reused_tokens || 0, entry.cached_tokens || 0);
     const computed = Math.max(entry.prompt_tokens - known, 0);
@@ -98,7 +100,7 @@ export function about(entry, stage) {
     lines.push(`${format.count(entry.completion_tokens)} tokens`);
     lines.push(format.perSecond(format.over(entry.completion_tokens, ns)));
   } else if (stage === "restore") {
-    lines.push(`${format.count(entry.restored_tokens)} tokens`);
+    lines.push(`${format.count(entry.kv_restored_tokens)} tokens`);
   }
   return lines;
 }

@@ -3,7 +3,7 @@
 import { events, json, request } from "./api.js";
 import { find, make } from "./dom.js";
 import * as format from "./format.js";
-import { attend, line } from "./waterfall.js";
+import { attend, line, scale } from "./waterfall.js";
 
 const ROUTES = ["split", "gpu", "cpu"];
 
@@ -106,5 +106,6 @@ class Answer {
     const row = line(entry, this.#entries);
     row.querySelector(".head").tabIndex = 0;
     this.#lanes.replaceChildren(row);
+    scale(find("answers"));
   }
 }

@@ -124,6 +124,15 @@ export function attend(grid, entries) {
   });
 }
 
+// The longest request in `place` is as wide as there is room, the others as they compare.
+export function scale(place) {
+  let longestNs = 1;
+  for (const each of place.querySelectorAll(".lanes")) {
+    longestNs = Math.max(longestNs, Number(each.style.getPropertyValue("--length")));
+  }
+  place.style.setProperty("--longest", longestNs);
+}
+
 export class Waterfall {
   #entries = new WeakMap();
   #all = [];
@@ -196,11 +205,7 @@ export class Waterfall {
     const grid = find("requests");
     const shared = find("waterfall-scale").value === "shared";
     grid.dataset.scale = shared ? "shared" : "own";
-    let longestNs = 1;
-    for (const each of grid.querySelectorAll(".lanes")) {
-      longestNs = Math.max(longestNs, Number(each.style.getPropertyValue("--length")));
-    }
-    grid.style.setProperty("--longest", longestNs);
+    scale(grid);
   }
 
   #drawLegend() {

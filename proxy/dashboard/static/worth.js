@@ -147,7 +147,7 @@ function drawRunning(split, sums) {
   const seconds = (_, value) => (value === null ? "–" : format.duration(value * S, true));
   const series = ways.map((label, place) => ({ label, variable: LINES[place % LINES.length], value: seconds, points: { show: false } }));
   series.unshift({ label: "in all", variable: "--text", width: 3, value: seconds, points: { show: split.length < 2 } });
-  draw(find("running"), { x: { label: "requests split", across: "seconds gained" }, series, data: columns });
+  draw(find("running"), { x: { label: "requests split", across: "seconds gained", incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500] }, series, data: columns });
 }
 
 // The same sums as `isthmus measure ledger`.
