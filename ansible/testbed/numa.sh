@@ -10,6 +10,9 @@ results=$PWD/results
 [[ ${1:-} != --results ]] || results=$2
 export ISTHMUS_TESTBED_CACHE=$cache
 ./numa_guest.sh check
+# There is one namespace for the guest.
+exec 9<numa.sh
+flock -n 9 || { echo "SKIP: another run of it is under way" && exit 77; }
 mkdir -p "$results"
 log=$results/numa.log
 lab=$(mktemp -d /var/tmp/isthmus-numa.XXXXXX)
@@ -24,6 +27,7 @@ proxy='' job=''
 finish() {
     local rc=$?
     trap - EXIT
+    trap '' INT TERM
     [[ -z $job ]] || kill -- -"$job" 2>/dev/null || true
     [[ -z $proxy ]] || kill "$proxy" 2>/dev/null || true
     ./numa_guest.sh down || true
@@ -31,7 +35,8 @@ finish() {
     exit $rc
 }
 trap finish EXIT
-trap 'exit 130' INT TERM
+trap 'exit 130' INT
+trap 'exit 143' TERM
 
 # Paths of this machine are nobody else's business.
 say() { printf '%s\n' "$*" | sed "s#$work#WORK#g; s#$lab#LAB#g; s#$root#CHECKOUT#g; s#$HOME#~#g" | tee -a "$log"; }
@@ -41,7 +46,7 @@ step() { # step NAME COMMAND...: how long it took, or the end of what it printed
     shift
     # In the background, where `set -e` holds and a signal is heard at once; as a group, to be ended as one.
     set -m
-    "$@" >"$work/out" 2>&1 &
+    "$@" >"$work/out" 2>&1 </dev/null 9<&- &
     job=$!
     set +m
     if wait $job; then
@@ -184,7 +189,7 @@ step "each worker's threads and pages are on its node" placed
 say "$(<"$work/placement")"
 step "isthmus doctor" doctor
 say "$(<"$work/out")"
-(exec ./numa_guest.sh ctl env PYTHONPATH="$source" "$root/.venv/bin/python" -P -m isthmus proxy --config "$work/proxy.toml" >"$work/proxy.log" 2>&1) &
+(exec ./numa_guest.sh ctl env PYTHONPATH="$source" "$root/.venv/bin/python" -P -m isthmus proxy --config "$work/proxy.toml" >"$work/proxy.log" 2>&1 9<&-) &
 proxy=$!
 step "each worker answers" answers
 say "$(<"$work/answers")"
