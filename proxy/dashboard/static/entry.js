@@ -49,7 +49,7 @@ function stagesOf(entry) {
       const cell = make("span", { "data-stage-ns": stage, "data-ns": ns }, format.duration(ns));
       return [name(stage), cell, format.percent(ns / entry.total_ns), MEANING[stage]];
     });
-  return make("section", {}, make("h3", {}, "Stages"), table(["stage", "took", "of all", "what"], rows));
+  return make("section.stages", {}, make("h3", {}, "Stages"), table(["stage", "took", "of all", "what"], rows));
 }
 
 // `predicted` maps routes to what the router expected of them when it chose (proxy/policy.py).
