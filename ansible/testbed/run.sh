@@ -294,7 +294,8 @@ measured() {
     rm -rf "$results/measure"
     mkdir "$results/measure"
     cp -r "$work"/results/* "$results/measure"
-    find "$results/measure" -name '*.json' -o -name '*.html' | xargs sed -i "s#$work#WORK#g"
+    find "$results/measure" -name '*.json' -o -name '*.html' -o -name '*.md' |
+        xargs sed -i "s#$work#WORK#g; s#$root#CHECKOUT#g; s#$HOME#~#g"
 }
 
 ./hosts.sh check
