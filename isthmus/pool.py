@@ -75,13 +75,30 @@ def tiers_of(url: str) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """``rows`` for people, with a column for each key."""
+    """``rows`` of :func:`parts_of` or of :func:`tiers_of` for people."""
+    shown = [_tier(row) if "worker" in row else row for row in rows]
     made = Table()
-    for key in rows[0] if rows else ():
-        made.add_column(key.replace("_", " "), justify="left" if isinstance(rows[0][key], str) else "right")
-    for row in rows:
+    for key in shown[0] if shown else ():
+        made.add_column(key.replace("_", " "), justify="left" if isinstance(shown[0][key], str) else "right")
+    for row in shown:
         made.add_row(*(_cell(key, value) for key, value in row.items()))
     return made
+
+
+def _tier(row: dict[str, Any]) -> dict[str, Any]:
+    """What of a tier fits beside each other."""
+    used, capacity = (_cell("_bytes", row[key]) for key in ("used_bytes", "capacity_bytes"))
+    return {
+        "worker": row["worker"],
+        "tier": row["name"],
+        "blocks": row["blocks"],
+        "used": f"{used} of {capacity}" if row["capacity_bytes"] else used,
+        "hits": row["hits"],
+        "hit_tokens": row["hit_tokens"],
+        "read": _cell("bytes_per_s", row["read_bytes_per_s"]) if row["read_bytes_per_s"] else "",
+        "evicted": row["evicted"],
+        "refused": row["refused"],
+    }
 
 
 def blocks_of(folder: Path) -> Iterator[dict[str, Any]]:
