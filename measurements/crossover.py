@@ -137,19 +137,23 @@ def _rounds(
     began_s: float,
 ) -> str | None:
     """Every round that still ends in time; one that is begun is finished. Returns why not all were run, if so."""
-    longest_s = 0.0
+    took_s = {(cell.workload, cell.concurrency, cell.option): cell.seconds for cell in cells if cell.counts}
     for turn, places in enumerate(todo):
-        round_began_s = time.monotonic()
-        if turn and longest_s and (round_began_s - began_s + longest_s) / 60 > plan.minutes:
-            return f"no time was left for round {turn + 1} within {plan.minutes:.0f} minutes"
+        will_take_s = sum(took_s.get(_what(place), 0.0) for place in places)
+        if turn and (time.monotonic() - began_s + will_take_s) / 60 > plan.minutes:
+            return f"no time was left for round {turn + 1} within {plan.minutes:g} minutes"
         for place in places:
             cell = one(place, stack)
+            took_s[_what(place)] = cell.seconds
             commit, fingerprint = cells.marks
             cells.add(msgspec.structs.replace(cell, commit=commit, plan=fingerprint))
             if not cell.counts:
                 stack.require_alive()
-        longest_s = max(longest_s, time.monotonic() - round_began_s)
     return None
+
+
+def _what(place: Place) -> tuple[str, int, str]:
+    return place.load.workload.name, place.load.concurrency, place.option
 
 
 def measure_one(

@@ -18,12 +18,14 @@ from measurements.crossover_cells import Cell, Timed
 from measurements.verdict import WORTH
 from measurements.workloads import Workload
 
-DRAWS = 1000
+# So many that the ends of an interval do not depend on chance by more than 1%.
+DRAWS = 4000
 _INTERVAL = (2.5, 97.5)
 
 Rounds = dict[int, list[Timed]]
 Row = dict[str, Any]
 Word = Literal["split", "whole", "even"]
+Verdict = Literal["split", "whole", "even", "depends"]
 Draws = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 
@@ -79,8 +81,11 @@ def tokens_per_s(requests: Sequence[Timed], concurrency: int) -> float:
     return concurrency * sum(r.output_tokens for r in requests) / sum(r.e2e_s for r in requests)
 
 
-def advantage(options: Mapping[str, Rounds]) -> tuple[Advantage, Draws] | None:
-    """Splitting against the rest at one load, and the drawn ratios; None unless both sides have a round in common."""
+def advantage(options: Mapping[str, Rounds], seed: int = 0) -> tuple[Advantage, Draws] | None:
+    """Splitting against the rest at one load, and the drawn ratios; None unless both sides have a round in common.
+
+    Loads that are to be independent have a ``seed`` each.
+    """
     wholes = [name for name in options if not name.startswith("split") and name != "auto" and options[name]]
     splits = [name for name in options if name.startswith("split") and options[name]]
     if not wholes or not splits:
@@ -88,7 +93,7 @@ def advantage(options: Mapping[str, Rounds]) -> tuple[Advantage, Draws] | None:
     turns = sorted(set.intersection(*(set(options[name]) for name in (*wholes, *splits))))
     if not turns:
         return None
-    chosen = np.random.default_rng(0)
+    chosen = np.random.default_rng(seed)
     picked = chosen.integers(0, len(turns), (DRAWS, len(turns)))
     rates: dict[str, float] = {}
     drawn_rates: dict[str, Draws] = {}
@@ -114,12 +119,17 @@ def word(ratio: float, low: float, high: float) -> Word:
 
 
 class Overall(NamedTuple):
-    """The geometric mean of a workload's ratios over its loads, bounded with 95%, and who wins by it."""
+    """The geometric mean of a workload's ratios over its loads, bounded with 95%, and the verdict.
+
+    ``depends``: at one load splitting clearly wins, at another it clearly loses; their mean says nothing then.
+    ``repeats`` is the share of further measurements like this one that would come to the same verdict.
+    """
 
     ratio: float
     low: float
     high: float
-    word: Word
+    word: Verdict
+    repeats: float
 
 
 def overall(found: Sequence[tuple[Advantage, Draws]]) -> Overall:
@@ -127,7 +137,24 @@ def overall(found: Sequence[tuple[Advantage, Draws]]) -> Overall:
     ratio = float(np.exp(np.mean([np.log(each.ratio) for each, _ in found])))
     draws = np.exp(np.mean([np.log(drawn) for _, drawn in found], axis=0))
     low, high = _interval(draws)
-    return Overall(ratio, low, high, word(ratio, low, high))
+    said = _verdict(word(ratio, low, high), [each.word for each, _ in found])
+    # What another measurement finds is spread around this one as the draws are around their median.
+    others = [
+        _again(ratio, low, high, draws),
+        *(_again(each.ratio, each.low, each.high, drawn) for each, drawn in found),
+    ]
+    repeats = np.mean([_verdict(mean, words) == said for mean, *words in zip(*others, strict=True)])
+    return Overall(ratio, low, high, said, float(repeats))
+
+
+def _verdict(mean: Word, words: Sequence[Word]) -> Verdict:
+    return "depends" if {"split", "whole"} <= set(words) else mean
+
+
+def _again(ratio: float, low: float, high: float, draws: Draws) -> list[Word]:
+    """The words that as many other measurements would say."""
+    moved = draws / float(np.median(draws))
+    return [word(ratio * each, low * each, high * each) for each in moved]
 
 
 class Crossing(NamedTuple):

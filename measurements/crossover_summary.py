@@ -11,7 +11,12 @@ from measurements.crossover_numbers import Advantage, Crossing, Draws, Rounds
 from measurements.crossover_plan import SWEEP, Load, Plan
 
 # The verdict's words for people.
-SAYS = {"split": "split", "whole": "do not split", "even": "no clear difference"}
+SAYS = {
+    "split": "split",
+    "whole": "do not split",
+    "even": "no clear difference",
+    "depends": "it depends",
+}
 # Of one load by one option: rounds that differ by more, and time that others took of this host's processor.
 _DRIFT = 1.5
 _STEAL = 0.05
@@ -26,7 +31,7 @@ def summarize(plan: Plan, cells: Sequence[Cell]) -> Summary:
     workloads: dict[str, Summary] = {}
     swept: dict[int, dict[str, Any]] = {}
     against: dict[str, dict[int, tuple[Advantage, Draws]]] = {}
-    for place, load in loads.items():
+    for seed, (place, load) in enumerate(loads.items()):
         options = grouped.get(place, {})
         runs = [cell for cell in cells if (cell.workload, cell.concurrency) == place]
         rows = {
@@ -34,7 +39,7 @@ def summarize(plan: Plan, cells: Sequence[Cell]) -> Summary:
             for option in load.options
             if (rounds := options.get(option))
         }
-        found = numbers.advantage({option: options.get(option, {}) for option in load.options})
+        found = numbers.advantage({option: options.get(option, {}) for option in load.options}, seed)
         if load.workload.name.startswith(SWEEP):
             against.setdefault(SWEEP, {}).update({load.workload.prompt_tokens: found} if found else {})
             swept[load.workload.prompt_tokens] = rows
@@ -110,9 +115,9 @@ def problems(plan: Plan, cells: Sequence[Cell]) -> Iterator[str]:
             yield f"not counted: {cell}: {cell.why}"
         elif cell.steal_share > _STEAL:
             yield f"{cell}: others took {cell.steal_share:.0%} of this host's processor"
-    expected = sum(len(load.options) for load in plan.loads)
     turns = sorted({cell.turn for cell in cells if cell.counts})
     for turn in turns:
+        expected = sum(1 for _ in plan.places(turn))
         if missing := expected - sum(cell.counts and cell.turn == turn for cell in cells):
             yield f"round {turn + 1} lacks {missing} of {expected} runs"
     if len(turns) < plan.rounds:
@@ -139,13 +144,19 @@ def _sentence(made: Summary, unit: str) -> str:
     at = next(at for at, each in made["gain"].items() if each is best)
     text = (
         f"{made['verdict']}: x{whole['ratio']:.2f} the tokens/s of the best other way ({whole['low']:.2f} to"
-        f" {whole['high']:.2f}); at best {best['split']} x{best['ratio']:.2f} of {best['other']} at {at} {unit}"
+        f" {whole['high']:.2f}{_repeats(whole)}); at best {best['split']} x{best['ratio']:.2f} of {best['other']}"
+        f" at {at} {unit}"
     )
     crossings = [Crossing(**each) for each in made["crossover"]]
     if not crossings:
         ratios = [each["ratio"] for each in made["gain"].values()]
         return f"{text}; no crossover, splitting is {'ahead' if min(ratios) > 1 else 'behind'} at every point measured"
     return text + "".join(f"; {_crossing(each, unit)}" for each in crossings)
+
+
+def _repeats(whole: Summary) -> str:
+    """How sure the verdict is; older results do not say."""
+    return f"; {whole['repeats']:.0%} of such measurements would say so" if "repeats" in whole else ""
 
 
 def _crossing(each: Crossing, unit: str) -> str:

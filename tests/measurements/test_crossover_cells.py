@@ -112,7 +112,9 @@ def test_rounds_hold_the_same_runs_in_another_order() -> None:
     assert first != second
     assert sorted(map(repr, first)) == sorted(map(repr, second))
     names = {name_of(place) for turn in range(plan.rounds) for place in plan.places(turn)}
-    assert len(names) == 2 * len(first)
+    third = [place.load for place in plan.places(2)]
+    assert len(names) == 2 * len(first) + len(third)
+    assert {load.concurrency for load in third} == {1, 4}
 
 
 def test_what_is_named_is_kept_and_what_is_unknown_is_refused() -> None:

@@ -116,3 +116,19 @@ def test_overall_is_the_geometric_mean() -> None:
     draws = np.full(numbers.DRAWS, 1.0)
     whole = numbers.overall([(at(4.0), 4 * draws), (at(1.0), draws)])
     assert (whole.ratio, whole.low, whole.word) == (pytest.approx(2), pytest.approx(2), "split")
+
+
+def test_where_splitting_wins_at_one_load_and_loses_at_another_it_depends() -> None:
+    draws = np.full(numbers.DRAWS, 1.0)
+    whole = numbers.overall([(at(2.0), 2 * draws), (at(0.5), 0.5 * draws)])
+    assert (whole.word, whole.repeats) == ("depends", 1)
+
+
+def test_how_often_another_measurement_would_say_the_same() -> None:
+    chosen = np.random.default_rng(0)
+    drawn = {spread: np.exp(chosen.normal(np.log(1.2), spread, numbers.DRAWS)) for spread in (0.01, 0.09)}
+    sure, unsure = (numbers.overall([(at(1.2), draws)]) for draws in drawn.values())
+    assert (sure.word, sure.repeats) == ("split", 1)
+    # The interval ends near 1, and that of about half of all others holds it.
+    assert unsure.low == pytest.approx(1, abs=0.02)
+    assert unsure.repeats == pytest.approx(0.5, abs=0.15)
