@@ -174,10 +174,9 @@ class Estimates:
         return {"vllm": vllm, "workers": workers, "codecs": speeds, "link_bytes_per_s": self.link_bytes_per_s}
 
     def _learn_vllm_prefill(self, entry: Entry, inputs: Inputs) -> None:
-        # What stood before it is not its own; but that is only an estimate.
-        own_ns = max(entry.prefill_ns - inputs.vllm.backlog_ns, entry.prefill_ns // 2)
         new_tokens = max(1, entry.prompt_tokens - entry.prefill_cached_tokens)
-        self.vllm_prefill.observe(own_ns, new_tokens, 1, crowd=_crowd(entry, "prefill"))
+        took_ns, tokens = _prefill(entry, entry.prefill_ns, new_tokens, inputs.vllm.backlog_ns)
+        self.vllm_prefill.observe(took_ns, tokens, 1, crowd=_crowd(entry, "prefill"))
 
     def _learn_vllm_step(self, entry: Entry, inputs: Inputs) -> None:
         vllm = inputs.vllm
@@ -186,12 +185,12 @@ class Estimates:
     def _learn_worker_prefill(self, entry: Entry, inputs: Inputs) -> None:
         facts = _of(inputs, entry.worker)
         if entry.local_prefill_ns and entry.worker and facts:
-            own_ns = max(entry.local_prefill_ns - facts.backlog_ns, entry.local_prefill_ns // 2)
             new_tokens = max(1, entry.prompt_tokens - entry.kv_reused_tokens)
+            took_ns, tokens = _prefill(entry, entry.local_prefill_ns, new_tokens, facts.backlog_ns)
             beside = entry.beside.get("prefill")
             sequences = beside.sequences if beside else facts.sequences
             prefill = self.worker(entry.worker).prefill
-            prefill.observe(own_ns, new_tokens, 1, new_tokens * sequences, crowd=_crowd(entry, "prefill"))
+            prefill.observe(took_ns, tokens, 1, tokens * sequences, crowd=_crowd(entry, "prefill"))
 
     def _learn_worker_step(self, entry: Entry, inputs: Inputs, made_before: int) -> None:
         facts = _of(inputs, entry.worker)
@@ -230,6 +229,17 @@ def _learn_step(
         crowd, sequences = 0.0, sequences + choices
         context_tokens += entry.prompt_tokens + choices * made // 2
     step.observe(own_ns // (made - made_before), 1, sequences, context_tokens, crowd=crowd)
+
+
+def _prefill(entry: Entry, took_ns: int, new_tokens: int, backlog_ns: int) -> tuple[int, int]:
+    """What a prefill took, and the tokens of all prompts that were computed in that time.
+
+    In entries of an older make they are its own, and what stood before it is taken away, which is only an estimate.
+    """
+    beside = entry.beside.get("prefill")
+    if beside:
+        return took_ns, max(new_tokens, beside.prefilled_tokens)
+    return max(took_ns - backlog_ns, took_ns // 2), new_tokens
 
 
 def _crowd(entry: Entry, stage: str) -> float:

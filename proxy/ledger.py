@@ -5,15 +5,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from proxy.costs import Estimate
 from proxy.facts import Inputs, Prediction
-from proxy.load import Beside, Occupancy, watched
+from proxy.load import Beside, Occupancy, Watch
 from proxy.router import Reason, Route
 from proxy.store import PAGE_ROWS, Row, Store, Wanted
 from proxy.totals import Totals
@@ -173,7 +172,7 @@ class Account:
         self.report: DecodeReport | None = None
         self.witness = Witness()
         self.trace: Trace | None = None
-        self.beside: dict[str, Beside] = {}
+        self._watches: dict[str, Watch] = {}
         self._began_ns = time.monotonic_ns()
         self._first_text_ns: int | None = None
         self._last_text_ns = 0
@@ -213,9 +212,18 @@ class Account:
                 )
             )
 
-    def watched(self, stage: str, own: Occupancy, other: Occupancy) -> AbstractContextManager[None]:
+    def watched(self, stage: Literal["prefill", "decode"], own: Occupancy, other: Occupancy) -> Watch:
         """The body is a ``stage`` at ``own``: note what else goes on there, and at the ``other`` engine."""
-        return watched(own, other, lambda found: self.beside.update({stage: found}))
+        self._watches[stage] = watch = Watch(own, other)
+        return watch
+
+    def _beside(self) -> dict[str, Beside]:
+        """What is known once both stages are over."""
+        if len(self._watches) < 2:
+            return {}
+        prefill, decode = self._watches["prefill"], self._watches["decode"]
+        together_ns = prefill.together_ns
+        return {"prefill": prefill.beside(0, together_ns), "decode": decode.beside(together_ns, 0)}
 
     def saw_text(self) -> int | None:
         """Note that text goes out to the client; returns the ns since the text before it, None for the first."""
@@ -285,7 +293,7 @@ class Account:
             decision=self.decision,
             shadow_of=self.shadow_of,
             ttft_error=ttft_error,
-            beside=dict(self.beside),
+            beside=self._beside(),
             e2e_error=e2e_error,
         )
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import msgspec
 import numpy as np
@@ -15,6 +15,8 @@ import numpy as np
 # vLLM's own blocks are as long on a CPU, and divide this on a GPU.
 BLOCK_TOKENS = 128
 MAX_BLOCKS = 32_768
+# Of so many prompts it is known when they were done.
+MAX_PREFILLS = 256
 
 
 class Backlog:
@@ -44,8 +46,8 @@ class Backlog:
 
 class Beside(msgspec.Struct, frozen=True, array_like=True):
     """What went on at a node during a stage of a request: on average, sequences that decoded there and the tokens that
-    their steps looked at, the request's own among them; ``prefilled_tokens`` of others' prompts. The other engine was
-    busy for the share ``crowd`` of it.
+    their steps looked at, the request's own among them; and ``prefilled_tokens`` of prompts, in the stage ``prefill``
+    with its own. The other engine was busy for the share ``crowd`` of it.
     """
 
     sequences: float
@@ -55,11 +57,10 @@ class Beside(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _Sums(NamedTuple):
-    at_ns: int = 0
+    at_ns: int
     busy_ns: int = 0
     sequence_ns: int = 0
     context_ns: int = 0
-    prefilled_tokens: int = 0
 
 
 class Occupancy:
@@ -69,6 +70,7 @@ class Occupancy:
         self._requests = self._sequences = self._context_tokens = 0
         self._sums = _Sums(time.monotonic_ns())
         self._busy_until_ns = 0
+        self._prefilled: deque[tuple[int, int]] = deque(maxlen=MAX_PREFILLS)
 
     @property
     def idle_ns(self) -> int:
@@ -86,7 +88,11 @@ class Occupancy:
 
     def prefilled(self, tokens: int) -> None:
         """So many tokens of a prompt have been computed."""
-        self._sums = self._sums._replace(prefilled_tokens=self._sums.prefilled_tokens + tokens)
+        self._prefilled.append((time.monotonic_ns(), tokens))
+
+    def prefilled_between(self, begin_ns: int, end_ns: int) -> int:
+        """Tokens of prompts that were done then."""
+        return sum(tokens for at_ns, tokens in self._prefilled if begin_ns < at_ns <= end_ns)
 
     def sums(self) -> _Sums:
         """All until now."""
@@ -103,29 +109,39 @@ class Occupancy:
             sums.busy_ns + took_ns * (self._requests > 0),
             sums.sequence_ns + took_ns * self._sequences,
             sums.context_ns + took_ns * self._context_tokens,
-            sums.prefilled_tokens,
         )
         self._requests += requests
         self._sequences += sequences
         self._context_tokens += context_tokens
 
 
-@contextmanager
-def watched(own: Occupancy, other: Occupancy, found: Callable[[Beside], None]) -> Iterator[None]:
-    """Tell ``found`` what went on at ``own``, and at the ``other`` engine, in the body."""
-    before, other_before = own.sums(), other.sums()
-    try:
-        yield
-    finally:
-        after = own.sums()
+class Watch:
+    """``with Watch(own, other)``: a stage of a request at ``own``, and what the ``other`` engine did meanwhile."""
+
+    def __init__(self, own: Occupancy, other: Occupancy) -> None:
+        self._own, self._other = own, other
+
+    def __enter__(self) -> Self:
+        self._before, self._other_before = self._own.sums(), self._other.sums()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._after, self._other_after = self._own.sums(), self._other.sums()
+
+    @property
+    def together_ns(self) -> int:
+        """Prompts that are done by so much later were computed in the same steps."""
+        return (self._after.at_ns - self._before.at_ns) // 10
+
+    def beside(self, begin_later_ns: int, end_later_ns: int) -> Beside:
+        """What went on; prompts count that were done in the stage, or so much later."""
+        before, after = self._before, self._after
         took_ns = max(1, after.at_ns - before.at_ns)
-        found(
-            Beside(
-                round((after.sequence_ns - before.sequence_ns) / took_ns, 3),
-                round((after.context_ns - before.context_ns) / took_ns, 1),
-                after.prefilled_tokens - before.prefilled_tokens,
-                round(min(1.0, (other.sums().busy_ns - other_before.busy_ns) / took_ns), 3),
-            )
+        return Beside(
+            round((after.sequence_ns - before.sequence_ns) / took_ns, 3),
+            round((after.context_ns - before.context_ns) / took_ns, 1),
+            self._own.prefilled_between(before.at_ns + begin_later_ns, after.at_ns + end_later_ns),
+            round(min(1.0, (self._other_after.busy_ns - self._other_before.busy_ns) / took_ns), 3),
         )
 
 

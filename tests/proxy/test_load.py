@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy import load
-from proxy.load import BLOCK_TOKENS, Backlog, Beside, Occupancy, RecentPrefixes, VllmLoad, watched
+from proxy.load import BLOCK_TOKENS, Backlog, Beside, Occupancy, RecentPrefixes, VllmLoad, Watch
 
 SECOND = 10**9
 
@@ -45,16 +45,18 @@ def test_what_goes_on_beside_a_stage_is_averaged_over_it(monkeypatch):
     now_ns = 0
     monkeypatch.setattr(load.time, "monotonic_ns", lambda: now_ns)
     own, other = Occupancy(), Occupancy()
-    found = []
-    with own.working(1, 100), watched(own, other, found.append):
+    with own.working(1, 100), Watch(own, other) as watch:
         now_ns = 1 * SECOND
         with own.working(2, 400), other.working():
             now_ns = 2 * SECOND
             own.prefilled(70)
         with own.working():
             now_ns = 4 * SECOND
-    assert found == [Beside(1.5, 200.0, 70, 0.25)]
-    assert own.idle_ns == 0
+    now_ns = 4 * SECOND + watch.together_ns
+    own.prefilled(5)
+    assert watch.beside(0, 0) == Beside(1.5, 200.0, 70, 0.25)
+    assert watch.beside(0, watch.together_ns).prefilled_tokens == 75
+    assert watch.beside(2 * SECOND, 0).prefilled_tokens == 0
     now_ns = 5 * SECOND
     assert (own.idle_ns, other.idle_ns) == (1 * SECOND, 3 * SECOND)
 

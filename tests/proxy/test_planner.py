@@ -78,6 +78,7 @@ def test_what_went_on_beside_a_request_is_in_the_ledger(fresh):
         assert set(entry["beside"]) == {"prefill", "decode"}
         sequences, _, prefilled_tokens, crowd = entry["beside"]["decode"]
         assert (sequences, prefilled_tokens, crowd) == (1, 0, 0)
+        assert entry["beside"]["prefill"][2] == entry["prompt_tokens"]
 
 
 def test_the_same_is_learned_from_a_stored_ledger(fresh):
