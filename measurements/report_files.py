@@ -27,8 +27,8 @@ REQUIRED = {
     "advise": ("validation_error_median",),
     "ledger": ("ways", "net_gain_s"),
 }
-# Of results in which nothing runs, the load of the machine says nothing.
-_UNTIMED = ("advise", "ledger")
+# Of results in which nothing is timed, the load of the machine says nothing.
+_UNTIMED = ("advise", "fidelity", "ledger")
 BUSY_LOAD = 0.5
 LARGEST_BYTES = 64 << 20
 PICTURES = {".png": "image/png", ".svg": "image/svg+xml"}
