@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cpu_decode.llama import Batch, Context, Model
 from cpu_decode.sequence import Sequence as Decoding
+from cpu_decode.threadpool import PinnedThreads
 from transfer.errors import ConfigError
 
 # A guess needs no more than the last tokens; when this many have gathered, all but the latest are forgotten.
@@ -47,9 +48,14 @@ class DraftModel:
         except ConfigError:
             self._model.close()
             raise
+        self._pinned: PinnedThreads | None = None
         self._seen: dict[int, _Seen] = {}
         # Of one token for every sequence.
         self.step_ns = 0.0
+
+    def pin(self, cpus: Sequence[int], batch_cpus: Sequence[int]) -> None:
+        """Compute on ``cpus``, one thread each, and batches of more than one token on ``batch_cpus``."""
+        self._pinned = PinnedThreads(self._context, cpus, batch_cpus)
 
     def calibrate(self) -> None:
         """Time a step; on the thread that guesses."""
@@ -90,6 +96,8 @@ class DraftModel:
     def close(self) -> None:
         """Free the context and the weights."""
         self._context.close()
+        if self._pinned:
+            self._pinned.close()
         self._model.close()
 
     def _missing(self, sequence: Decoding) -> list[int]:

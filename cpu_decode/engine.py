@@ -1,10 +1,4 @@
-"""The step loop: one thread owns the llama.cpp context; between two batches it admits, injects, starts and aborts.
-
-Every sequence is its tokens so far and how many of them have KV in cells. A sequence that misses one decodes, with
-guesses behind it where that pays; one that misses more prefills (a local prompt). Both share one batch. Between steps,
-KV is copied in and out in the order of asking, a few milliseconds of it at a time. Where cells run out, the newest
-sequence waits in RAM.
-"""
+"""The decode engine's thread: it owns the llama.cpp context, takes what is asked of it between two steps, and steps."""
 
 from __future__ import annotations
 
@@ -12,29 +6,23 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 
 import structlog
 
-from cpu_decode.copies import Copies
-from cpu_decode.events import ChoiceFreed, Copied, Ended, Event, Injected, Preempted, Prompted, Released, Restored
+from cpu_decode.batching import Batching
+from cpu_decode.events import Event
 from cpu_decode.landing import LandingReport
 from cpu_decode.llama import Context
-from cpu_decode.preempt import Parked
 from cpu_decode.prefix import Block
 from cpu_decode.reuse import Plan
 from cpu_decode.sequence import Sequence
 from cpu_decode.speculate import Guessing
-from cpu_decode.state import ChunkState, StateBlob, cut
-from cpu_decode.steps import Steps
+from cpu_decode.state import ChunkState
 from cpu_decode.window_blocks import WindowBlocks
-from transfer.errors import CapacityError, EngineError, IsthmusError, LinkError, RequestError
-from transfer.messages import Failure, FinishReason, Tokens
+from transfer.errors import EngineError, IsthmusError
 
 log = structlog.get_logger()
 
-# Shorter prefills, or ones that shared their batches, say little about the machine's rate.
-MIN_OBSERVED_TOKENS = 64
 IDLE_POLL_S = 0.25
 
 
@@ -55,24 +43,14 @@ class Engine:
         guessing: Guessing,
         windows: WindowBlocks | None = None,
     ) -> None:
-        self._context = context
-        self._steps = Steps(context, batch_tokens, guessing)
-        self.meter = self._steps.meter
+        self.batching = Batching(
+            context, batch_tokens=batch_tokens, emit=self._emit, guessing=guessing, windows=windows
+        )
         self._tell = emit
         self._wake = wake
         self._told = False
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._copies = Copies(context, windows)
-        self._parked = Parked(context)
-        self.drafted_tokens = self.accepted_tokens = 0
-        self._sequences: dict[str, Sequence] = {}
-        self._ended: dict[str, Sequence] = {}
-        self._running: list[Sequence] = []
-        self.running_sequences = self.preempted_sequences = 0
         self.failed: EngineError | None = None
-        self.prefill_tokens_per_s = 0.0
-        self.prefill_basis = ""
-        self.inject_tokens_per_s = 0.0
         self._calibrated = threading.Event()
         self._thread = threading.Thread(target=self._run, name="isthmus-engine", daemon=True)
 
@@ -83,39 +61,39 @@ class Engine:
 
     def admit(self, sequence: Sequence, plan: Plan) -> None:
         """Take a request whose cells are promised, with what it reuses; :class:`Restored` gives ``plan`` back."""
-        self._inbox.put(lambda: self._admit(sequence, plan))
+        self._inbox.put(lambda: self.batching.admit(sequence, plan))
 
     def land(self, request_id: str, chunk: ChunkState) -> None:
         """Inject ``chunk`` between two steps; :class:`Injected` gives the buffer back, whatever happens."""
-        self._inbox.put(lambda: self._copies.then(lambda: self._land(request_id, chunk)))
+        self._inbox.put(lambda: self.batching.land(request_id, chunk))
 
     def complete(self, request_id: str, report: LandingReport) -> None:
         """All chunks of a request have been handed over."""
-        self._inbox.put(lambda: self._copies.then(lambda: self._complete(request_id, report)))
+        self._inbox.put(lambda: self.batching.complete(request_id, report))
 
     def begin(self, request_id: str, first_token: int | None, *, first_text_sent: bool, local: bool = False) -> None:
         """Start decoding when the KV is there; see :class:`~transfer.messages.Start`."""
         now = time.monotonic_ns()
-        self._inbox.put(lambda: self._begin(request_id, first_token, first_text_sent, now))
+        self._inbox.put(lambda: self.batching.begin(request_id, first_token, first_text_sent, now))
         if local:
             # Behind the chunks that were handed over before.
-            self._inbox.put(lambda: self._copies.then(lambda: self._compute_the_rest(request_id)))
+            self._inbox.put(lambda: self.batching.compute_the_rest(request_id))
 
     def leave(self, request_id: str, blocks: list[Block]) -> None:
         """Copy the KV of an :class:`Ended` request into those ``blocks`` that are not saved, then let go of it."""
-        self._inbox.put(lambda: self._leave(request_id, blocks))
+        self._inbox.put(lambda: self.batching.leave(request_id, blocks))
 
     def copy(self, request_id: str, blocks: list[Block]) -> None:
         """Copy the KV of a prompted request into those ``blocks`` that are not saved; :class:`Copied` says when."""
-        self._inbox.put(lambda: self._copy(request_id, blocks))
+        self._inbox.put(lambda: self.batching.copy(request_id, blocks))
 
     def fail(self, request_id: str, error: IsthmusError) -> None:
         """End a request with a Failure."""
-        self._inbox.put(lambda: self._fail(request_id, error))
+        self._inbox.put(lambda: self.batching.fail(request_id, error))
 
     def abort(self, request_id: str) -> None:
         """End a request silently."""
-        self._inbox.put(lambda: self._abort(request_id))
+        self._inbox.put(lambda: self.batching.abort(request_id))
 
     def stop(self) -> None:
         """Stop after the current step; requests still running get no word."""
@@ -125,21 +103,18 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            self._calibrate()
+            self.batching.calibrate()
             self._calibrated.set()
             while self._drain():
-                self._copies.run()
-                self._expire()
-                self._resume()
+                self.batching.between_steps()
                 self._flush()
-                if self._running:
-                    self._step()
+                if self.batching.running_sequences:
+                    self.batching.step()
                     self._flush()
         except Exception as error:
             log.exception("engine stopped")
             self.failed = EngineError(f"decode engine stopped: {error}")
-            for request_id in list(self._sequences):
-                self._fail(request_id, self.failed)
+            self.batching.fail_all(self.failed)
             self._flush()
             self._calibrated.set()
 
@@ -156,7 +131,7 @@ class Engine:
     def _drain(self) -> bool:
         """Handle what waits in the inbox; sleep only when no sequence runs. False: stop."""
         try:
-            action = self._inbox.get(block=not self._running and not self._copies, timeout=IDLE_POLL_S)
+            action = self._inbox.get(block=not self.batching.busy, timeout=IDLE_POLL_S)
             while True:
                 if action is None:
                     return False
@@ -164,299 +139,3 @@ class Engine:
                 action = self._inbox.get_nowait()
         except queue.Empty:
             return True
-
-    def _admit(self, sequence: Sequence, plan: Plan) -> None:
-        self._sequences[sequence.request_id] = sequence
-        if plan.donor is not None:
-            if parked := self._parked.blob(plan.donor):
-                self._copies.then(partial(self._inject, sequence, cut(parked, range(plan.shared_tokens))))
-            else:
-                self._context.share(plan.donor, sequence.seq_id, plan.shared_tokens)
-                sequence.num_cached = plan.shared_tokens
-        for block, tokens in plan.pieces:
-            self._copies.then(partial(self._restore, sequence, block, tokens))
-        if plan.num_tokens:
-            self._copies.then(lambda: self._restored(sequence, plan))
-
-    def _restore(self, sequence: Sequence, block: Block, tokens: range) -> None:
-        if self._sequences.get(sequence.request_id) is not sequence:
-            return
-        if not block.saved:
-            self._fail(sequence.request_id, EngineError("the KV that this prompt was to reuse could not be kept"))
-            return
-        blob = StateBlob(block.buffer, block.num_bytes, block.start_token, len(block.tokens))
-        self._inject(sequence, blob if len(tokens) == len(block.tokens) else cut(blob, tokens))
-
-    def _restored(self, sequence: Sequence, plan: Plan) -> None:
-        if self._sequences.get(sequence.request_id) is sequence:
-            if sequence.restored_tokens:
-                sequence.restore_ns += time.monotonic_ns() - sequence.admitted_ns
-            self._join(sequence)
-        self._emit(Restored(sequence.request_id, plan))
-
-    def _copy(self, request_id: str, blocks: list[Block]) -> None:
-        sequence = self._sequences.get(request_id) or self._ended.get(request_id)
-        if sequence is not None:
-            for block in blocks:
-                self._copies.then(partial(self._copies.save, sequence, block))
-        self._copies.then(lambda: self._emit(Copied(request_id, blocks)))
-
-    def _land(self, request_id: str, chunk: ChunkState) -> None:
-        if sequence := self._sequences.get(request_id):
-            self._inject(sequence, chunk)
-        self._emit(Injected(request_id, chunk))
-
-    def _inject(self, sequence: Sequence, chunk: ChunkState | StateBlob) -> None:
-        while self._sequences.get(sequence.request_id) is sequence:
-            try:
-                self._copies.inject(sequence, chunk)
-                return
-            except EngineError as error:
-                # All that llama.cpp says is that it did not take it: for want of cells, most likely.
-                if not self._preempt_newest():
-                    self._fail(sequence.request_id, error)
-
-    def _complete(self, request_id: str, report: LandingReport) -> None:
-        if sequence := self._sequences.get(request_id):
-            sequence.landing = report
-            self._join(sequence)
-
-    def _compute_the_rest(self, request_id: str) -> None:
-        sequence = self._sequences.get(request_id)
-        if sequence is not None and sequence.landing is None:
-            sequence.local = True
-            self._join(sequence)
-
-    def _begin(self, request_id: str, first_token: int | None, first_text_sent: bool, now_ns: int) -> None:
-        sequence = self._sequences.get(request_id)
-        if sequence is not None and not sequence.started:
-            for choice in sequence.choices:
-                choice.start(first_token, first_text_sent=first_text_sent, now_ns=now_ns)
-            self._join(sequence)
-
-    def _join(self, sequence: Sequence) -> None:
-        """Let a sequence into the batch once it is started and its KV is complete."""
-        if not sequence.ready or sequence.joined_ns:
-            return
-        sequence.joined_ns = time.monotonic_ns()
-        sequence.alone = not self._running
-        for other in self._running:
-            other.alone = False
-        if sequence.num_cached == len(sequence.tokens):
-            # The last position's logits were left behind on the prefill node; compute them again.
-            sequence.num_cached -= 1
-            self._context.trim(sequence.seq_id, sequence.num_cached)
-        sequence.joined_tokens = sequence.num_cached
-        self._run_along(sequence)
-        self._note_prompt(sequence)
-        if sequence.first_token is not None:
-            for choice in sequence.choices:
-                self._say(choice, *self._take(choice, sequence.first_token))
-
-    def _run_along(self, sequence: Sequence) -> None:
-        self._running.append(sequence)
-        self.running_sequences = len(self._running)
-
-    def _stand_aside(self, sequence: Sequence) -> None:
-        if sequence in self._running:
-            self._running.remove(sequence)
-            self.running_sequences = len(self._running)
-
-    def _note_prompt(self, sequence: Sequence) -> None:
-        """Say so once the cells hold the prompt: from then on others may share them."""
-        if not sequence.prompted and sequence.num_cached >= sequence.prompt_tokens:
-            sequence.prompted = True
-            self._emit(Prompted(sequence.request_id))
-
-    def _step(self) -> None:
-        try:
-            parts = self._steps.compute(self._running)
-        except CapacityError as error:
-            if not self._preempt_newest():
-                raise EngineError(str(error)) from None
-            return
-        came = {}
-        for sequence, *_ in parts:
-            self._copies.follow(sequence)
-        for sequence, _, row, draft in parts:
-            if row is None:
-                continue
-            self._note_prompt(sequence)
-            self._observe(sequence)
-            if sequence.forked:
-                came[sequence] = self._sample(sequence, row, draft)
-            else:
-                self._fork(sequence, row)
-        self._steps.learn(parts, came)
-
-    def _fork(self, sequence: Sequence, row: int) -> None:
-        """Sample the first token of every choice from the same row; they share the cells of what is before it."""
-        sequence.forked = True
-        for choice in sequence.choices:
-            if choice.request_id not in self._sequences:
-                return
-            if choice is not sequence:
-                self._context.share(sequence.seq_id, choice.seq_id, sequence.num_cached)
-                choice.fork(sequence.num_cached)
-                self._run_along(choice)
-            self._sample(choice, row, [])
-
-    def _sample(self, sequence: Sequence, row: int, draft: list[int]) -> list[int]:
-        """Sample from ``row``, and from each row behind it as long as what was guessed came; returns the tokens."""
-        came: list[int] = []
-        said, finish_reason = "", None
-        sequence.drafted_tokens += len(draft)
-        self.drafted_tokens += len(draft)
-        for guess in [*draft, None]:
-            try:
-                token, logprob = sequence.sampler.sample(self._context, row + len(came))
-            except RequestError as error:
-                self._fail(sequence.request_id, error)
-                return came
-            came.append(token)
-            sequence.tokens.append(token)
-            if logprob is not None:
-                sequence.unsent_logprobs.append(logprob)
-            if token == guess:
-                sequence.num_cached += 1
-                sequence.accepted_tokens += 1
-                self.accepted_tokens += 1
-            text, finish_reason = self._take(sequence, token)
-            said += text
-            if token != guess or finish_reason:
-                break
-        if len(came) <= len(draft):
-            # Before others learn that the sequence has ended, or go on: cells hold what was guessed wrong.
-            self._context.trim(sequence.seq_id, sequence.num_cached)
-        if draft:
-            self._copies.follow(sequence)
-        self._say(sequence, said, finish_reason)
-        return came
-
-    def _take(self, sequence: Sequence, token: int) -> tuple[str, FinishReason | None]:
-        """Turn a new token into text that is to be sent, and say whether the choice ends with it."""
-        text, finish_reason = sequence.take(token, self._context.model)
-        return "" if sequence.first_text_sent and sequence.completion_tokens == 1 else text, finish_reason
-
-    def _say(self, sequence: Sequence, text: str, finish_reason: FinishReason | None) -> None:
-        """Send what there is to send, and end the choice if that was its last token."""
-        if not (text or finish_reason):
-            return
-        ids, sequence.unsent_ids = sequence.unsent_ids, []
-        logprobs, sequence.unsent_logprobs = sequence.unsent_logprobs, []
-        sequence.finished = finish_reason is not None
-        report = sequence.choices[0].report() if all(choice.finished for choice in sequence.choices) else None
-        if report is not None:
-            # Before the last words: whoever hears them may send the next prompt, which is to find free cells.
-            self._release(sequence.choices[0])
-        elif sequence.finished:
-            self._pause(sequence)
-        self._emit(
-            Tokens(
-                request_id=sequence.request_id,
-                token_ids=ids,
-                text=text,
-                finish_reason=finish_reason,
-                report=report,
-                choice=sequence.choice,
-                logprobs=tuple(logprobs),
-            )
-        )
-
-    def _preempt_newest(self) -> bool:
-        """Let the newest running sequence wait in RAM; False if there is none that can.
-
-        Choices share cells, and the cells of requests with several are promised in full: they stay.
-        """
-        victims = [sequence for sequence in self._running if len(sequence.choices) == 1]
-        if not victims:
-            return False
-        sequence = max(victims, key=lambda each: each.admitted_ns)
-        log.info("request waits in RAM for cells", request_id=sequence.request_id, tokens=sequence.num_cached)
-        self._stand_aside(sequence)
-        self._parked.park(sequence)
-        self.preempted_sequences = len(self._parked)
-        sequence.prompted = False
-        self._emit(Preempted(sequence.request_id))
-        return True
-
-    def _resume(self) -> None:
-        """Let the oldest preempted sequence go on if there is room again."""
-        if not self._parked:
-            return
-        with_cells = [s for s in (*self._sequences.values(), *self._ended.values()) if s not in self._parked]
-        resident = [choice for sequence in with_cells for choice in sequence.choices if not choice.freed]
-        sequence = self._parked.next(resident, len(self._running), self._context.num_cells)
-        if sequence is not None and self._parked.bring_back(sequence):
-            self.preempted_sequences = len(self._parked)
-            self._run_along(sequence)
-            self._note_prompt(sequence)
-
-    def _fail(self, request_id: str, error: IsthmusError) -> None:
-        if sequence := self._sequences.get(request_id):
-            log.warning("request failed", request_id=request_id, reason=str(error))
-            self._emit(Failure(code=error.code, message=str(error), request_id=request_id))
-            self._release(sequence)
-
-    def _abort(self, request_id: str) -> None:
-        if sequence := self._sequences.get(request_id):
-            log.info("request aborted", request_id=request_id)
-            self._release(sequence)
-
-    def _release(self, sequence: Sequence) -> None:
-        """End a sequence; cells that others may be about to share or keep are left until :meth:`leave`."""
-        del self._sequences[sequence.request_id]
-        sequence.ended = True
-        for choice in sequence.choices:
-            self._pause(choice)
-            choice.sampler.close()
-        if sequence.num_cached > sequence.promised_tokens:
-            # What nobody preempts, and is only kept for later, must fit beside what is promised to others.
-            sequence.num_cached = sequence.promised_tokens
-            self._context.trim(sequence.seq_id, sequence.num_cached)
-        if sequence.prompted or sequence.preemptions:
-            self._ended[sequence.request_id] = sequence
-            self._emit(Ended(sequence.request_id, sequence.tokens[: sequence.num_cached]))
-        else:
-            self._copies.then(lambda: self._free(sequence))
-
-    def _pause(self, choice: Sequence) -> None:
-        """Take a choice out of the batch; the first one keeps the prompt's cells for the others."""
-        self._stand_aside(choice)
-        self._steps.forget(choice)
-        if choice is not choice.choices[0] and not choice.freed:
-            choice.freed = True
-            self._context.trim(choice.seq_id, 0)
-            self._emit(ChoiceFreed(choice.request_id, choice.choice))
-
-    def _leave(self, request_id: str, blocks: list[Block]) -> None:
-        sequence = self._ended.pop(request_id)
-        for block in blocks:
-            self._copies.then(partial(self._copies.save, sequence, block))
-        self._copies.then(lambda: self._free(sequence))
-
-    def _free(self, sequence: Sequence) -> None:
-        self._parked.drop(sequence)
-        self.preempted_sequences = len(self._parked)
-        self._context.trim(sequence.seq_id, 0)
-        self._emit(Released(sequence.request_id))
-
-    def _expire(self) -> None:
-        now = time.monotonic_ns()
-        for sequence in [s for s in self._sequences.values() if not s.joined_ns and s.deadline_ns < now]:
-            what = "its KV" if sequence.started else "a start"
-            self._fail(sequence.request_id, LinkError(f"reservation expired waiting for {what}"))
-
-    def _observe(self, sequence: Sequence) -> None:
-        """Learn the local prefill rate from a prompt that had the machine to itself."""
-        first = sequence.completion_tokens == 0
-        computed = len(sequence.tokens) - sequence.joined_tokens
-        if first and sequence.local and sequence.alone and computed >= MIN_OBSERVED_TOKENS:
-            seconds = (time.monotonic_ns() - sequence.joined_ns) / 1e9
-            self.prefill_tokens_per_s = computed / seconds
-            self.prefill_basis = f"last local prefill: {computed} tokens in {seconds:.2f} s"
-
-    def _calibrate(self) -> None:
-        speed = self._steps.calibrate()
-        self.prefill_tokens_per_s, self.prefill_basis = speed.prefill_tokens_per_s, speed.prefill_basis
-        self.inject_tokens_per_s = speed.inject_tokens_per_s

@@ -77,7 +77,7 @@ class Reservations:
         seed, known = seed_of(decode, geometry, model.rope_order, model.gguf), BlockLog()
         below = open_tiers(decode, seed, known)
         self.prefixes = PrefixCache(geometry, decode.cell_type, decode.pool_mib << 20, seed, known, below)
-        self.fetching = Fetching(self.prefixes, lambda: engine.prefill_tokens_per_s)
+        self.fetching = Fetching(self.prefixes, lambda: engine.batching.prefill_tokens_per_s)
         self.chunk_tokens = link.chunk_tokens
         self.pool = self._new_pool()
         self._grammars = Grammars(model)

@@ -76,6 +76,8 @@ def run(cluster: Cluster, node: numa.Node | None = None) -> None:
             batch_threads=batch_threads,
         )
     pinned = PinnedThreads(context, cpus, batch_cpus) if cpus else None
+    if draft and cpus:
+        draft.pin(cpus, batch_cpus)
     huge_page_bytes = binding.take_huge_pages() if decode.huge_pages else 0
     log.info(
         "model loaded",

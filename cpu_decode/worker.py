@@ -15,8 +15,10 @@ import msgspec
 import structlog
 import zmq
 
+from cpu_decode import vitals
 from cpu_decode.announce import Announcer
 from cpu_decode.binding import MemoryWatch
+from cpu_decode.clients import Clients
 from cpu_decode.engine import Engine
 from cpu_decode.events import ChoiceFreed, Event, Released
 from cpu_decode.llama import Context, Model
@@ -31,14 +33,11 @@ from transfer.doorkeeper import Doorkeeper
 from transfer.energy import PowerMeter
 from transfer.errors import CapacityError, IsthmusError, ProtocolError, RequestError
 from transfer.geometry import KVGeometry, require_same
-from transfer.keys import ServerKeys, secure_server
-from transfer.listen import bind
+from transfer.keys import ServerKeys
 from transfer.messages import (
-    MAX_MESSAGE_BYTES,
     Abort,
     Announce,
     Failure,
-    FromWorker,
     Hello,
     Ping,
     Queued,
@@ -49,7 +48,6 @@ from transfer.messages import (
     Tokens,
     Welcome,
     decode_to_worker,
-    encode,
     require_protocol,
 )
 from transfer.notify import Supervisor
@@ -57,9 +55,6 @@ from transfer.receiver import KVReceiver
 
 log = structlog.get_logger()
 
-MESSAGES_PER_TURN = 64
-# A proxy pings every second; one that is silent this long is gone, and its requests with it.
-CLIENT_SILENCE_S = 10.0
 POLL_MS = 500
 # Requests that wait for KV from below RAM go on without it in time.
 FETCH_POLL_MS = 10
@@ -88,7 +83,6 @@ class Worker:
         self._geometry = geometry
         self._decode = decode
         model.require_window(geometry)
-        self._clients: dict[bytes, int] = {}
         self._outbox: queue.SimpleQueue[Event | Fetched] = queue.SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopping = threading.Event()
@@ -110,14 +104,7 @@ class Worker:
         self._zmq: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._keys = keys
         self._doorkeeper = Doorkeeper(self._zmq, keys) if keys else None
-        self._control = self._zmq.socket(zmq.ROUTER)
-        self._control.maxmsgsize = MAX_MESSAGE_BYTES
-        self._control.sndhwm = self._control.rcvhwm = 10_000
-        self._control.linger = 200
-        self._control.router_mandatory = True
-        if keys:
-            secure_server(self._control, keys, "proxy")
-        bind(self._control, decode.host, decode.control_port, "[decode] control_port")
+        self._clients = Clients(self._zmq, decode, keys)
         self.name = f"{decode.advertise_host}:{self.control_port}"
         self._receiver = KVReceiver(
             self._zmq,
@@ -131,23 +118,23 @@ class Worker:
         )
         self._promised = Reservations(model, geometry, decode, link, self.engine, self._receiver)
         if self._doorkeeper:
-            self._doorkeeper.watch(self._control)
+            self._doorkeeper.watch(self._clients.socket)
             self._doorkeeper.watch(self._receiver.control)
 
     def run(self) -> None:
         """Serve until :meth:`stop`, or until the engine fails (raises its :class:`EngineError`)."""
         poller = zmq.Poller()
-        for source in (self._control, self._receiver.control, self._receiver.frames, self._wake):
+        for source in (self._clients.socket, self._receiver.control, self._receiver.frames, self._wake):
             poller.register(source, zmq.POLLIN)
         supervisor = Supervisor()
         self.engine.start()
-        self._promised.even_chunks(self.engine.inject_tokens_per_s)
+        self._promised.even_chunks(self.engine.batching.inject_tokens_per_s)
         self._promised.prefixes.below.start(self._post)
         log.info(
             "decode worker is ready",
             worker=self.name,
-            prefill=self.engine.prefill_basis,
-            inject_tokens_per_s=round(self.engine.inject_tokens_per_s),
+            prefill=self.engine.batching.prefill_basis,
+            inject_tokens_per_s=round(self.engine.batching.inject_tokens_per_s),
             chunk_tokens=self._promised.chunk_tokens,
         )
         try:
@@ -173,7 +160,7 @@ class Worker:
             self._promised.prefixes.below.close()
             if self._announcer:
                 self._announcer.close()
-            self._control.close()
+            self._clients.close()
             self._receiver.close()
             if self._doorkeeper:
                 self._doorkeeper.close()
@@ -205,44 +192,19 @@ class Worker:
     @property
     def control_port(self) -> int:
         """The TCP port that the control socket is bound to."""
-        return int(self._control.getsockopt_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
+        return self._clients.port
 
     @property
     def status(self) -> Status:
         """What the worker would answer to a Ping now."""
-        promised, pace = self._promised, self.engine.meter.pace()
-        watts = self.power.watts()
-        step_bytes = self._weights_bytes + pace.context_tokens * promised.prefixes.cell_bytes
-        return Status(
+        return msgspec.structs.replace(
+            vitals.status(self._promised, self.engine.batching, self._weights_bytes),
             worker=self.name,
-            used_cells=promised.admission.used_cells,
-            num_cells=promised.admission.num_cells,
-            running_sequences=self.engine.running_sequences,
-            reserved_sequences=promised.admission.admitted,
-            max_sequences=promised.admission.max_sequences,
-            landing_bytes=promised.pool.in_use * promised.pool.buffer_bytes,
-            prefill_tokens_per_s=self.engine.prefill_tokens_per_s,
-            prefill_basis=self.engine.prefill_basis,
-            remote_memory_fraction=self.memory.remote_fraction if self.memory else 0.0,
             draining=self._draining.is_set(),
-            retained_bytes=promised.prefixes.used_bytes,
-            retained_sequences=promised.prefixes.num_prefixes,
-            prefix_hits=promised.prefixes.hits,
-            reused_tokens=promised.prefixes.reused_tokens,
             queued_requests=len(self._line),
-            preempted_sequences=self.engine.preempted_sequences,
-            decode_tokens_per_s=pace.tokens_per_s,
-            step_ns=pace.step_ns,
-            step_sequences=pace.sequences,
-            step_context_tokens=pace.context_tokens,
-            step_read_bytes_per_s=step_bytes * 1e9 / pace.step_ns if pace.step_ns else 0.0,
             memory_bytes_per_s=self.memory_bytes_per_s,
-            drafted_tokens=self.engine.drafted_tokens,
-            accepted_tokens=self.engine.accepted_tokens,
-            package_watts=_sum(watts, "package"),
-            dram_watts=_sum(watts, "dram"),
-            power_of=", ".join(watts),
-            tiers=promised.prefixes.tiers(promised.admission.used_cells, promised.admission.num_cells),
+            remote_memory_fraction=self.memory.remote_fraction if self.memory else 0.0,
+            **vitals.power(self.power.watts()),
         )
 
     @property
@@ -276,7 +238,7 @@ class Worker:
                     if isinstance(event, Tokens):
                         self._promised.note(event)
                     client = self._promised.client(event.request_id)
-                    if client is not None and not self._send(client, event):
+                    if client is not None and not self._clients.send(client, event):
                         # A stream with a hole would be a wrong answer.
                         self.engine.abort(event.request_id)
                 case Fetched():
@@ -289,12 +251,7 @@ class Worker:
     # What clients say.
 
     def _listen(self) -> None:
-        for _ in range(MESSAGES_PER_TURN):
-            try:
-                client, *parts = self._control.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            self._clients[client] = time.monotonic_ns()
+        for client, parts in self._clients.heard():
             request_id = ""
             try:
                 if len(parts) != 1:
@@ -303,9 +260,9 @@ class Worker:
                 request_id = getattr(message, "request_id", "")
                 match message:
                     case Hello():
-                        self._send(client, self._welcome(message))
+                        self._clients.send(client, self._welcome(message))
                     case Ping():
-                        self._send(client, self._status(message))
+                        self._clients.send(client, self._status(message))
                     case Reserve():
                         self._take(client, message)
                     case Start():
@@ -321,7 +278,7 @@ class Worker:
     def _refuse(self, client: bytes, request_id: str, error: IsthmusError) -> None:
         log.warning("refused a control message", request_id=request_id, reason=str(error))
         param = getattr(error, "param", None)
-        self._send(client, Failure(code=error.code, message=str(error), request_id=request_id, param=param))
+        self._clients.send(client, Failure(code=error.code, message=str(error), request_id=request_id, param=param))
 
     def _status(self, ping: Ping) -> Status:
         """The answer to ``ping``, with what has changed in the prefix index since the client asked last."""
@@ -358,7 +315,7 @@ class Worker:
     def _answer(self, client: bytes, reserve: Reserve) -> None:
         """Send a ticket, or a place in the line of those that wait for room."""
         try:
-            if not self._send(client, self._placed(client, reserve)):
+            if not self._clients.send(client, self._placed(client, reserve)):
                 self._give_up(client, reserve.request_id)
         except IsthmusError as error:
             self._refuse(client, reserve.request_id, error)
@@ -373,7 +330,7 @@ class Worker:
         position = len(self._line)
         self._line.join(Waiting(client, reserve, time.monotonic_ns()))
         steps = self._promised.wait_steps([waiting.reserve for waiting in self._line])
-        wait_ms = steps * self.engine.meter.pace().step_ns // 1_000_000
+        wait_ms = steps * self.engine.batching.meter.pace().step_ns // 1_000_000
         return Queued(request_id=reserve.request_id, position=position, wait_ms=wait_ms)
 
     def _serve_line(self) -> None:
@@ -398,7 +355,7 @@ class Worker:
                 self._refuse(first.client, request_id, error)
                 continue
             self._line.leave(request_id)
-            if not self._send(first.client, ticket):
+            if not self._clients.send(first.client, ticket):
                 self.engine.abort(request_id)
 
     def _turn_away(self, waiting: Waiting, reason: str) -> None:
@@ -423,28 +380,8 @@ class Worker:
             raise ProtocolError(f"request {request_id!r} is not known here; reserve it first")
 
     def _drop_silent_clients(self) -> None:
-        oldest = time.monotonic_ns() - int(CLIENT_SILENCE_S * 1e9)
-        for client in [c for c, seen_ns in self._clients.items() if seen_ns < oldest]:
-            del self._clients[client]
+        for client in self._clients.gone():
             waiting = [waiting.reserve.request_id for waiting in self._line if waiting.client == client]
             for request_id in [*self._promised.of(client), *self._promised.fetching.of(client), *waiting]:
                 log.warning("client is gone, its request with it", request_id=request_id)
                 self._give_up(client, request_id)
-
-    def _send(self, client: bytes, message: FromWorker) -> bool:
-        """Queue ``message``; False if the client is gone or has stopped reading."""
-        try:
-            self._control.send_multipart([client, encode(message)], zmq.NOBLOCK)
-        except zmq.ZMQError as error:
-            request_id = getattr(message, "request_id", "")
-            # A client that only asked how we are may leave before it hears.
-            say = log.warning if request_id else log.debug
-            say("could not answer a client", request_id=request_id, reason=str(error))
-            return False
-        return True
-
-
-def _sum(watts: dict[str, float], kind: str) -> float | None:
-    """Watts of the counters of that kind; None if there are none."""
-    found = [value for name, value in watts.items() if name.startswith(kind)]
-    return round(sum(found), 2) if found else None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from cpu_decode.engine import Engine
+from cpu_decode.batching import Batching
 from cpu_decode.llama import Context
 from cpu_decode.reuse import Plan
 from cpu_decode.sampling import Sampler
@@ -78,14 +78,12 @@ class Stepping:
         self.context = Context(
             model, num_cells=num_cells, max_sequences=2, batch_tokens=256, threads=1, cell_type="bf16"
         )
-        self.engine = Engine(
-            self.context, batch_tokens=256, emit=lambda _: None, wake=lambda: None, guessing=NO_GUESSING
-        )
+        self.engine = Batching(self.context, batch_tokens=256, emit=lambda _: None, guessing=NO_GUESSING)
 
     def admit(self, name: str, seq_id: int, plan: Plan = NOTHING) -> Sequence:
         reserve = Reserve(request_id=name, prompt=prompt_of(150), sampling=LONG, source="local")
         sequence = Sequence(reserve, seq_id, Sampler(self.context.model, reserve), plan.num_tokens)
-        self.engine._admit(sequence, plan)
+        self.engine.admit(sequence, plan)
         return sequence
 
 
@@ -93,15 +91,15 @@ def test_a_chunk_that_lands_takes_the_cells_of_the_newest(model):
     stepping = Stepping(model, num_cells=256)
     engine, context = stepping.engine, stepping.context
     running, landing = stepping.admit("running", 0), stepping.admit("landing", 1)
-    engine._begin("running", None, False, 0)
-    engine._step()
+    engine.begin("running", None, False, 0)
+    engine.step()
     state = np.frombuffer(context.state(0), np.uint8)
     engine._inject(landing, StateBlob(state, state.size, 0, 150))
     assert (landing.num_cached, context.cached_tokens(1)) == (150, 150)
     assert (running.num_cached, context.cached_tokens(0), engine.preempted_sequences) == (0, 0, 1)
     engine._resume()
     assert engine.preempted_sequences == 1
-    engine._abort("landing")
+    engine.abort("landing")
     engine._copies.run()
     engine._resume()
     assert (running.num_cached, engine.preempted_sequences, running.preemptions) == (150, 0, 1)
@@ -114,8 +112,8 @@ def test_who_shares_cells_with_one_that_lost_them_gets_its_kv(model, geometry):
     stepping = Stepping(model, num_cells=512)
     engine, context = stepping.engine, stepping.context
     stepping.admit("donor", 0)
-    engine._begin("donor", None, False, 0)
-    engine._step()
+    engine.begin("donor", None, False, 0)
+    engine.step()
     before = context.state(0)
     assert engine._preempt_newest()
     assert context.cached_tokens(0) == 0

@@ -342,5 +342,5 @@ def test_a_local_start_computes_what_has_not_landed(running, context, landed, ke
 
 
 def landed_tokens(running, ticket: Ticket) -> int:
-    sequence = running.worker.engine._sequences.get(ticket.request_id)
+    sequence = running.worker.engine.batching._sequences.get(ticket.request_id)
     return sequence.num_cached if sequence else 0

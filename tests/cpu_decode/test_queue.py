@@ -129,7 +129,7 @@ def test_a_client_that_vanishes_leaves_the_line(running, monkeypatch):
     other.send(reserve("b"))
     assert isinstance(about(other, "b"), Queued)
     other.close()
-    monkeypatch.setattr("cpu_decode.worker.CLIENT_SILENCE_S", 0.5)
+    monkeypatch.setattr("cpu_decode.clients.CLIENT_SILENCE_S", 0.5)
 
     def gone() -> bool:
         return running.client.status().queued_requests == 0

@@ -7,6 +7,7 @@ differently, so that answers are compared where no two tokens are nearly as like
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +15,8 @@ import msgspec
 import pytest
 
 from cpu_decode import calibration
+from cpu_decode.batching import Batching
 from cpu_decode.draft import DraftModel, require_same_vocabulary
-from cpu_decode.engine import Engine
 from cpu_decode.llama import Batch, Context
 from cpu_decode.reuse import Plan
 from cpu_decode.sampling import Sampler
@@ -151,8 +152,22 @@ def test_every_token_is_the_likeliest_of_the_model_or_as_good_as_that(guessing, 
         tokens.append(token)
 
 
+def test_with_quantized_cells_greedy_answers_are_the_same_too(model, geometry):
+    with (
+        serving(model, geometry, "q8_0") as plain,
+        serving(model, geometry, "q8_0", speculate="always", speculate_tokens=5) as guessing,
+    ):
+        for prompt in (PROMPT, COPIED):
+            expected, _ = ask_for_choices(plain, GREEDY, 1, prompt)
+            answer, report = ask_for_choices(guessing, GREEDY, 1, prompt)
+            assert answer == expected
+        assert report.accepted_tokens > 0
+
+
 def test_a_draft_model_guesses_what_it_would_say_itself(running, model, geometry, default_pair):
     draft = DraftModel(Path(default_pair.gguf), model, max_sequences=MAX_SEQUENCES, threads=1)
+    cpu = max(os.sched_getaffinity(0))
+    draft.pin([cpu], [cpu])
     prompt = list(range(2000, 2560, 7))
     with serving(model, geometry, "bf16", speculate="always", speculate_tokens=4, draft=draft) as drafting:
         plain, _ = ask_for_choices(running, GREEDY, 1, prompt)
@@ -162,6 +177,7 @@ def test_a_draft_model_guesses_what_it_would_say_itself(running, model, geometry
         assert report.accepted_tokens >= report.drafted_tokens // 2 > 0
         again, _ = ask_for_choices(drafting, GREEDY, 1)
         assert again == ask_for_choices(running, GREEDY, 1)[0]
+        assert os.sched_getaffinity(drafting.worker.engine._thread.native_id) == {cpu}
     assert draft._seen == {}
     draft.close()
 
@@ -188,13 +204,13 @@ def test_automatic_guessing_follows_the_cost_of_rows(context, row_cost, guesses)
     row_ns = {rows: 1e6 * (1 + row_cost * (rows - 1)) for rows in (1, 2, 3, 4, 6, 8, 12)}
     events: list[object] = []
     guessing = Guessing("auto", row_ns=row_ns)
-    engine = Engine(context, batch_tokens=64, emit=events.append, wake=lambda: None, guessing=guessing)
-    engine._calibrate()
+    engine = Batching(context, batch_tokens=64, emit=events.append, guessing=guessing)
+    engine.calibrate()
     reserve = Reserve(request_id="r", prompt=PROMPT, sampling=FORCED, source="local")
-    engine._admit(Sequence(reserve, 0, Sampler(context.model, reserve)), Plan())
-    engine._begin("r", None, False, 0)
+    engine.admit(Sequence(reserve, 0, Sampler(context.model, reserve)), Plan())
+    engine.begin("r", None, False, 0)
     while engine._running:
-        engine._step()
+        engine.step()
     (last,) = (event for event in events if isinstance(event, Tokens) and event.report)
     assert last.report.completion_tokens == FORCED.max_tokens
     assert (last.report.drafted_tokens > 0) == guesses

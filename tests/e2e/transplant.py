@@ -53,7 +53,7 @@ def _prefill_one(prefill_url: str, model: str, prompt: list[int], ticket: Ticket
 
 def landed_elements(serving: Serving, ticket: Ticket, num_tokens: int) -> Elements:
     """Wait until the ticket's KV is in the cells, and return its rows. Nothing else may be decoding."""
-    sequence = serving.worker.engine._sequences[ticket.request_id]
+    sequence = serving.worker.engine.batching._sequences[ticket.request_id]
     deadline = time.monotonic() + 20
     while sequence.landing is None:
         assert time.monotonic() < deadline, "the KV never came"

@@ -1,0 +1,74 @@
+"""The proxies that a worker talks to: one control socket, and when each of them was last heard."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import structlog
+import zmq
+
+from transfer.config import Decode
+from transfer.keys import ServerKeys, secure_server
+from transfer.listen import bind
+from transfer.messages import MAX_MESSAGE_BYTES, FromWorker, encode
+
+log = structlog.get_logger()
+
+MESSAGES_PER_TURN = 64
+# A proxy pings every second; one that is silent this long is gone, and its requests with it.
+CLIENT_SILENCE_S = 10.0
+
+
+class Clients:
+    """Their messages in, ours out. I/O thread only; :meth:`close` it."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], decode: Decode, keys: ServerKeys | None) -> None:
+        self.socket = context.socket(zmq.ROUTER)
+        self.socket.maxmsgsize = MAX_MESSAGE_BYTES
+        self.socket.sndhwm = self.socket.rcvhwm = 10_000
+        self.socket.linger = 200
+        self.socket.router_mandatory = True
+        if keys:
+            secure_server(self.socket, keys, "proxy")
+        bind(self.socket, decode.host, decode.control_port, "[decode] control_port")
+        self._heard_ns: dict[bytes, int] = {}
+
+    @property
+    def port(self) -> int:
+        """The TCP port that the socket is bound to."""
+        return int(self.socket.getsockopt_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
+
+    def heard(self) -> Iterator[tuple[bytes, list[bytes]]]:
+        """Who has said something, and the parts of it: what waits now, at most ``MESSAGES_PER_TURN``."""
+        for _ in range(MESSAGES_PER_TURN):
+            try:
+                client, *parts = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._heard_ns[client] = time.monotonic_ns()
+            yield client, parts
+
+    def send(self, client: bytes, message: FromWorker) -> bool:
+        """Queue ``message``; False if the client is gone or has stopped reading."""
+        try:
+            self.socket.send_multipart([client, encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            request_id = getattr(message, "request_id", "")
+            # A client that only asked how we are may leave before it hears.
+            say = log.warning if request_id else log.debug
+            say("could not answer a client", request_id=request_id, reason=str(error))
+            return False
+        return True
+
+    def gone(self) -> list[bytes]:
+        """Those that have been silent for too long; each is named once."""
+        oldest = time.monotonic_ns() - int(CLIENT_SILENCE_S * 1e9)
+        silent = [client for client, heard_ns in self._heard_ns.items() if heard_ns < oldest]
+        for client in silent:
+            del self._heard_ns[client]
+        return silent
+
+    def close(self) -> None:
+        """Close the socket; what is queued still leaves for a moment."""
+        self.socket.close()
