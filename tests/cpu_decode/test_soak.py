@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import random
+import sys
 import threading
 import time
 
@@ -61,7 +63,13 @@ class Crowd:
         return True
 
     def listen(self) -> None:
-        message = self._client.listen()
+        try:
+            message = self._client.listen()
+        except TimeoutError:
+            # A worker that stands still and a host that is merely busy look the same from outside.
+            faulthandler.dump_traceback(sys.__stderr__)
+            print(self._client.status(), self._tickets, file=sys.__stderr__)
+            raise
         if message.request_id not in self._tickets:
             return
         assert not isinstance(message, Failure), message
@@ -81,12 +89,13 @@ class Crowd:
         return len(self._tickets)
 
 
-@pytest.mark.timeout(max(280, REQUESTS))
-def test_nothing_is_left_of_many_requests(model, geometry):
+@pytest.mark.parametrize("speculate", ["always", "auto"])
+@pytest.mark.timeout(max(280, 3 * REQUESTS))
+def test_nothing_is_left_of_many_requests(model, geometry, speculate):
     threads = set(threading.enumerate())
-    with serving(model, geometry, "bf16", pool_mib=16) as running:
+    with serving(model, geometry, "bf16", pool_mib=16, speculate=speculate) as running:
         crowd = Crowd(running, random.Random(20))
-        while crowd.ended + crowd.aborted < REQUESTS:
+        while crowd.ended + crowd.aborted < REQUESTS // 2:
             if crowd.size < IN_FLIGHT and crowd.ask():
                 continue
             if crowd.size:

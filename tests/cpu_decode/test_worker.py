@@ -53,7 +53,7 @@ def send(running, ticket: Ticket, elements: Elements, num_tokens: int, upto: int
         running.sender.finish(ticket.ticket, num_tokens)
 
 
-def eventually(check, timeout_s: float = 5.0) -> None:
+def eventually(check, timeout_s: float = 30.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not check():
         assert time.monotonic() < deadline, "it never came true"

@@ -32,7 +32,7 @@ _ids = itertools.count()
 class WorkerClient:
     """Speaks the control protocol to one worker; every wait is bounded."""
 
-    def __init__(self, port: int, keys: ClientKeys, patience_s: int = 60) -> None:
+    def __init__(self, port: int, keys: ClientKeys, patience_s: int = 180) -> None:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger = 0
