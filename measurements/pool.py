@@ -127,14 +127,11 @@ def conversation(stack: PoolStack) -> Iterator[Sample]:
 def sessions(stack: PoolStack, tokens: Callable[[int], list[int]]) -> Iterator[Sample]:
     """One system prompt, many sessions behind it: what each sends, and what all of them store."""
     system = tokens(SYSTEM_TOKENS)
-    before = stack.tiers()
+    before = stack.settled_tiers()
     for number in range(SESSIONS):
         answer = stack.ask([*system, *tokens(SESSION_TOKENS)], ANSWER_TOKENS, "split")
         yield _sent("session", number, answer.entry)
-    # A system prompt has 31 full blocks; each session has one of its own behind them.
-    for tier in ("disk", "shared"):
-        stack.settle(tier, before[tier]["blocks"] + SYSTEM_TOKENS // BLOCK_TOKENS + SESSIONS)
-    after = stack.tiers()
+    after = stack.settled_tiers()
     for tier in ("ram", "disk", "shared"):
         yield {"part": "stored", "tier": tier, "blocks": after[tier]["blocks"] - before[tier]["blocks"]}
 

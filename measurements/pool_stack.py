@@ -26,6 +26,8 @@ from transfer.errors import ConfigError, EngineError
 ANSWER_S = 300.0
 MAX_MODEL_LEN = 6144
 START_S = 20.0
+# Workers say every second what they hold.
+QUIET_S = 2.5
 
 
 class Answer(NamedTuple):
@@ -158,6 +160,16 @@ class PoolStack:
             if time.monotonic() > deadline:
                 raise EngineError(f"tier {tier} does not hold {num_blocks} blocks: {self.tiers().get(tier)}")
             time.sleep(0.2)
+
+    def settled_tiers(self) -> dict[str, dict[str, Any]]:
+        """The same as :meth:`tiers` once nothing has been written for ``QUIET_S``."""
+        found, since, deadline = self.tiers(), time.monotonic(), time.monotonic() + START_S
+        while time.monotonic() < min(since + QUIET_S, deadline):
+            time.sleep(0.2)
+            now = self.tiers()
+            if [tier["blocks"] for tier in now.values()] != [tier["blocks"] for tier in found.values()]:
+                found, since = now, time.monotonic()
+        return found
 
     def _entry(self, request_id: str) -> dict[str, Any]:
         deadline = time.monotonic() + START_S
