@@ -70,7 +70,8 @@ class DiskTier:
             return
         began = time.monotonic()
         try:
-            self.losses.refused["torn"] += sum(1 for _ in (self._part / "tmp").glob(f"*{block_files.SUFFIX}"))
+            if torn := sum(1 for _ in (self._part / "tmp").glob(f"*{block_files.SUFFIX}")):
+                self.losses.refused["torn"] += torn
             shutil.rmtree(self._part / "tmp", ignore_errors=True)
             (self._part / "tmp").mkdir(mode=0o700, exist_ok=True)
             found: list[tuple[float, Header]] = []

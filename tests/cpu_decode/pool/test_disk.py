@@ -252,3 +252,14 @@ def test_whoever_is_killed_while_writing_leaves_whole_blocks_only(tmp_path):
         got = tier.get([block(n, 1).name for n in numbers])
         assert all(np.array_equal(a, block(n, 300_000).payload) for a, n in zip(got, numbers, strict=True))
         assert list((tmp_path / "0" / "tmp").iterdir()) == []
+
+
+def test_a_write_that_a_kill_has_torn_is_dropped_and_counted(tmp_path):
+    with disk(tmp_path) as tier:
+        tier.put(block(1))
+        assert tier.losses.refused == {}
+    torn = tmp_path / "0" / "tmp" / block_files.path_of(tmp_path / "0", block(2).name).name
+    torn.write_bytes(block(2).header())
+    with disk(tmp_path) as tier:
+        assert (tier.losses.refused, tier.corrupt_blocks, has(tier, 1, 2)) == ({"torn": 1}, 0, [True, False])
+        assert not torn.exists()
