@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from measurements import link_exposed, link_inject, link_namespaces, link_receiver, link_sender, result
+from measurements import link_exposed, link_namespaces, link_receiver, link_sender, result
 from measurements.link_exposed import Prompt
 from measurements.link_sender import Peer, Sample
 from measurements.link_summary import CHECKED, IPERF3, MEMCPY, ZMQ, ZMQ_COPIED, ZMQ_KEPT, summarize, tables
@@ -105,6 +105,9 @@ def _measure(json: Path | None, plot: Path | None, measured: Callable[[Progress]
 
 
 def _on_this_host(progress: Progress, rounds: int, num_tokens: int | None, *, shaped: bool) -> Iterator[Sample]:
+    # It needs llama.cpp, which a prefill host at one end of a path does not have.
+    from measurements import link_inject
+
     with _local_peer() as peer, _local_peer() as bare_peer:
         yield from over_loopback(progress, peer, bare_peer, rounds, num_tokens or LOOPBACK_TOKENS)
     if shaped:
