@@ -17,7 +17,7 @@ class Ask(msgspec.Struct, frozen=True, array_like=True):
 
     ``answer_tokens`` is what each of ``choices`` is expected to have. Objectives are 0 where there are none. ``turn``
     counts round-robin. The request ``may_try`` what is not known. With ``worker_samples`` vLLM's first token is of no
-    use. So many others are ``arriving``: here, and not placed yet.
+    use. So many others are ``arriving``: here and not placed yet, or expected from what was lately.
     """
 
     prompt_tokens: int

@@ -137,6 +137,7 @@ class Gateway:
                 prompt = await self._tokenize(call.body)
             with account.meter.stage("route"):
                 job = self.dispatcher.plan(self._job(call, prompt), account)
+            held.enter_context(self.dispatcher.planner.serving())
             if call.body.prompt_logprobs is not None:
                 scored = await self._scored(job, call.body.prompt_logprobs)
                 for choice in range(job.choices):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -12,7 +14,7 @@ import msgspec
 from proxy.decode_node import DecodeNode
 from proxy.estimates import Estimates
 from proxy.facts import Ask, CodecFacts, Inputs, VllmFacts, WorkerFacts
-from proxy.load import Occupancy, VllmLoad
+from proxy.load import Occupancy, VllmLoad, Watch
 from proxy.nodes import DecodePool
 from proxy.placement import ranked
 from proxy.policy import Decision, decide
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 FULL_NS = 250_000_000
 # A worker's status is about the second before it, and up to a second old.
 _STATUS_NS = 2_500_000_000
+# So many requests tell how many are in flight at a time.
+_LATELY = 8
 _NS_PER_MS = 1_000_000
 
 
@@ -50,6 +54,21 @@ class Planner:
         self._turn = 0
         self._trying: set[str] = set()
         self._arriving = 0
+        self._serving = Occupancy()
+        self._in_flight = 0
+        # How many were in flight, on average, while each of the last ones was.
+        self._lately: deque[float] = deque(maxlen=_LATELY)
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """A request is served in the body."""
+        self._in_flight += 1
+        try:
+            with self._serving.working(1), Watch(self._serving, self._serving) as watch:
+                yield
+        finally:
+            self._in_flight -= 1
+        self._lately.append(watch.beside(0, 0).sequences)
 
     @contextmanager
     def arriving(self) -> Iterator[None]:
@@ -130,8 +149,17 @@ class Planner:
             turn=self._turn,
             may_try=not self._trying,
             worker_samples=job.decoder_samples,
-            arriving=self._arriving,
+            arriving=self._expected(),
         )
+
+    def _expected(self) -> int:
+        """How many more will be in flight soon: those that have come, or as many as lately where there is not only one.
+
+        What begins alone may well stay alone.
+        """
+        if not self._in_flight + self._arriving or not self._lately:
+            return self._arriving
+        return max(self._arriving, round(fmean(self._lately)) - self._in_flight - 1)
 
     def _vllm_facts(self, job: Job) -> VllmFacts:
         caching = self._cluster.prefill.prefix_caching and job.reuse

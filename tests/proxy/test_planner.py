@@ -202,6 +202,16 @@ def test_the_deadline_is_the_requests_not_the_attempts(hanging):
     assert time.monotonic() - began_s < 3.5
 
 
+def test_as_many_are_expected_as_there_were_lately_unless_nobody_else_is_there(fresh):
+    planner = fresh.gateway.dispatcher.planner
+    fresh.chat()
+    planner._lately.extend([5.0] * 8)
+    with planner.serving():
+        fresh.chat()
+    fresh.chat()
+    assert [entry["decision"][0][-1] for entry in fresh.entries()] == [0, 3, 0]
+
+
 def test_expected_lengths():
     answers = AnswerLengths()
     assert answers.expected(None, 1000) == 128
