@@ -20,6 +20,7 @@ from gpu_prefill import service
 from tests.conftest import ModelPair
 from tests.gpu_prefill.recorder import RecordingSender, make_ticket
 from transfer.config import Cluster, Link, Pair
+from transfer.errors import ConfigError
 from transfer.layout import interleaved_index
 from transfer.messages import Landing, Ticket
 
@@ -211,3 +212,19 @@ def test_a_failed_link_fails_its_transfer_and_nothing_else(engine: Engine) -> No
     assert len(outputs[broken].outputs[0].token_ids) == 1
     whole = engine.add(prompt_of(20, seed=71), make_ticket(601))
     assert result_of(engine.drain()[whole])["complete"]
+
+
+def test_memory_that_holds_no_step_is_refused_before_a_device_is_asked(engine: Engine) -> None:
+    import torch
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    connector = get_kv_transfer_group()
+    assert engine.sender is connector._exporter._sender
+    assert connector._staging(torch.device("cpu")) is None
+    settings = connector._settings
+    connector._settings = msgspec.structs.replace(settings, sender_bytes=5 << 20)
+    try:
+        with pytest.raises(ConfigError, match=r"a step of 256 tokens makes 5 MiB of KV; raise .* sender_mib above 5"):
+            connector._staging(torch.device("cuda"))
+    finally:
+        connector._settings = settings
