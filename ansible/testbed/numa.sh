@@ -121,6 +121,7 @@ host = "10.78.0.3"
 max_model_len = 1024
 [decode]
 host = "10.78.0.2"
+advertise_host = "10.78.0.2"
 [proxy]
 host = "10.78.0.1"
 advertise_host = "10.78.0.1"
