@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import msgspec
 
+from isthmus.children import die_with_parent
 from proxy.app import create_app
 from proxy.gateway import Gateway
 from tests.proxy.conftest import free_port, serving, wait_until
@@ -52,9 +53,12 @@ class Workers:
     def entry(self) -> dict[str, Any]:
         return self.http.get("/ledger?last=1").json()["entries"][0]
 
-    def start(self, name: str) -> None:
-        self.processes[name] = subprocess.Popen(self.commands[name])
-        wait_until(lambda: name in self.gateway.workers.nodes and self.gateway.workers.nodes[name].status, START_S)
+    def start(self, *names: str) -> None:
+        """Start workers that do not run, and wait until the proxy may use them."""
+        for name in names:
+            self.processes[name] = subprocess.Popen(self.commands[name], preexec_fn=die_with_parent)
+        nodes = self.gateway.workers.nodes
+        wait_until(lambda: all(name in nodes and nodes[name].takes_requests for name in names), START_S)
 
 
 @contextmanager
@@ -74,7 +78,7 @@ def workers_of(cluster: Cluster, folder: Path) -> Iterator[Workers]:
                 config.write_bytes(dump(msgspec.structs.replace(cluster, decode=decode)))
                 name = f"127.0.0.1:{decode.control_port}"
                 running.commands[name] = [sys.executable, "-P", "-m", "isthmus", "decode", "--config", str(config)]
-                running.start(name)
+            running.start(*running.commands)
             yield running
         finally:
             for process in running.processes.values():
