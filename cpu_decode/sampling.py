@@ -57,7 +57,13 @@ class Sampler:
         self._nucleus: Nucleus | None = None
         self._before: object = None
         self._chain = _new_chain()
-        self._add_bias(model, sampling)
+        bias = dict(sampling.logit_bias)
+        # A grammar allows the end only where nothing else may follow, or where the model ends by itself.
+        if sampling.ignore_eos and not grammar:
+            bias.update(dict.fromkeys(model.end_tokens, -math.inf))
+        # Added to the logits themselves: a chain would copy all of them for the sake of a few.
+        self._biased = np.array(list(bias), np.intp)
+        self._bias = np.array(list(bias.values()), np.float32)
         self._add_penalties(model, sampling, prompt, output)
         if sampling.temperature < _GREEDY_BELOW:
             self._argmax = not llama_cpp.llama_sampler_chain_n(self._chain)
@@ -109,6 +115,16 @@ class Sampler:
         return (self._chain,) if self._before is None else (self._before, self._chain)
 
     def _pick(self, context: Context, row: int) -> int:
+        if not self._biased.size:
+            return self._choose(context, row)
+        logits = context.live_logits(row)
+        kept = logits[self._biased]
+        logits[self._biased] = kept + self._bias
+        token = self._choose(context, row)
+        logits[self._biased] = kept
+        return token
+
+    def _choose(self, context: Context, row: int) -> int:
         if self._argmax:
             return int(context.live_logits(row).argmax())
         if self._nucleus is None:
@@ -134,18 +150,6 @@ class Sampler:
 
     def _add(self, sampler: object) -> None:
         llama_cpp.llama_sampler_chain_add(self._chain, sampler)
-
-    def _add_bias(self, model: Model, sampling: Sampling) -> None:
-        bias = dict(sampling.logit_bias)
-        # A grammar allows the end only where nothing else may follow, or where the model ends by itself.
-        if sampling.ignore_eos and not self._grammar:
-            bias.update(dict.fromkeys(model.end_tokens, -math.inf))
-        if bias:
-            pairs = (llama_cpp.llama_logit_bias * len(bias))(
-                *(llama_cpp.llama_logit_bias(token=token, bias=value) for token, value in bias.items())
-            )
-            pointer = ctypes.cast(pairs, ctypes.POINTER(llama_cpp.llama_logit_bias))
-            self._add(llama_cpp.llama_sampler_init_logit_bias(model.vocab_size, len(bias), pointer))
 
     def _add_penalties(self, model: Model, sampling: Sampling, prompt: list[int], output: list[int]) -> None:
         window = len(prompt) + sampling.max_tokens

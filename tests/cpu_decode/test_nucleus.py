@@ -6,6 +6,7 @@ draw a neighbour now and then.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import llama_cpp
@@ -87,6 +88,17 @@ def test_the_same_seed_draws_what_llama_cpp_would_draw(prompted, more):
         # Draws from different distributions agree in hardly any.
         assert same >= 0.8 * STEPS, same
         assert len(set(drawn)) > 1
+
+
+@pytest.mark.parametrize("more", [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3}])
+def test_a_bias_decides_and_is_gone_from_the_logits(prompted, more):
+    before = prompted.logits(len(PROMPT) - 1)
+    likeliest = int(before.argmax())
+    sampling = Sampling(max_tokens=1, seed=1, logit_bias={905: 200.0, likeliest: -math.inf}, ignore_eos=True, **more)
+    sampler = Sampler(prompted.model, Reserve(request_id="r", prompt=PROMPT, sampling=sampling, source="local"))
+    assert sampler.sample(prompted, len(PROMPT) - 1).token == 905
+    sampler.close()
+    assert np.array_equal(prompted.logits(len(PROMPT) - 1), before)
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.1, 3.0, 30.0], ids=["flat", "nearly flat", "usual", "certain"])
