@@ -14,7 +14,7 @@ _NATIVE = "I"
 _MOST_ITEMS = 4096
 
 
-class HeaderReader(GGUFReader):
+class HeaderReader(GGUFReader):  # type: ignore[misc]
     """Fields and tensors as ever, but for lists of texts and long lists: the last part of such a field is its length.
 
     Raises what :class:`gguf.GGUFReader` raises, and :class:`struct.error` where a list goes on behind the file.
