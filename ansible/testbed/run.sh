@@ -19,7 +19,7 @@ while [[ $# -gt 0 ]]; do
 done
 export ISTHMUS_TESTBED_DIR=/var/tmp/isthmus-testbed ISTHMUS_TESTBED_CACHE=$cache
 lab=$ISTHMUS_TESTBED_DIR work=$ISTHMUS_TESTBED_DIR/work source=$ISTHMUS_TESTBED_DIR/work/source
-export ANSIBLE_CONFIG=$source/ansible/ansible.cfg ANSIBLE_HOME=$work/ansible ANSIBLE_NOCOLOR=1 ANSIBLE_SSH_ARGS="-F $lab/ssh_config -o ControlMaster=auto -o ControlPersist=30s"
+export ANSIBLE_CONFIG=$source/ansible/ansible.cfg ANSIBLE_HOME=$work/ansible ANSIBLE_SSH_CONTROL_PATH_DIR=$work/cp ANSIBLE_NOCOLOR=1 ANSIBLE_SSH_ARGS="-F $lab/ssh_config -o ControlMaster=auto -o ControlPersist=30s"
 log=$results/testbed.log step=0 running=''
 
 finish() {
