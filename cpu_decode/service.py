@@ -89,7 +89,7 @@ def run(cluster: Cluster, node: numa.Node | None = None) -> None:
         huge_page_bytes=huge_page_bytes,
     )
     if decode.mlock:
-        _say_whether_locked(gguf)
+        _say_whether_locked(model.size_bytes)
     watch = binding.MemoryWatch(node.number) if node else None
     guessing = Guessing(decode.speculate, decode.speculate_tokens, profile.row_ns(decode), draft)
     worker = Worker(model, context, geometry, decode, cluster.link, own_keys, guessing)
@@ -134,9 +134,9 @@ def _raise_lock_limit() -> None:
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard, hard))
 
 
-def _say_whether_locked(gguf: Path) -> None:
+def _say_whether_locked(weights_bytes: int) -> None:
     locked = binding.locked_bytes()
-    if locked < gguf.stat().st_size:
+    if locked < weights_bytes:
         limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
         log.info(
             "weights may be swapped out: the limit of locked memory is too low (systemd: LimitMEMLOCK=infinity)",

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from gpu_prefill.geometry import read_geometry
-from transfer.config import Prefill
+from gpu_prefill.staging import DEVICE_SLOTS
+from transfer.config import Link, Prefill
 from transfer.errors import ConfigError
 
 GIB = 1 << 30
@@ -43,6 +44,7 @@ class Plan(NamedTuple):
     weights_bytes: int
     activation_bytes: int
     staging_bytes: int
+    step_kv_bytes: int
     kv_bytes: int
     kv_token_bytes: int
     longest_prompt_tokens: int
@@ -50,15 +52,15 @@ class Plan(NamedTuple):
     @property
     def offload_gib(self) -> int:
         """Weights to leave in host memory (vLLM's ``--cpu-offload-gb``) so that one prompt of a step's length fits."""
-        return max(0, math.ceil((self.staging_bytes - self.kv_bytes) / GIB)) if self.longest_prompt_tokens < 1 else 0
+        return max(0, math.ceil((self.step_kv_bytes - self.kv_bytes) / GIB)) if self.longest_prompt_tokens < 1 else 0
 
 
 def plan(hf_dir: Path, vram_bytes: int, bits: int | None, prefill: Prefill) -> Plan:
     """Divide ``vram_bytes`` for the model in ``hf_dir``, its matrices at ``bits`` a weight or as they are stored.
 
     Activations are one step of ``prefill.max_step_tokens`` through the widest layer, and the logits of as many
-    sequences as run; staging is the copy of a step's KV that waits for the wire. Raises :class:`ConfigError` as
-    :func:`gpu_prefill.geometry.read_geometry` does.
+    sequences as run; staging is the ring of frames that wait for the bus (``gpu_prefill/staging.py``). Raises
+    :class:`ConfigError` as :func:`gpu_prefill.geometry.read_geometry` does.
     """
     geometry = read_geometry(hf_dir)
     weights = read_weights(hf_dir)
@@ -70,12 +72,14 @@ def plan(hf_dir: Path, vram_bytes: int, bits: int | None, prefill: Prefill) -> P
     token_bytes = geometry.elements_per_token * ELEMENT_BYTES
     budget_bytes = int(vram_bytes * prefill.gpu_memory_utilization)
     weights_bytes = weights_at(weights, bits)
-    staging_bytes = step * token_bytes
+    staging_bytes = DEVICE_SLOTS * (Link().frame_mib << 20)
     kv_bytes = budget_bytes - CONTEXT_BYTES - weights_bytes - activation_bytes - staging_bytes
     fitting_tokens = max(0, kv_bytes) // (token_bytes * BLOCK_TOKENS) * BLOCK_TOKENS
     # vLLM samples a token of its own after a prompt, which needs a place.
     longest = max(0, min(fitting_tokens, _context_tokens(hf_dir, config)) - 1)
-    return Plan(budget_bytes, weights_bytes, activation_bytes, staging_bytes, kv_bytes, token_bytes, longest)
+    return Plan(
+        budget_bytes, weights_bytes, activation_bytes, staging_bytes, step * token_bytes, kv_bytes, token_bytes, longest
+    )
 
 
 def read_weights(hf_dir: Path) -> Weights:
@@ -120,7 +124,7 @@ def table(found: Plan, vram_bytes: int) -> Table:
         ("CUDA context, workspaces, graphs", -CONTEXT_BYTES),
         ("weights", -found.weights_bytes),
         ("activations of a step, logits", -found.activation_bytes),
-        ("a step's KV, waiting for the wire", -found.staging_bytes),
+        ("KV that waits for the bus", -found.staging_bytes),
         ("left for KV blocks", found.kv_bytes),
     )
     for what, num_bytes in rows:
