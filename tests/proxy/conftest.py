@@ -130,7 +130,10 @@ def running(cluster: Cluster, *, prefill_up: bool = True, decode_up: bool = True
         ):
             wait_until(lambda: gateway.prefill.up == prefill_up and gateway.workers.up == decode_up)
             wait_until(lambda: gateway.workers.any_status or not decode_up)
-            yield Stack(url, gateway, prefill, worker, http)
+            stack = Stack(url, gateway, prefill, worker, http)
+            yield stack
+            # A test may have put another one in its place.
+            worker = stack.worker
     finally:
         worker.close()
 

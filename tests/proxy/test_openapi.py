@@ -32,6 +32,7 @@ PATHS = (
     "/ledger",
     "/ledger/{request_id}",
     "/nodes",
+    "/totals",
 )
 
 
