@@ -28,7 +28,7 @@ REQUIRED = {
     "ledger": ("ways", "net_gain_s"),
 }
 # Of results in which nothing is timed, the load of the machine says nothing.
-_UNTIMED = ("advise", "fidelity", "ledger")
+_UNTIMED = ("advise", "fidelity", "ledger", "pool-kills")
 BUSY_LOAD = 0.5
 LARGEST_BYTES = 64 << 20
 PICTURES = {".png": "image/png", ".svg": "image/svg+xml"}
