@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from measurements import bandwidth, decode_latency, decode_speculation, result
+from measurements import bandwidth, decode_latency, decode_speculation, result, targets
 from measurements.decode_latency import Load
 from measurements.decode_targets import verdicts
 from measurements.decode_ways import Setting, measure_batched_bench, measure_ours, measure_server
@@ -107,7 +107,7 @@ def run(json: Path | None, plot: Path | None, rounds: int, setting: Setting, pro
 
         draw(summary, plot)
     Console().print(table(summary))
-    Console().print(verdict_table(summary))
+    Console().print(targets.table(verdicts(summary)))
 
 
 def measure(setting: Setting, programs: Tools, rounds: int, profile: str) -> Iterator[Sample]:
@@ -265,15 +265,4 @@ def table(summary: dict[str, Any]) -> Table:
         f" {summary['handoff_to_logits_ms']:.1f} ms from the last frame of {LOAD.short_tokens} tokens to logits"
         f" beyond a step; memory {summary['memory_overhead_fraction']:+.1%} of weights and cells"
     )
-    return shown
-
-
-def verdict_table(summary: dict[str, Any]) -> Table:
-    """Every figure that has a target, and whether it reaches it."""
-    shown = Table(title="targets", title_justify="left")
-    for column in ("figure", "measured", "target", ""):
-        shown.add_column(column, justify="left" if column == "figure" else "right", no_wrap=True)
-    for each in verdicts(summary):
-        said = "pass" if each.passed else "miss"
-        shown.add_row(each.figure, f"{each.value:.3f}", f"{each.bound} {each.target:g}", said)
     return shown

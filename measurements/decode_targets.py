@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any
+
+from measurements.targets import Verdict
 
 # Of figures that are kept by number of sequences: each must reach its least, at these numbers or at all of them.
 _RATES: tuple[tuple[str, float, tuple[str, ...]], ...] = (
@@ -18,20 +20,6 @@ _AT_MOST = (
     ("memory_overhead_fraction", 0.05),
 )
 _AUTO_LEAST, _COPYING_LEAST = 0.97, 1.2
-
-
-class Verdict(NamedTuple):
-    """One figure next to what it must be."""
-
-    figure: str
-    value: float
-    bound: Literal["at least", "at most"]
-    target: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether it is what it must be."""
-        return self.value >= self.target if self.bound == "at least" else self.value <= self.target
 
 
 def verdicts(summary: dict[str, Any]) -> Iterator[Verdict]:

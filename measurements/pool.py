@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cpu_decode.pool import block_files
-from measurements import picture, pool_eviction, pool_targets, prompts, result
+from measurements import picture, pool_eviction, pool_targets, prompts, result, targets
 from measurements.pool_stack import Answer, PoolStack, redis_server
 from measurements.pool_targets import LIMITS
 from transfer.blocks import BLOCK_TOKENS
@@ -55,7 +55,7 @@ def run(json: Path | None, plot: Path | None, rounds: int) -> None:
         result.write(json, "pool", environment, samples, summary)
     if plot is not None:
         draw(summary, samples, plot)
-    for made in (*tables(summary), pool_targets.table(found)):
+    for made in (*tables(summary), targets.table(found)):
         Console().print(made)
 
 

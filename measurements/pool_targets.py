@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-from rich.table import Table
-
-from measurements.decode_targets import Verdict
+from measurements.targets import Verdict
 
 # Of the cold TTFT, by tier.
 LIMITS = {"cells": 0.05, "ram": 0.10, "disk": 0.25}
@@ -47,14 +45,3 @@ def growth(turns: list[dict[str, Any]]) -> dict[str, float]:
         tokens.append(turn["new_tokens"] / new_tokens)
         sent.append(turn["wire_bytes"] / (new_tokens * token_bytes))
     return {"tokens": max(tokens, default=0.0), "bytes": max(sent, default=0.0)}
-
-
-def table(found: list[Verdict]) -> Table:
-    """Every figure that has a target, and whether it reaches it."""
-    shown = Table(title="targets", title_justify="left")
-    for column in ("figure", "measured", "target", ""):
-        shown.add_column(column, justify="left" if column == "figure" else "right", no_wrap=True)
-    for each in found:
-        said = "pass" if each.passed else "miss"
-        shown.add_row(each.figure, f"{each.value:.3f}", f"{each.bound} {each.target:g}", said)
-    return shown

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from isthmus.pair import default_pair
 from isthmus.up import Stack, cluster_on_free_ports, with_keys
-from measurements import result
+from measurements import result, targets
 from measurements.load_generator import Ask, Generator, Request, Target
 from measurements.proxy_fixed import FixedStack
 from measurements.proxy_streams import measure as measure_streams
@@ -248,15 +248,4 @@ def tables(summary: dict[str, Any]) -> list[Table]:
     more.add_row("  late at the 99th percentile, ms", f"{idle['late_ms_p99']:.1f}")
     more.add_row("others' gaps beside a reader that does not read, over alone", f"{slow['gap_p99_ratio']:.2f}")
     more.add_row("split efficiency: (prefill + decode alone) / end to end", f"{summary['split_efficiency']:.2f}")
-    return [shown, more, _verdict_table(summary)]
-
-
-def _verdict_table(summary: dict[str, Any]) -> Table:
-    """Every figure that has a target, and whether it reaches it."""
-    shown = Table(title="targets", title_justify="left")
-    for column in ("figure", "measured", "target", ""):
-        shown.add_column(column, justify="left" if column == "figure" else "right", no_wrap=True)
-    for each in verdicts(summary):
-        said = "pass" if each.passed else "miss"
-        shown.add_row(each.figure, f"{each.value:.3f}", f"{each.bound} {each.target:g}", said)
-    return shown
+    return [shown, more, targets.table(verdicts(summary))]

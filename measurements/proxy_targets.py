@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from measurements.decode_targets import Verdict
+from measurements.targets import Verdict
 
 ADDED_TTFT_MS_P50, ADDED_TTFT_MS_P99 = 5.0, 15.0
 THROUGHPUT, SPLIT_EFFICIENCY = 0.98, 0.95

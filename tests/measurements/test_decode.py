@@ -7,7 +7,7 @@ import pytest
 
 from cpu_decode import binding, numa, profile
 from cpu_decode.profile import Profile, Tuned
-from measurements import bandwidth, decode, decode_speculation, decode_tune
+from measurements import bandwidth, decode, decode_speculation, decode_tune, targets
 from measurements.decode_latency import Load, gaps_ns
 from measurements.decode_plot import draw
 from measurements.decode_targets import verdicts
@@ -115,7 +115,7 @@ def test_a_step_reads_the_weights_once_and_every_sequences_cells() -> None:
 def test_the_summary_can_be_shown_and_drawn(tmp_path: Path) -> None:
     summary = decode.summarize(samples())
     assert decode.table(summary).row_count == 9
-    assert decode.verdict_table(summary).row_count == 12
+    assert targets.table(verdicts(summary)).row_count == 12
     draw(summary, tmp_path / "decode.png")
     assert (tmp_path / "decode.png").stat().st_size > 10_000
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from measurements import pool, pool_kills, pool_targets
+from measurements import pool, pool_kills, pool_targets, targets
 from measurements.pool_eviction import CAPACITY_BLOCKS, SCAN_CAPACITIES, STRETCH, hit_rates, with_scans, zipf
 
 
@@ -49,7 +49,7 @@ def test_a_summary_has_shares_totals_and_tables():
         "answers as the cold ones",
         *(f"times that the shared prompt is stored in {tier}" for tier in ("ram", "disk", "shared")),
     ]
-    assert "miss" in [*pool_targets.table([*pool_targets.verdicts(summary)]).columns[3].cells]
+    assert "miss" in [*targets.table([*pool_targets.verdicts(summary)]).columns[3].cells]
     assert [table.row_count for table in pool.tables(summary)] == [5, 2, 1]
 
 
