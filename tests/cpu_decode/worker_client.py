@@ -44,9 +44,9 @@ class WorkerClient:
         self._unasked = 0
 
     def ask(self, message: Message) -> FromWorker:
-        """Send and return the next message that is not about another request."""
+        """Send and return the next message that is about no request: a late word on an ended one is no answer."""
         self._socket.send(encode(message))
-        return self._next()
+        return self._wait_for(lambda answer: not getattr(answer, "request_id", ""))
 
     def send(self, message: Message) -> None:
         self._socket.send(encode(message))
