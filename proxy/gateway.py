@@ -21,7 +21,7 @@ from proxy.ledger import Account, Entry, Ledger
 from proxy.limits import Admission
 from proxy.metrics import Metrics
 from proxy.nodes import DecodePool
-from proxy.openai import Body, ChatBody
+from proxy.openai import Body, ChatBody, CompletionBody
 from proxy.parity import ParityGuard
 from proxy.prefill_node import PrefillNode, PromptLogprobs
 from proxy.registry import Registry
@@ -198,14 +198,20 @@ class Gateway:
         if isinstance(body, ChatBody):
             tools = body.tool_use.for_template() if body.tool_use else []
             return await self.renderer.chat(body.turns(), tools, body.template_options())
+        if body.suffix:
+            return await self.renderer.between(body.prompt[0], body.suffix)
         return await self.renderer.completion(body.prompt[0])
 
     def _job(self, call: Call, prompt: list[int]) -> Job:
         body = call.body
+        sampling = body.sampling(body.token_limit or self.cluster.prefill.max_model_len)
+        if isinstance(body, CompletionBody) and body.suffix:
+            ends = self.renderer.gap_ends
+            sampling = msgspec.structs.replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *ends))
         return Job(
             call.request_id,
             prompt,
-            body.sampling(body.token_limit or self.cluster.prefill.max_model_len),
+            sampling,
             call.codec,
             self.cluster.link.codec,
             self.dispatcher.deadline_ns(),

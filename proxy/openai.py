@@ -303,8 +303,8 @@ class CompletionBody(_Body):
         super().check()
         if self.max_tokens == 0 and not self.echo:
             raise RequestError("max_tokens = 0 needs echo = true", "max_tokens")
-        if self.suffix:
-            raise RequestError("suffix is not supported; leave it out", "suffix")
+        if self.suffix and self.echo:
+            raise RequestError("echo would repeat the suffix, too; leave one of them out", "suffix")
         if _or(self.best_of, self.kept_choices) < self.kept_choices:
             raise RequestError(f"best_of = {self.best_of} is under n = {self.n}", "best_of")
         if self.stream and self.choices > self.kept_choices:
@@ -313,7 +313,8 @@ class CompletionBody(_Body):
     @property
     def guessed_prompt_tokens(self) -> int:
         """About how many tokens all prompts have, by their length."""
-        return 1 + sum(len(each) // (CHARACTERS_PER_TOKEN if isinstance(each, str) else 1) for each in self.prompt)
+        sizes = (len(each) // (CHARACTERS_PER_TOKEN if isinstance(each, str) else 1) for each in self.prompt)
+        return 1 + sum(sizes) + len(self.prompt) * (len(self.suffix or "") // CHARACTERS_PER_TOKEN)
 
     def apart(self) -> list[CompletionBody]:
         """One body for each prompt."""

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 
+from proxy import infill
 from proxy.tools import spell_out
 from proxy.vocabulary import Vocabulary
 from transfer.errors import ConfigError, RequestError
@@ -23,11 +24,13 @@ class Renderer:
         self._hf_dir = hf_dir
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render")
         self._tokenizer: Any = None
+        self._infill: infill.Infill | None = None
         self.vocabulary: Vocabulary
 
     async def load(self) -> None:
         """Read tokenizer and vocabulary from the pair's folder; :class:`ConfigError` if they cannot be read."""
         self._tokenizer, self.vocabulary = await self._run(self._load)
+        self._infill = infill.find(self._tokenizer.get_vocab())
 
     async def chat(
         self,
@@ -53,6 +56,20 @@ class Renderer:
     async def completion(self, prompt: str | list[int]) -> list[int]:
         """Token ids of a bare prompt, with the tokenizer's special tokens; ids are checked and passed on."""
         return await self._run(lambda: self._completion(prompt))
+
+    async def between(self, before: str | list[int], after: str) -> list[int]:
+        """Token ids that ask for what stands between two texts; :class:`RequestError` if the model cannot be asked."""
+        marks = self._infill
+        if marks is None:
+            raise RequestError(
+                "suffix: this model has no tokens for filling a gap, such as <|fim_prefix|>; leave it out", "suffix"
+            )
+        return await self._run(lambda: self._between(marks, before, after))
+
+    @property
+    def gap_ends(self) -> tuple[int, ...]:
+        """Tokens by which the model says that a gap is filled, beside those that end everything."""
+        return self._infill.ends if self._infill else ()
 
     def require_known(self, token_ids: Iterable[int], param: str) -> None:
         """Raise :class:`RequestError` about the first id in the request's field ``param`` that is not a token."""
@@ -100,3 +117,17 @@ class Renderer:
             raise RequestError("the prompt is empty", "prompt")
         self.require_known(token_ids, "prompt")
         return token_ids
+
+    def _between(self, marks: infill.Infill, before: str | list[int], after: str) -> list[int]:
+        def tokenize(text: str) -> list[int]:
+            return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+        if isinstance(before, str):
+            bos = self._tokenizer.bos_token_id
+            begin = [bos] if bos is not None and list(self._tokenizer("").input_ids)[:1] == [bos] else []
+            first = tokenize(before)
+        else:
+            self.require_known(before, "prompt")
+            begin, first = [], before
+        rest = infill.continued(after, tokenize, byte_level=self.vocabulary.byte_level)
+        return begin + marks.prompt(first, rest)

@@ -21,7 +21,7 @@ class Vocabulary:
         self._tokens: list[str | None] = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         self._added = {number: str(added) for number, added in tokenizer.added_tokens_decoder.items()}
         self._special = {number for number, added in tokenizer.added_tokens_decoder.items() if added.special}
-        self._byte_level = _is_byte_level(json.loads(tokenizer.backend_tokenizer.decoder.__getstate__()))
+        self.byte_level = _is_byte_level(json.loads(tokenizer.backend_tokenizer.decoder.__getstate__()))
 
     def piece(self, token: int) -> bytes:
         """The bytes that ``token`` adds to a text; nothing for ids that the tokenizer does not have."""
@@ -30,7 +30,7 @@ class Vocabulary:
         piece = self._tokens[token] if token < len(self._tokens) else None
         if piece is None:
             return b""
-        if self._byte_level:
+        if self.byte_level:
             return bytes(_BYTES[character] for character in piece)
         byte = _BYTE_TOKEN.fullmatch(piece)
         return bytes([int(byte[1], 16)]) if byte else piece.replace("\u2581", " ").encode()
