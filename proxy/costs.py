@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -86,6 +86,13 @@ class Learner:
                 best, best_error, self._crowding = ns, error, step
         crowding = _CROWDING[self._crowding]
         self.cost = Cost(tuple(float(f"{ns:.4g}") for ns in best), self._count, crowding=crowding)
+
+    def start(self, observations: Iterable[tuple[int, Sequence[float]]]) -> None:
+        """Begin with what was measured elsewhere: (ns, size). ``basis`` says so until something is observed here."""
+        for took_ns, terms in observations:
+            self.observe(took_ns, *terms)
+        if self.cost:
+            self.cost = msgspec.structs.replace(self.cost, basis="measured")
 
     def _crowdings(self, crowds: NDArray[np.float64]) -> Sequence[int]:
         """Indices to try; only the last one where observations that are all alike cannot tell."""

@@ -12,6 +12,7 @@ import structlog
 from proxy.costs import Average, Cost, Learner
 from proxy.facts import Inputs, WorkerFacts
 from proxy.ledger import Entry
+from proxy.measured import Measured, Speed
 from transfer.messages import Status
 
 # Workers that are gone are forgotten when there are so many names.
@@ -50,6 +51,13 @@ class CodecEstimates:
         self.exposed = Learner(2)
         self.ratio, self.encode_bytes_per_s, self.decode_bytes_per_s = Average(), Average(), Average()
 
+    def start(self, speed: Speed) -> None:
+        """Begin with what was measured."""
+        self.ratio.observe(speed.ratio)
+        self.encode_bytes_per_s.observe(speed.encode_bytes_per_s)
+        self.decode_bytes_per_s.observe(speed.decode_bytes_per_s)
+        self.exposed.start(speed.exposed)
+
     def learn(self, entry: Entry) -> None:
         """From a request whose KV travelled."""
         self.exposed.observe(entry.transfer_exposed_ns, entry.prompt_tokens - entry.kv_reused_tokens, 1)
@@ -67,9 +75,11 @@ class WorkerEstimates:
     (steps, sequences, context tokens).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, measured: Measured) -> None:
         self.prefill = Learner(3)
         self.step = Learner(3)
+        self.prefill.start(measured.worker_prefill)
+        self.step.start(measured.worker_step)
         # How long a request holds its place.
         self.service_ns = Average()
         self._status: Status | None = None
@@ -93,6 +103,17 @@ class Estimates:
         self._workers: OrderedDict[str, WorkerEstimates] = OrderedDict()
         # The pace of late transfers; the best of them is what the link can do, for most wait for prefill.
         self._paces: deque[float] = deque(maxlen=32)
+        self._measured = Measured()
+
+    def start(self, measured: Measured) -> None:
+        """Begin with what was measured before anything has been learned."""
+        self._measured = measured
+        self.vllm_prefill.start(measured.vllm_prefill)
+        self.vllm_step.start(measured.vllm_step)
+        if measured.link_bytes_per_s:
+            self._paces.append(measured.link_bytes_per_s)
+        for name, speed in measured.codecs.items():
+            self.codecs.setdefault(name, CodecEstimates()).start(speed)
 
     @property
     def link_bytes_per_s(self) -> float | None:
@@ -101,7 +122,7 @@ class Estimates:
 
     def worker(self, name: str) -> WorkerEstimates:
         """What is known of the worker ``name``."""
-        known = self._workers.setdefault(name, WorkerEstimates())
+        known = self._workers.setdefault(name, WorkerEstimates(self._measured))
         self._workers.move_to_end(name)
         if len(self._workers) > MAX_NAMES:
             self._workers.popitem(last=False)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import msgspec
 import structlog
 
-from proxy import tracing
+from proxy import measured, tracing
 from proxy.api_keys import NOBODY, ApiKey
 from proxy.decode_node import DecodeNode
 from proxy.dispatch import Dispatcher
@@ -178,7 +178,9 @@ class Gateway:
         return entry
 
     def _recall(self) -> None:
-        """What was learned before the proxy was started again."""
+        """What was measured, and what was learned before the proxy was started again."""
+        if folder := self.cluster.proxy.measurements:
+            self.dispatcher.planner.estimates.start(measured.read(Path(folder), self.cluster))
         for page in self.store.pages(Wanted(), RECALLED_ENTRIES) if self.store else ():
             self.dispatcher.planner.estimates.recall(page)
 

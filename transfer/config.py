@@ -120,11 +120,12 @@ class Proxy(Section, frozen=True, kw_only=True):
     proxy that is asked to end (SIGTERM) gives open requests ``drain_s``.
 
     The last ``ledger_entries`` requests are in memory, ``ledger_rows`` in the SQLite file ``ledger_file``; spans go to
-    ``otlp_endpoint``. ``policy`` chooses routes, within the objectives ``slo_ttft_ms`` and ``slo_tpot_ms`` (0: none).
-    When the nodes are idle, a ``shadow_share`` of requests is run again on another route to test the estimates, and
-    after a ``parity_share`` of split answers the worker computes the prompt itself: a codec whose KV changes the next
-    token's distribution by more than ``parity_max_kl`` nats is switched off. KV prefixes serve the API key that brought
-    them, or, with ``share_prefixes``, all. ``/v1/embeddings`` is passed on to the engine at ``embeddings_url``.
+    ``otlp_endpoint``. ``policy`` chooses routes, within the objectives ``slo_ttft_ms`` and ``slo_tpot_ms`` (0: none);
+    its estimates start from result files in the folder ``measurements``. When the nodes are idle, a ``shadow_share``
+    of requests is run again on another route to test them, and after a ``parity_share`` of split answers the worker
+    computes the prompt itself: a codec whose KV changes the next token's distribution by more than ``parity_max_kl``
+    nats is switched off. KV prefixes serve the API key that brought them, or, with ``share_prefixes``, all.
+    ``/v1/embeddings`` is passed on to the engine at ``embeddings_url``.
     """
 
     host: str = "127.0.0.1"
@@ -144,6 +145,7 @@ class Proxy(Section, frozen=True, kw_only=True):
     ledger_rows: Count = 1_000_000
     otlp_endpoint: str = ""
     embeddings_url: str = ""
+    measurements: str = ""
     policy: PolicyName = "min_e2e"
     slo_ttft_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     slo_tpot_ms: Annotated[float, msgspec.Meta(ge=0)] = 0.0
@@ -230,6 +232,8 @@ def _with_files(proxy: Proxy, path: Path) -> Proxy:
             raise ConfigError(f"{path}: {file} does not exist - at `$.proxy.{key}`")
     if proxy.ledger_file:
         found["ledger_file"] = path.resolve().parent / proxy.ledger_file
+    if proxy.measurements:
+        found["measurements"] = path.resolve().parent / proxy.measurements
     return msgspec.structs.replace(proxy, **{key: str(file) for key, file in found.items()})
 
 
