@@ -14,7 +14,8 @@ from transfer import codecs
 from transfer.errors import CapacityError, IsthmusError, ProtocolError
 from transfer.frames import Header
 from transfer.geometry import KVGeometry
-from transfer.layout import CellType
+from transfer.layout import CellType, Elements
+from transfer.shares import Share, whole
 from transfer.stages import SenderReport
 
 
@@ -62,19 +63,38 @@ class LandingReport(NamedTuple):
 
 
 class OpenChunk:
-    """A chunk that is being filled, and the layer that is due in it."""
+    """A chunk that is being filled; ``missing`` counts pairs of a head and a layer."""
 
-    def __init__(self, state: ChunkState) -> None:
+    def __init__(self, state: ChunkState, geometry: KVGeometry) -> None:
         self.state = state
         self.tokens = range(state.start_token, state.start_token + state.num_tokens)
-        self.next_layer = 0
+        self.missing = whole(geometry).size
+
+
+class Filling:
+    """A chunk that one source has begun, and the layer that is due in it."""
+
+    def __init__(self, chunk: OpenChunk, next_layer: int) -> None:
+        self.chunk = chunk
+        self.next_layer = next_layer
+
+
+class Progress:
+    """How far the source of one share is: the token after its last chunk, and the chunks that it has not finished."""
+
+    def __init__(self, share: Share, next_token: int) -> None:
+        self.share = share
+        self.next_token = next_token
+        self.chunks = 0
+        self.filling: list[Filling] = []
 
 
 class LandingPlace:
     """One ticket's sink: token ranges in order from ``start_token`` on, every layer of each, nothing twice or missing.
 
     Several chunks may be open at once, for the prefill node computes a layer for all tokens of a step before it comes
-    to the next layer; an earlier chunk is never behind a later one.
+    to the next layer; an earlier chunk is never behind a later one. Where several ranks send a share each, all cut the
+    prompt alike, and a chunk is complete when each has filled its heads and layers.
     """
 
     def __init__(
@@ -100,29 +120,34 @@ class LandingPlace:
         self._chunk_tokens = chunk_tokens
         self.credit_chunks = credit_chunks
         self._on_chunk, self._on_end, self._on_fail = on_chunk, on_end, on_fail
-        self._next_token = start_token
-        self._chunks = 0
-        self._open: list[OpenChunk] = []
+        self._start_token = start_token
+        self._progress: dict[Share, Progress] = {}
+        self._open: dict[int, OpenChunk] = {}
         self._first_frame_ns = 0
         self._decode_frame_ns = 0
 
-    def data(self, header: Header, payload: memoryview) -> None:
+    def data(self, header: Header, payload: memoryview, share: Share) -> None:
         """Decode one frame into its place; raises :class:`ProtocolError` or :class:`CodecError`."""
         began = time.monotonic_ns()
         self._first_frame_ns = self._first_frame_ns or began
-        chunk = self._due(header)
-        planes = chunk.state.planes(header.first_layer, header.num_layers)
-        self._codec.decode(payload, header.element, codecs.CELL_ELEMENT[self._cell_type], planes, chunk.tokens)
-        chunk.next_layer += header.num_layers
+        progress = self._progress.setdefault(share, Progress(share, self._start_token))
+        filling = self._due(progress, header)
+        chunk = filling.chunk
+        self._decode(header, payload, chunk, share)
+        filling.next_layer += header.num_layers
+        if filling.next_layer == share.layers.stop:
+            progress.filling.remove(filling)
+        chunk.missing -= header.num_layers * share.num_kv_heads
         self._decode_frame_ns += time.monotonic_ns() - began
-        if chunk.next_layer == self._geometry.num_layers:
-            self._open.remove(chunk)
+        if not chunk.missing:
+            del self._open[chunk.tokens.start]
             self._on_chunk(chunk.state)
 
     def end(self, report: SenderReport) -> None:
         """Check that the prompt is covered and pass the report on."""
-        if not self._next_token == report.num_tokens == self._num_tokens or self._open:
-            landed = self._open[0].tokens.start if self._open else self._next_token
+        ends = {progress.next_token for progress in self._progress.values()}
+        if self._open or ends != {self._num_tokens} or report.num_tokens != self._num_tokens:
+            landed = min([*self._open, *ends], default=self._start_token)
             raise ProtocolError(
                 f"transfer ended with {landed} of {self._num_tokens} tokens landed, {report.num_tokens} sent"
             )
@@ -136,34 +161,68 @@ class LandingPlace:
 
     def release(self) -> None:
         """Give half-filled buffers back."""
-        for chunk in self._open:
+        for chunk in self._open.values():
             self._pool.give_back(chunk.state.buffer)
         self._open.clear()
+        for progress in self._progress.values():
+            progress.filling.clear()
 
-    def _due(self, header: Header) -> OpenChunk:
-        """The open chunk that ``header`` continues, or the one that it opens."""
+    def _decode(self, header: Header, payload: memoryview, chunk: OpenChunk, share: Share) -> None:
+        """Write a frame's heads into the rows of its layers."""
+        planes = chunk.state.planes(header.first_layer, header.num_layers)
+        element = codecs.CELL_ELEMENT[self._cell_type]
+        all_heads = self._geometry.num_kv_heads
+        if share.num_kv_heads == all_heads:
+            self._codec.decode(payload, header.element, element, planes, chunk.tokens)
+            return
+        places = [_heads(plane, len(chunk.tokens), all_heads, share.kv_heads) for plane in planes]
+        # Codecs write whole planes, and rows of some heads are not contiguous.
+        decoded = [np.empty(place.size, np.uint16) for place in places]
+        self._codec.decode(payload, header.element, element, decoded, chunk.tokens)
+        for place, rows in zip(places, decoded, strict=True):
+            place[:] = rows.reshape(place.shape)
+
+    def _due(self, progress: Progress, header: Header) -> Filling:
+        """What ``header`` continues, or begins."""
         if header.codec != self._codec.wire_id:
             raise ProtocolError(f"frame uses codec {header.codec}, the ticket says {self._codec.wire_id}")
         tokens = range(header.start_token, header.start_token + header.num_tokens)
-        at = next((at for at, chunk in enumerate(self._open) if chunk.tokens.start == tokens.start), len(self._open))
-        known = self._open[at] if at < len(self._open) else None
-        due = (known.tokens, known.next_layer) if known else (range(self._next_token, max(tokens.stop, 0)), 0)
+        begun, layers = progress.filling, progress.share.layers
+        at = next((at for at, each in enumerate(begun) if each.chunk.tokens.start == tokens.start), len(begun))
+        known = begun[at] if at < len(begun) else None
+        due = (
+            (known.chunk.tokens, known.next_layer)
+            if known
+            else (range(progress.next_token, max(tokens.stop, 0)), layers.start)
+        )
         if (tokens, header.first_layer) != due:
             raise ProtocolError(f"frame has tokens {tokens} from layer {header.first_layer} where {due} was due")
-        ahead = self._open[at - 1].next_layer if at else self._geometry.num_layers
+        ahead = begun[at - 1].next_layer if at else layers.stop
         if not 1 <= header.num_layers <= ahead - header.first_layer:
             raise ProtocolError(
                 f"frame of layers from {header.first_layer}, {header.num_layers} of them, is not due yet"
             )
-        return known or self._open_chunk(tokens)
+        return known or self._begin(progress, tokens)
 
-    def _open_chunk(self, tokens: range) -> OpenChunk:
+    def _begin(self, progress: Progress, tokens: range) -> Filling:
         if not 1 <= len(tokens) <= min(self._chunk_tokens, self._num_tokens - tokens.start):
             raise ProtocolError(f"chunk of {len(tokens)} tokens from {tokens.start} does not fit its ticket")
-        if self._chunks == self.credit_chunks:
-            raise ProtocolError(f"chunk {self._chunks + 1} came without a credit")
-        self._chunks += 1
+        if progress.chunks == self.credit_chunks:
+            raise ProtocolError(f"chunk {progress.chunks + 1} came without a credit")
+        chunk = self._open.get(tokens.start) or self._open_chunk(tokens)
+        if chunk.tokens != tokens:
+            raise ProtocolError(f"chunk of {tokens} comes as {chunk.tokens} from another rank")
+        progress.chunks += 1
+        progress.next_token = tokens.stop
+        progress.filling.append(Filling(chunk, progress.share.first_layer))
+        return progress.filling[-1]
+
+    def _open_chunk(self, tokens: range) -> OpenChunk:
         state = ChunkState(self._pool.take(), self._geometry, self._cell_type, tokens.start, len(tokens))
-        self._next_token = tokens.stop
-        self._open.append(OpenChunk(state))
-        return self._open[-1]
+        chunk = self._open[tokens.start] = OpenChunk(state, self._geometry)
+        return chunk
+
+
+def _heads(plane: Elements, num_tokens: int, all_heads: int, heads: range) -> Elements:
+    """``heads`` in the rows of a plane: a view, ``[num_tokens, heads, of one head]``."""
+    return plane.reshape(num_tokens, all_heads, -1)[:, heads.start : heads.stop]

@@ -28,12 +28,9 @@ _CPU_PACKINGS: tuple[Packing, ...] = ("vec", "amx")
 
 def require_supported(config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
     """Raise :class:`ConfigError` for ways to run vLLM whose KV the exporter would miss or mistake."""
-    if config.parallel_config.world_size > 1:
-        parallel = config.parallel_config
-        raise ConfigError(
-            "KV export works on one GPU; set tensor_parallel_size and pipeline_parallel_size to 1, not"
-            f" {parallel.tensor_parallel_size} and {parallel.pipeline_parallel_size}"
-        )
+    for name in ("prefill_context_parallel_size", "decode_context_parallel_size"):
+        if (ranks := getattr(config.parallel_config, name)) > 1:
+            raise ConfigError(f"KV export does not know ranks that share a head's tokens; set {name} to 1, not {ranks}")
     if config.lora_config is not None:
         raise ConfigError("KV export does not know LoRA adapters, whose KV the decode node could not continue")
     groups = kv_cache_config.kv_cache_groups
@@ -52,8 +49,6 @@ def in_layer_order(kv_caches: dict[str, Tensor], geometry: KVGeometry) -> list[T
     from vllm.model_executor.models.utils import extract_layer_index
 
     layers = [kv_caches[name] for name in sorted(kv_caches, key=extract_layer_index)]
-    if len(layers) != geometry.num_layers:
-        raise EngineError(f"vLLM has caches for {len(layers)} layers, the model's config says {geometry.num_layers}")
     wanted = (geometry.num_kv_heads, geometry.head_dim_k + geometry.head_dim_v)
     for layer in layers:
         found = (layer.shape[1], layer.shape[3]) if layer.dim() == 4 else None

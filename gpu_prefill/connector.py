@@ -21,6 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 
 from gpu_prefill.caches import (
@@ -33,6 +34,7 @@ from gpu_prefill.caches import (
     unbound,
 )
 from gpu_prefill.export import Exporter
+from gpu_prefill.ranks import share_of
 from gpu_prefill.schedule import ExportSchedule, StepPlan
 from gpu_prefill.staging import Staging
 from gpu_prefill.streams import streams_of
@@ -41,6 +43,7 @@ from transfer.errors import ConfigError
 from transfer.geometry import KVGeometry
 from transfer.layout import RopeOrder
 from transfer.sender import KVSender
+from transfer.shares import whole
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +83,7 @@ class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
 
 @dataclass
 class WorkerReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
-    """Worker to scheduler, every step."""
+    """Worker to scheduler, every step. ``backlog_bytes`` is what the whole model's KV would be."""
 
     backlog_bytes: int
     failed: dict[str, str] = field(default_factory=dict)
@@ -131,6 +134,7 @@ class IsthmusConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._block_size: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self._schedule = ExportSchedule(self._settings.sender_bytes)
         self._exporter: Exporter | None = None
+        self._share = whole(self._settings.geometry)
         self._layer_index: dict[str, int] = {}
 
     # Beside the scheduler.
@@ -187,19 +191,31 @@ class IsthmusConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     # In the worker.
 
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
-        """Learn where the caches are and start the sender."""
-        geometry = self._settings.geometry
-        config = self._vllm_config
+        """Learn where the caches are and start the sender, unless another rank holds the same KV and sends it."""
+        geometry, config = self._settings.geometry, self._vllm_config
         names = sorted(kv_caches, key=extract_layer_index)
-        caches = in_layer_order(kv_caches, geometry)
+        share = share_of(
+            geometry,
+            map(extract_layer_index, names),
+            tp_rank=get_tensor_model_parallel_rank(),
+            tp_size=config.parallel_config.tensor_parallel_size,
+            pp_size=config.parallel_config.pipeline_parallel_size,
+        )
+        if share is None:
+            log.info("another rank exports the same kv")
+            return
+        self._share = share
+        sender_bytes = self._settings.sender_bytes * share.size // whole(geometry).size
+        caches = in_layer_order(kv_caches, share.geometry(geometry))
         layers = as_layers(caches, scales_of(config, names), config.cache_config.cache_dtype)
         element, packing = element_of(layers), find_packing(layers)
         with unbound(packing):
-            staging = self._staging(layers[0].cache.device)
+            staging = self._staging(layers[0].cache.device, sender_bytes)
             sender = KVSender(
                 geometry,
-                max_backlog_bytes=self._settings.sender_bytes,
+                max_backlog_bytes=sender_bytes,
                 frame_bytes=self._settings.frame_bytes,
+                share=share if share != whole(geometry) else None,
                 keys=keys.client(Path(self._settings.keys_dir), "prefill") if self._settings.keys_dir else None,
             )
         self._exporter = Exporter(
@@ -213,10 +229,16 @@ class IsthmusConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             budget_ms=self._settings.budget_ms,
             staging=staging,
         )
-        self._layer_index = {name: extract_layer_index(name) for name in kv_caches}
-        log.info("kv export ready", layers=len(layers), packing=packing, element=element.name.lower())
+        self._layer_index = {name: index for index, name in enumerate(names)}
+        log.info(
+            "kv export ready",
+            layers=str(share.layers),
+            kv_heads=str(share.kv_heads),
+            packing=packing,
+            element=element.name.lower(),
+        )
 
-    def _staging(self, device: torch.device) -> Staging | None:
+    def _staging(self, device: torch.device, host_bytes: int) -> Staging | None:
         """On a GPU, a way off it that nothing waits for; :class:`ConfigError` if it would not hold a step's KV."""
         if not is_staged(device):
             return None
@@ -229,7 +251,7 @@ class IsthmusConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 f" {settings.sender_bytes >> 20}, to twice that or more, or lower max_step_tokens"
             )
         streams = streams_of(device)
-        return Staging(streams, device, slot_bytes=settings.frame_bytes, host_bytes=settings.sender_bytes)
+        return Staging(streams, device, slot_bytes=settings.frame_bytes, host_bytes=host_bytes)
 
     @contained(_nothing)
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
@@ -268,7 +290,10 @@ class IsthmusConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     @contained(_nothing)
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         """Report the backlog and failures; always, so that a deferred request sees the backlog shrink."""
-        return WorkerReport(*self._exporter.report()) if self._exporter is not None else None
+        if self._exporter is None:
+            return None
+        backlog_bytes, failed = self._exporter.report()
+        return WorkerReport(backlog_bytes * whole(self._settings.geometry).size // self._share.size, failed)
 
     @contained(_nothing)
     def shutdown(self) -> None:

@@ -130,11 +130,12 @@ class ExportSchedule:
         return plan
 
     def report(self, backlog_bytes: int, failed: Mapping[str, str]) -> None:
-        """Take in what the worker said after a step."""
+        """Take in what the workers said after a step. What has failed in one is given up in all."""
         self._backlog_bytes = backlog_bytes
         for ticket, reason in failed.items():
             if request_id := self._request_of.get(ticket):
                 self._exports[request_id].failure = reason
+                self._aborted[ticket] = reason
 
     def finish(self, request_id: str, *, prefilled: bool) -> dict[str, object] | None:
         """Forget a finished request; returns what its answer carries as ``kv_transfer_params``, if anything.

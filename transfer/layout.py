@@ -2,8 +2,9 @@
 
 A frame carries ``num_tokens`` tokens of ``num_layers`` consecutive layers. Its elements are, for each layer: the K rows
 ``[num_tokens, num_kv_heads * head_dim_k]``, then the V rows ``[num_tokens, num_kv_heads * head_dim_v]``; token-major,
-contiguous, 16 bits an element. That is also the order of rows in a llama.cpp sequence state
-(``llama_kv_cache::state_write_data`` in llama.cpp's ``src/llama-kv-cache.cpp``), so landing is one pass.
+contiguous, 16 bits an element; the heads are those that its sender holds (``transfer/shares.py``). That is also the
+order of rows in a llama.cpp sequence state (``llama_kv_cache::state_write_data`` in llama.cpp's
+``src/llama-kv-cache.cpp``), so landing is one pass.
 
 Within a head, rotary embedding pairs element ``i`` with ``i + half`` in Hugging Face and vLLM ("half"), but GGUF
 conversion permutes the weights of NORM-rope architectures so that pairs are neighbours ("interleaved"):

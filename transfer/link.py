@@ -34,6 +34,7 @@ from transfer.messages import (
 from transfer.outgoing import Unsealed
 from transfer.readiness import is_ready
 from transfer.seal import NAMES, Seal, Sealer
+from transfer.shares import Share
 
 log = structlog.get_logger()
 
@@ -56,11 +57,16 @@ class Link:
     """Nothing is sent before the worker, as it is now, has welcomed this sender."""
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, geometry: KVGeometry, keys: ClientKeys | None
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        geometry: KVGeometry,
+        share: Share | None,
+        keys: ClientKeys | None,
     ) -> None:
         self.endpoint = endpoint
         self.used_ns = time.monotonic_ns()
-        self._hello = SenderHello(geometry=geometry, codecs=tuple(CODECS))
+        self._hello = SenderHello(geometry=geometry, codecs=tuple(CODECS), share=share)
         self._helloed_ns = self._connected_ns = 0
         self._awaiting_welcome = False
         self._session: SenderWelcome | None = None
@@ -180,6 +186,8 @@ class Link:
 
     def _begin(self, welcome: SenderWelcome) -> None:
         require_protocol(welcome.protocol)
+        if welcome.share != self._hello.share:
+            raise LinkError("the worker cannot put KV of several ranks together; upgrade it to this release")
         self._awaiting_welcome = False
         if welcome == self._session:
             return

@@ -30,6 +30,7 @@ from transfer.errors import ProtocolError
 from transfer.geometry import KVGeometry
 from transfer.layout import CellType, RopeOrder
 from transfer.seal import SealName
+from transfer.shares import Share
 from transfer.stages import DecodeReport
 
 PROTOCOL = 2
@@ -320,20 +321,22 @@ class Announce(Message, frozen=True, kw_only=True):
 class SenderHello(Message, frozen=True, kw_only=True):
     """Opens a KV conversation: the prefill node's geometry and the codecs it can encode.
 
-    Said again whenever the sender doubts that it is known; ``renew`` asks for a fresh session.
+    Said again whenever the sender doubts that it is known; ``renew`` asks for a fresh session. ``share`` is what this
+    sender has of every transfer, if others send the rest; the geometry is the whole model's all the same.
     """
 
     geometry: KVGeometry
     codecs: tuple[str, ...]
     renew: bool = False
     protocol: int = PROTOCOL
+    share: Share | None = None
 
 
 class SenderWelcome(Message, frozen=True, kw_only=True):
     """The worker accepts this sender's frames on ``frames_port`` of the same host, as ``session``.
 
     No frame may carry more than ``max_frame_bytes`` of elements. ``key`` (16 bytes, empty if ``seal`` is "none") seals
-    this session's frames and no others; it is only ever sent over CURVE.
+    this session's frames and no others; it is only ever sent over CURVE. ``share`` is SenderHello's, understood.
     """
 
     session: int
@@ -342,6 +345,7 @@ class SenderWelcome(Message, frozen=True, kw_only=True):
     seal: SealName = "none"
     key: bytes = b""
     protocol: int = PROTOCOL
+    share: Share | None = None
 
 
 class Credit(Message, frozen=True, kw_only=True):

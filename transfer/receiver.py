@@ -12,7 +12,6 @@ from __future__ import annotations
 import secrets
 from collections import OrderedDict
 from contextlib import suppress
-from typing import Protocol
 
 import msgspec
 import structlog
@@ -24,6 +23,7 @@ from transfer.doorkeeper import FRAMES_DOMAIN
 from transfer.errors import CodecError, ConfigError, IsthmusError, LinkError, ProtocolError
 from transfer.frames import Header, Kind
 from transfer.geometry import KVGeometry, require_same
+from transfer.incoming import Incoming, Sink, Source
 from transfer.keys import ServerKeys, secure_server
 from transfer.listen import bind
 from transfer.messages import (
@@ -41,7 +41,8 @@ from transfer.messages import (
 )
 from transfer.readiness import is_ready
 from transfer.seal import KEY_BYTES, NAMES, Opener, SealName
-from transfer.stages import SenderReport
+from transfer.shares import Share, require_within, whole
+from transfer.stages import SenderReport, joined
 
 log = structlog.get_logger()
 
@@ -54,25 +55,13 @@ FRAMES_PER_TURN = 4
 MESSAGES_PER_TURN = 64
 
 
-class Sink(Protocol):
-    """Where one ticket's frames go. ``data`` may raise :class:`IsthmusError`, which ends the transfer."""
-
-    def data(self, header: Header, payload: memoryview) -> None:
-        """Take one DATA frame, in sequence; ``payload`` is only valid during the call."""
-
-    def end(self, report: SenderReport) -> None:
-        """All frames have come; raises :class:`ProtocolError` if they do not cover the prompt."""
-
-    def fail(self, error: IsthmusError) -> None:
-        """The transfer is over; nothing more will come."""
-
-
 class Session:
     """One sender's key, under a number that its frames carry."""
 
-    def __init__(self, number: int, sender: bytes, seal: SealName, max_payload_bytes: int) -> None:
+    def __init__(self, number: int, sender: bytes, share: Share | None, seal: SealName, max_payload_bytes: int) -> None:
         self.number = number
         self.sender = sender
+        self.share = share
         self.seal = NAMES[seal]
         self.key = secrets.token_bytes(KEY_BYTES) if self.seal else b""
         self._opener = Opener(self.key, self.seal, max_payload_bytes) if self.seal else None
@@ -88,17 +77,6 @@ class Session:
         if frames.checksum(parts[1]) != header.check:
             raise ProtocolError("frame payload does not match its checksum")
         return parts[1]
-
-
-class Incoming:
-    """One open ticket: its sink, and the sender that first used it."""
-
-    def __init__(self, sink: Sink) -> None:
-        self.sink = sink
-        self.sender: bytes | None = None
-        self.sequence = 0
-        self.chunks = 0
-        self.asked_again = -1
 
 
 class KVReceiver:
@@ -126,12 +104,13 @@ class KVReceiver:
         self._max_payload_bytes = frame_bytes + frame_bytes // 16 + 1024
         heap.keep_freed(RECEIVE_HIGH_WATER_MARK_FRAMES * self._max_payload_bytes)
         self._geometry = geometry
+        self._whole = whole(geometry)
         self._frame_bytes = frame_bytes
         self._seal: SealName = seal
         # By number, the one that was used longest ago first; and the number that each sender uses now.
         self._sessions: OrderedDict[int, Session] = OrderedDict()
         self._incoming: dict[bytes, Incoming] = {}
-        self._landed: OrderedDict[bytes, bytes] = OrderedDict()
+        self._landed: OrderedDict[tuple[bytes, bytes], None] = OrderedDict()
         self.dropped_frames = 0
         self.control = context.socket(zmq.ROUTER)
         self.control.sndhwm = self.control.rcvhwm = 1000
@@ -172,20 +151,20 @@ class KVReceiver:
 
     def expect(self, ticket: str, sink: Sink, credit_chunks: int) -> None:
         """Let frames for ``ticket`` (32 hex digits) in, to ``sink``; the ticket promises ``credit_chunks``."""
-        incoming = self._incoming[bytes.fromhex(ticket)] = Incoming(sink)
-        incoming.chunks = credit_chunks
+        self._incoming[bytes.fromhex(ticket)] = Incoming(sink, credit_chunks)
 
     def grant(self, ticket: str, chunks: int) -> None:
         """Tell the sender that it may have sent ``chunks`` chunks in total on ``ticket``."""
         if incoming := self._incoming.get(bytes.fromhex(ticket)):
             incoming.chunks = max(incoming.chunks, chunks)
-            self._acknowledge(ticket, incoming)
+            for source in incoming.sources:
+                self._acknowledge(ticket, incoming, source)
 
     def cancel(self, ticket: str, reason: str) -> None:
         """Stop expecting ``ticket``; its sink hears nothing more."""
         incoming = self._incoming.pop(bytes.fromhex(ticket), None)
-        if incoming is not None and incoming.sender is not None:
-            self._send(incoming.sender, Cancel(ticket=ticket, reason=reason))
+        for source in incoming.sources if incoming else ():
+            self._send(source.sender, Cancel(ticket=ticket, reason=reason))
 
     def turn(self) -> None:
         """Handle what has arrived, at most a little of it."""
@@ -224,23 +203,27 @@ class KVReceiver:
             max_frame_bytes=self._frame_bytes,
             seal=self._seal,
             key=session.key,
+            share=session.share,
         )
         self._send(sender, welcome)
 
     def _admit(self, sender: bytes, hello: SenderHello) -> Session:
         require_protocol(hello.protocol)
         require_same(self._geometry, hello.geometry)
+        if hello.share is not None:
+            require_within(hello.share, self._geometry)
         if not set(hello.codecs) & set(CODECS):
             raise CodecError(f"no codec in common: {', '.join(CODECS)} here, {', '.join(hello.codecs)} there")
         if not hello.renew:
             for session in reversed(self._sessions.values()):
-                if session.sender == sender:
+                if (session.sender, session.share) == (sender, hello.share):
                     return session
         if len(self._sessions) >= MAX_SESSIONS:
             # Senders that left are not reported; one that is still there says hello again when it hears nothing.
             self._sessions.popitem(last=False)
         number = next(n for n in iter(lambda: 1 + secrets.randbelow(0xFFFF), 0) if n not in self._sessions)
-        session = self._sessions[number] = Session(number, sender, self._seal, self._max_payload_bytes)
+        session = Session(number, sender, hello.share, self._seal, self._max_payload_bytes)
+        self._sessions[number] = session
         return session
 
     def _frame(self, parts: list[memoryview]) -> None:
@@ -256,7 +239,7 @@ class KVReceiver:
             self._drop(error)
             return
         self._sessions.move_to_end(session.number)
-        self._take(session.sender, header, payload)
+        self._take(session, header, payload)
 
     def _drop(self, error: ProtocolError) -> None:
         """Forget a frame that proves nothing, not even whose it is; if it was one of ours it is asked for again."""
@@ -264,64 +247,66 @@ class KVReceiver:
         if self.dropped_frames.bit_count() == 1:
             log.warning("dropped a frame", reason=str(error), dropped_frames=self.dropped_frames)
 
-    def _take(self, sender: bytes, header: Header, payload: memoryview) -> None:
-        ticket = header.ticket.hex()
+    def _take(self, session: Session, header: Header, payload: memoryview) -> None:
+        ticket, sender = header.ticket.hex(), session.sender
         incoming = self._incoming.get(header.ticket)
         if incoming is None:
-            if self._landed.get(header.ticket) == sender:
+            if (header.ticket, sender) in self._landed:
                 self._send(sender, Landed(ticket=ticket))
             elif header.kind is not Kind.ABORT:
                 self._send(sender, Cancel(ticket=ticket, reason="ticket is not open"))
             return
-        if incoming.sender is None:
-            incoming.sender = sender
-        if sender != incoming.sender:
+        source = incoming.source(sender, session.share or self._whole)
+        if source is None:
             log.warning("ignored a frame from a second sender", ticket=ticket)
             return
         try:
-            self._accept(incoming, header, payload)
+            self._accept(incoming, source, header, payload)
         except IsthmusError as error:
             self.cancel(ticket, str(error))
             incoming.sink.fail(error)
 
-    def _accept(self, incoming: Incoming, header: Header, payload: memoryview) -> None:
+    def _accept(self, incoming: Incoming, source: Source, header: Header, payload: memoryview) -> None:
         ticket = header.ticket.hex()
         if header.kind is Kind.ABORT:
             raise LinkError(f"prefill node aborted the transfer: {bytes(payload).decode(errors='replace')}")
-        if header.sequence > incoming.sequence:
+        if source.report is not None:
+            self._send(source.sender, Landed(ticket=ticket))
+            return
+        if header.sequence > source.sequence:
             # A probe comes because nothing else did: the request itself may be what was lost.
-            if incoming.asked_again != incoming.sequence or header.kind is Kind.PROBE:
-                incoming.asked_again = incoming.sequence
-                log.info("frames are missing", ticket=ticket, due=incoming.sequence, came=header.sequence)
-                self._tell(incoming, Resend(ticket=ticket, sequence=incoming.sequence))
+            if source.asked_again != source.sequence or header.kind is Kind.PROBE:
+                source.asked_again = source.sequence
+                log.info("frames are missing", ticket=ticket, due=source.sequence, came=header.sequence)
+                self._send(source.sender, Resend(ticket=ticket, sequence=source.sequence))
             return
         if header.kind is Kind.PROBE:
-            self._acknowledge(ticket, incoming)
+            self._acknowledge(ticket, incoming, source)
             return
-        if header.sequence < incoming.sequence:
+        if header.sequence < source.sequence:
             return
-        incoming.sequence += 1
+        source.sequence += 1
         if header.kind is Kind.DATA:
-            incoming.sink.data(header, payload)
+            incoming.sink.data(header, payload, source.share)
             return
         try:
-            report = msgspec.msgpack.decode(payload, type=SenderReport)
+            source.report = msgspec.msgpack.decode(payload, type=SenderReport)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ProtocolError(f"END frame does not parse: {error}") from None
-        incoming.sink.end(report)
-        self._incoming.pop(header.ticket, None)
-        if incoming.sender is not None:
-            self._landed[header.ticket] = incoming.sender
+        self._end(incoming, source, header.ticket)
+
+    def _end(self, incoming: Incoming, source: Source, ticket: bytes) -> None:
+        """A source has ended, and with the last one the transfer."""
+        if reports := incoming.reports(self._whole):
+            incoming.sink.end(joined(reports))
+            self._incoming.pop(ticket, None)
+        self._landed[ticket, source.sender] = None
         if len(self._landed) > MAX_REMEMBERED_TICKETS:
             self._landed.popitem(last=False)
-        self._tell(incoming, Landed(ticket=ticket))
+        self._send(source.sender, Landed(ticket=ticket.hex()))
 
-    def _acknowledge(self, ticket: str, incoming: Incoming) -> None:
-        self._tell(incoming, Credit(ticket=ticket, chunks=incoming.chunks, next_sequence=incoming.sequence))
-
-    def _tell(self, incoming: Incoming, message: FromReceiver) -> None:
-        if incoming.sender is not None:
-            self._send(incoming.sender, message)
+    def _acknowledge(self, ticket: str, incoming: Incoming, source: Source) -> None:
+        self._send(source.sender, Credit(ticket=ticket, chunks=incoming.chunks, next_sequence=source.sequence))
 
     def _send(self, sender: bytes, message: FromReceiver) -> None:
         try:

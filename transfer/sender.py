@@ -25,6 +25,7 @@ from transfer.layout import Elements
 from transfer.link import Link
 from transfer.messages import Cancel, Credit, Landed, Resend, Ticket
 from transfer.outgoing import Outgoing, Part
+from transfer.shares import Share
 
 log = structlog.get_logger()
 
@@ -36,12 +37,23 @@ FRAMES_PER_TURN = 4
 
 
 class KVSender:
-    """Queues transfers and sends them; every method is thread-safe and returns at once."""
+    """Queues transfers and sends them; every method is thread-safe and returns at once.
+
+    With ``share`` others send the rest of the model's KV.
+    """
 
     def __init__(
-        self, geometry: KVGeometry, *, max_backlog_bytes: int, frame_bytes: int, keys: ClientKeys | None = None
+        self,
+        geometry: KVGeometry,
+        *,
+        max_backlog_bytes: int,
+        frame_bytes: int,
+        share: Share | None = None,
+        keys: ClientKeys | None = None,
     ) -> None:
         self._geometry = geometry
+        self._share = share
+        self._first_layer = share.first_layer if share else 0
         self._keys = keys
         self._max_backlog_bytes = max_backlog_bytes
         self._frame_bytes = frame_bytes
@@ -72,7 +84,8 @@ class KVSender:
         Raises :class:`ProtocolError` for a ticket that is not one, :class:`CodecError` for an unknown codec and
         :class:`LinkError` for a ticket in use.
         """
-        transfer = Outgoing(ticket, self._geometry, self._release)
+        sent = self._share.geometry(self._geometry) if self._share else self._geometry
+        transfer = Outgoing(ticket, sent, self._release)
         with self._lock:
             if ticket.ticket in self._open:
                 raise LinkError(f"ticket {ticket.ticket} is already in use")
@@ -93,7 +106,8 @@ class KVSender:
     ) -> bool:
         """Queue the layers of ``tokens`` from ``first_layer`` on: uint16 ``[layers, elements of one layer]``.
 
-        If ``encoded``, ``elements`` are the layers' payload already, cut into as many equal rows; it becomes one frame.
+        Layers count from the share's first. If ``encoded``, ``elements`` are the layers' payload already, cut into as
+        many equal rows; it becomes one frame.
 
         The array belongs to the sender from here on. ``tokens`` is a chunk, at most as long as the ticket allows; the
         layers of a chunk come in order, those of several chunks may take turns, the earlier chunk first. False if the
@@ -108,7 +122,7 @@ class KVSender:
         if full:
             self.abort(ticket, f"sender backlog is over {self._max_backlog_bytes} bytes")
             return False
-        part = Part(tokens, first_layer, elements, element, encoded)
+        part = Part(tokens, self._first_layer + first_layer, elements, element, encoded)
         self._post(lambda: self._queue(ticket, part, gather_ns, d2h_ns))
         return True
 
@@ -198,7 +212,7 @@ class KVSender:
     def _connect(self, endpoint: str) -> Link:
         if len(self._links) >= MAX_LINKS:
             raise LinkError(f"already connected to {MAX_LINKS} decode workers")
-        link = self._links[endpoint] = Link(self._context, endpoint, self._geometry, self._keys)
+        link = self._links[endpoint] = Link(self._context, endpoint, self._geometry, self._share, self._keys)
         self._poller.register(link.control, zmq.POLLIN)
         return link
 

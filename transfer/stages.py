@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import msgspec
@@ -27,6 +27,20 @@ class SenderReport(msgspec.Struct, frozen=True, kw_only=True):
     encode_ns: int
     d2h_ns: int = 0
     resent_frames: int = 0
+
+
+def joined(reports: Sequence[SenderReport]) -> SenderReport:
+    """One report of all shares of a transfer: bytes and frames add up; times, side by side, are the longest."""
+    return SenderReport(
+        num_tokens=min(each.num_tokens for each in reports),
+        num_frames=sum(each.num_frames for each in reports),
+        kv_raw_bytes=sum(each.kv_raw_bytes for each in reports),
+        kv_wire_bytes=sum(each.kv_wire_bytes for each in reports),
+        gather_ns=max(each.gather_ns for each in reports),
+        encode_ns=max(each.encode_ns for each in reports),
+        d2h_ns=max(each.d2h_ns for each in reports),
+        resent_frames=sum(each.resent_frames for each in reports),
+    )
 
 
 class DecodeReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,6 +12,7 @@ from tests.cpu_decode.native_kv import elements_of
 from transfer.errors import CapacityError, CodecError, ProtocolError
 from transfer.frames import Element, Header, Kind
 from transfer.geometry import KVGeometry
+from transfer.shares import whole
 from transfer.stages import SenderReport
 
 GEOMETRY = KVGeometry(
@@ -63,7 +64,7 @@ class Scene:
             first_layer=first_layer,
             num_layers=num_layers,
         )
-        self.place.data(msgspec.structs.replace(header, **change), memoryview(elements.tobytes()))
+        self.place.data(msgspec.structs.replace(header, **change), memoryview(elements.tobytes()), whole(GEOMETRY))
         return elements
 
 
@@ -154,7 +155,7 @@ def test_a_payload_that_does_not_decode_is_refused():
         kind=Kind.DATA, ticket=bytes(16), sequence=0, codec=1, element=Element.BF16, num_tokens=4, num_layers=4
     )
     with pytest.raises(CodecError):
-        scene.place.data(header, memoryview(b"short"))
+        scene.place.data(header, memoryview(b"short"), whole(GEOMETRY))
 
 
 def test_the_pool_never_promises_more_than_it_may_hold():

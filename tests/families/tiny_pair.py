@@ -89,7 +89,7 @@ class TinyPair:
     reference: Any
 
 
-def make(name: str, folder: Path) -> TinyPair:
+def make(name: str, folder: Path, kv_heads: int = KV_HEADS) -> TinyPair:
     """Write family ``name`` into ``folder``; the same weights every time."""
     family = FAMILIES[name]
     torch.manual_seed(11)
@@ -99,7 +99,7 @@ def make(name: str, folder: Path) -> TinyPair:
         intermediate_size=FEED_FORWARD,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=family.norm_offset > 0,
         initializer_range=0.15,
@@ -131,7 +131,7 @@ def _write_gguf(path: Path, family: Family, config: Any, weights: dict[str, Arra
     writer.add_embedding_length(HIDDEN)
     writer.add_feed_forward_length(FEED_FORWARD)
     writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
+    writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(HEAD_DIM)
     writer.add_value_length(HEAD_DIM)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)

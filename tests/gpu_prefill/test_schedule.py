@@ -162,6 +162,8 @@ def test_a_failure_that_the_worker_reports_stops_that_export_only(schedule: Expo
     plan = schedule.plan({"bad": 300, "good": 300}, computes=True)
 
     assert ranges(plan) == [("2", 100, 300, (1, 2, 3))]
+    # Other ranks have not failed and must not go on.
+    assert plan.aborted == {bad.ticket: "link is down"}
     assert schedule.finish("bad", prefilled=True) == {
         "isthmus": {"exported_tokens": 100, "complete": False, "error": "link is down"}
     }

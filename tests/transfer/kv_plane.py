@@ -93,7 +93,7 @@ class Landed:
     def chunk(self, start):
         return np.stack([self.rows[start][layer] for layer in range(GEOMETRY.num_layers)])
 
-    def data(self, header, payload):
+    def data(self, header, payload, share):  # noqa: ARG002 - all come from one sender
         assert not self.over
         elements = frame_elements(GEOMETRY, header.num_tokens, 1)
         if header.num_tokens > CHUNK_TOKENS or header.first_layer + header.num_layers > GEOMETRY.num_layers:
@@ -128,13 +128,13 @@ class Landed:
 class Worker:
     """A receiver on loopback with the loop that a decode worker's I/O thread would run."""
 
-    def __init__(self, ports=(0, 0), geometry=GEOMETRY, **options):
+    def __init__(self, ports=(0, 0), geometry=GEOMETRY, frame_bytes=FRAME_BYTES, **options):
         self.context = zmq.Context()
         self.receiver = KVReceiver(
             self.context,
             "127.0.0.1",
             geometry,
-            frame_bytes=FRAME_BYTES,
+            frame_bytes=frame_bytes,
             control_port=ports[0],
             frames_port=ports[1],
             **options,

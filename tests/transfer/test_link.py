@@ -28,7 +28,7 @@ def test_a_link_opens_when_its_key_is_admitted_later(tmp_path):
         server = keys.server(tmp_path)
         door = Doorkeeper(context, server)
         receiver = KVReceiver(context, "127.0.0.1", GEOMETRY, frame_bytes=FRAME_BYTES, seal="integrity", keys=server)
-        way = link.Link(context, f"tcp://127.0.0.1:{receiver.port}", GEOMETRY, own)
+        way = link.Link(context, f"tcp://127.0.0.1:{receiver.port}", GEOMETRY, None, own)
 
         def opens_within(patience_s):
             give_up_ns = time.monotonic_ns() + int(patience_s * 1e9)

@@ -21,6 +21,7 @@ from transfer.messages import (
     decode_from_receiver,
     encode,
 )
+from transfer.shares import Share
 from transfer.stages import SenderReport
 
 HELLO = SenderHello(geometry=GEOMETRY, codecs=("raw",))
@@ -262,6 +263,17 @@ def test_a_second_sender_can_neither_feed_nor_end_a_transfer(worker, connect, ti
     first.end(ticket)
     assert worker.run_until(lambda: landed.over)
     assert landed.report == REPORT
+
+
+def test_a_sender_of_a_share_is_welcomed_as_one(connect):
+    half = Share(first_kv_head=0, num_kv_heads=1, first_layer=0, num_layers=3)
+    peer = connect(hello=None)
+    peer.say(msgspec.structs.replace(HELLO, share=half))
+    assert peer.hear().share == half
+    peer.say(msgspec.structs.replace(HELLO, share=msgspec.structs.replace(half, first_kv_head=2)))
+    refusal = peer.hear()
+    assert isinstance(refusal, Failure)
+    assert "share.kv_heads" in refusal.message
 
 
 def test_a_cancelled_ticket_hears_nothing_more(worker, peer, ticket, landed):
