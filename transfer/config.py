@@ -19,6 +19,7 @@ Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 NumaSetting = Literal["auto", "off"] | Annotated[int, msgspec.Meta(ge=0)]
 AUTO_CODEC = "auto"
+MAX_PREFILL_NODES = 64
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 PolicyName = Literal["min_ttft", "min_e2e", "max_goodput", "round_robin"]
@@ -37,7 +38,10 @@ class Pair(Section, frozen=True, kw_only=True):
 
 
 class Prefill(Section, frozen=True, kw_only=True):
-    """The vLLM node. ``kv_cache_gib`` is vLLM's cache on a CPU; on a GPU ``gpu_memory_utilization`` rules.
+    """The vLLM nodes. ``kv_cache_gib`` is vLLM's cache on a CPU; on a GPU ``gpu_memory_utilization`` rules.
+
+    Each node listens at its own ``host`` and ``port``. The proxy looks for them at ``nodes``, each ``HOST:PORT``, or
+    where there are none, for the only one at ``host`` and ``port``. All else is the same for all nodes.
 
     ``max_step_tokens`` is vLLM's ``max_num_batched_tokens``. ``sender_mib`` bounds the KV that waits for the wire: at
     half of it vLLM defers new requests, at all of it a transfer fails. Steps whose forward is held up by exporting for
@@ -46,6 +50,7 @@ class Prefill(Section, frozen=True, kw_only=True):
 
     host: str = "127.0.0.1"
     port: Port = 8101
+    nodes: tuple[str, ...] = ()
     max_model_len: Count = 4096
     max_step_tokens: Count = 2048
     kv_cache_gib: Count = 1
@@ -54,6 +59,11 @@ class Prefill(Section, frozen=True, kw_only=True):
     sender_mib: Count = 1024
     export_budget_ms: Annotated[float, msgspec.Meta(gt=0)] = 50.0
     extra_args: tuple[str, ...] = ()
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where the proxy finds the nodes, each ``HOST:PORT``."""
+        return self.nodes or (f"{self.host}:{self.port}",)
 
 
 class Decode(Section, frozen=True, kw_only=True):
@@ -208,6 +218,8 @@ def load(path: Path) -> Cluster:
             codecs.for_cells(cluster.link.codec, cluster.decode.cell_type)
     except CodecError as error:
         raise ConfigError(f"{path}: {error} - at `$.link.codec`") from None
+    if wrong := config_errors.wrong_nodes(cluster.prefill.nodes, MAX_PREFILL_NODES):
+        raise ConfigError(f"{path}: {config_errors.explain(ValueError(wrong), toml, Cluster)}")
     base = path.resolve().parent
     pair = msgspec.structs.replace(
         cluster.pair, hf_dir=str(base / cluster.pair.hf_dir), gguf=str(base / cluster.pair.gguf)

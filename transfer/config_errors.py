@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 _PLACE = re.compile(r"at `\$\.(\w+)(?:\.(\w+))?")
 _UNKNOWN = re.compile(r"unknown field `(\w+)`")
 _HEAD = re.compile(r"\s*\[\s*(\w+)\s*\]")
 _KEY = re.compile(r"\s*(\w+)\s*=")
+_NODE = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.%]+\]):([0-9]{1,5})")
+_MAX_PORT = 65535
 
 
 def explain(error: Exception, toml: str, schema: type) -> str:
@@ -24,6 +27,20 @@ def explain(error: Exception, toml: str, schema: type) -> str:
         message += f"; allowed: {', '.join(_allowed(get_type_hints(get_type_hints(schema)[table])[key]))}"
     line = _line(toml, table, key) if table else None
     return f"line {line}: {message}" if line else message
+
+
+def wrong_nodes(nodes: Sequence[str], most: int) -> str | None:
+    """What is wrong with ``[prefill] nodes``; None if nothing is."""
+    if len(nodes) > most:
+        return f"{len(nodes)} prefill nodes are more than the {most} that a proxy takes - at `$.prefill.nodes`"
+    for place, node in enumerate(nodes):
+        at = f"at `$.prefill.nodes[{place}]`"
+        found = _NODE.fullmatch(node)
+        if not found or not 1 <= int(found[1]) <= _MAX_PORT:
+            return f'{node!r} is no address of a prefill node; write it as "HOST:PORT" - {at}'
+        if node in nodes[:place]:
+            return f"{node} is listed twice; name each prefill node once - {at}"
+    return None
 
 
 def _allowed(hint: Any) -> list[str]:

@@ -76,6 +76,30 @@ def test_no_seal_is_warned_of(write, folder, control):
     assert "unprotected" in logs[0]["event"]
 
 
+def test_where_the_prefill_nodes_are(write):
+    assert config.load(write(MINIMAL)).prefill.addresses == ("127.0.0.1:8101",)
+    assert config.load(write(MINIMAL + '[prefill]\nhost = "gpu"\nport = 1')).prefill.addresses == ("gpu:1",)
+    several = '[prefill]\nhost = "gpu-1"\nnodes = ["gpu-1:8101", "10.10.0.3:8101", "[fe80::1]:8101"]'
+    assert config.load(write(MINIMAL + several)).prefill.addresses == ("gpu-1:8101", "10.10.0.3:8101", "[fe80::1]:8101")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said"),
+    [
+        (["gpu"], r"line 7: 'gpu' is no address of a prefill node; write it as \"HOST:PORT\" - at `\$.prefill.nodes\[0\]`"),
+        (["gpu:0"], "'gpu:0' is no address"),
+        (["gpu:65536"], "'gpu:65536' is no address"),
+        (["http://gpu:1"], "is no address"),
+        (["a:1", "b:1", "a:1"], r"line 7: a:1 is listed twice; name each prefill node once - at `\$.prefill.nodes\[2\]`"),
+        ([f"a:{port}" for port in range(1, 66)], "65 prefill nodes are more than the 64"),
+        ([1], "prefill.nodes"),
+    ],
+)
+def test_wrong_prefill_nodes_are_named(write, nodes, said):
+    with pytest.raises(ConfigError, match=said):
+        config.load(write(MINIMAL + f"[prefill]\nnodes = {msgspec.json.encode(nodes).decode()}"))
+
+
 def test_a_dumped_cluster_loads_equal(write, tmp_path):
     cluster = config.load(write(MINIMAL + '[link]\ncodec = "q8"\nchunk_tokens = 64\n[prefill]\nextra_args = ["--x"]'))
     (tmp_path / "elsewhere").mkdir()
