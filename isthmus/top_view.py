@@ -47,7 +47,8 @@ def screen(
     totals = _totals(entries, wide=wide)
     workers = nodes["workers"] if nodes else {}
     reasons = _reasons(nodes)
-    room = max(FEWEST_REQUESTS, height - OTHER_LINES - len(workers) - len(reasons) - totals.row_count)
+    more_prefills = len(_prefills(nodes)) - 1
+    room = max(FEWEST_REQUESTS, height - OTHER_LINES - more_prefills - len(workers) - len(reasons) - totals.row_count)
     state = Text("live", "bold green") if lost is None else Text(f"not heard: {plain(lost)}", "bold red")
     heading = Text.assemble(("isthmus top  ", "bold"), plain(url), "  ", state)
     shown = _requests(entries[-room:], wide=wide)
@@ -90,20 +91,16 @@ def _table(titles: dict[str, str], **options: Any) -> Table:
 
 
 def _nodes(nodes: dict[str, Any] | None, *, wide: bool) -> Table:
-    """The prefill node and the workers; power where some node knows its own."""
+    """The prefill nodes and the workers; power where some node knows its own."""
     titles = ["cells", "batch", "queue", "tokens/s", "memory", "power", "J/token", "kept KV", "hits", "accepted"]
     dropped = () if wide else ("kept KV", "hits", "accepted")
     if nodes is None:
         return _table({"node": "left", "state": "left"})
-    prefill = nodes["prefill"]
-    power = prefill.get("power")
-    rows: list[tuple[Text, Text, dict[str, str]]] = [
-        (
-            Text("prefill"),
-            _state(prefill["up"], prefill["state"]),
-            {"power": f"{power['watts']:.0f} W" if power else ""},
-        )
-    ]
+    rows: list[tuple[Text, Text, dict[str, str]]] = []
+    for name, prefill in _prefills(nodes).items():
+        power = prefill.get("power")
+        load = {"power": f"{power['watts']:.0f} W" if power else ""}
+        rows.append((Text(plain(name)), _state(prefill["up"], prefill["state"]), load))
     for name, worker in nodes["workers"].items():
         rows.append(
             (Text(plain(name)), _state(worker["up"], worker["state"]), _load(worker.get("status") or {}, wide=wide))
@@ -117,9 +114,21 @@ def _nodes(nodes: dict[str, Any] | None, *, wide: bool) -> Table:
     return table
 
 
+def _prefills(nodes: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """The prefill nodes by what they are called here: by their addresses only where there are several."""
+    if nodes is None:
+        return {}
+    several = nodes.get("prefill_nodes") or {}
+    return (
+        {f"prefill {name}": node for name, node in several.items()}
+        if len(several) > 1
+        else {"prefill": nodes["prefill"]}
+    )
+
+
 def _reasons(nodes: dict[str, Any] | None) -> list[Text]:
     """A line for each node that is down, which says why."""
-    named = {"prefill": nodes["prefill"]} | nodes["workers"] if nodes else {}
+    named = _prefills(nodes) | nodes["workers"] if nodes else {}
     return [
         Text(f"{plain(name)}: {plain(node['down_reason'])}", "red", no_wrap=True, overflow="ellipsis")
         for name, node in named.items()

@@ -10,12 +10,12 @@ import msgspec
 import structlog
 
 from proxy import costs, handoff, router
-from proxy.breaker import Breaker
-from proxy.handoff import PREFILL, Job, NodeFailedError, Pieces, Vllm, WorkerFullError
+from proxy.handoff import Job, NodeFailedError, Pieces, Vllm, WorkerFullError
 from proxy.ledger import Account
 from proxy.nodes import DecodePool
 from proxy.planner import Planner
 from proxy.prefill_node import PrefillNode
+from proxy.prefill_pool import PrefillPool
 from proxy.render import Renderer
 from proxy.router import Open, Reason, Route
 from proxy.transcript import Transcript
@@ -34,11 +34,10 @@ log = structlog.get_logger()
 class Dispatcher:
     """Sends requests to nodes, and learns from what they fail."""
 
-    def __init__(self, cluster: Cluster, prefill: PrefillNode, workers: DecodePool, renderer: Renderer) -> None:
-        self.planner = Planner(cluster, workers)
-        self.prefill_breaker = Breaker()
+    def __init__(self, cluster: Cluster, prefills: PrefillPool, workers: DecodePool, renderer: Renderer) -> None:
+        self.planner = Planner(cluster, prefills, workers)
         self._cluster = cluster
-        self._prefill = prefill
+        self._prefills = prefills
         self._workers = workers
         self._renderer = renderer
 
@@ -156,10 +155,10 @@ class Dispatcher:
             barred |= {route: _CONTEXT for route in router.ROUTES if route not in barred and route not in wide}
         return router.open_routes(
             job.forced,
-            prefill_up=self._prefill.up,
+            prefill_up=self._prefills.up,
             decode_up=self._workers.up,
             barred=barred,
-            prefill_failing=self.prefill_breaker.failing(time.monotonic_ns()),
+            prefill_failing=self._prefills.failing,
             decode_failing=self._workers.failing,
         )
 
@@ -167,7 +166,7 @@ class Dispatcher:
         reason: Reason = "failed_over"
         routes = router.ways_on(
             job.forced,
-            prefill_up=self._prefill.up and PREFILL not in job.avoid,
+            prefill_up=bool(self._prefills.without(job.avoid)),
             another_worker_up=self._workers.another(job.avoid),
             some_worker_up=self._workers.up,
             barred=barred,
@@ -187,9 +186,11 @@ class Dispatcher:
         return _limited(job, max_tokens)
 
     def _take(self, job: Job, account: Account) -> Pieces:
-        vllm = Vllm(self._prefill, self.planner.vllm, self.planner.decoding, self.blame)
+        vllm = self._vllm(job)
+        account.prefill_node = None
         if account.route != "cpu":
-            self.prefill_breaker.tried(time.monotonic_ns())
+            account.prefill_node = vllm.node.name
+            vllm.node.breaker.tried(time.monotonic_ns())
         match account.route:
             case "gpu":
                 return handoff.gpu(job, vllm, account)
@@ -198,19 +199,33 @@ class Dispatcher:
             case _:
                 return handoff.split(job, vllm, self._workers, account)
 
+    def prefill_node(self, job: Job) -> PrefillNode:
+        """The prefill node that was chosen for ``job``."""
+        name = job.planned.decision.prefill_node if job.planned else ""
+        return self._prefills.nodes.get(name, self._prefills.first)
+
+    def _vllm(self, job: Job) -> Vllm:
+        node = self.prefill_node(job)
+        tried = job.avoid | {node.name}
+
+        def another() -> bool:
+            return len(tried) < MAX_ATTEMPTS and bool(self._prefills.without(tried))
+
+        return Vllm(node, self._prefills.occupancy, self.planner.decoding, self.blame, another)
+
     def blame(self, failed: NodeFailedError) -> None:
         """A node has failed a request."""
-        node = self._workers.nodes.get(failed.node)
-        breaker = self.prefill_breaker if failed.node == PREFILL else node.breaker if node else None
-        if breaker:
-            breaker.failed(time.monotonic_ns())
+        node = self._prefills.nodes.get(failed.node) or self._workers.nodes.get(failed.node)
+        if node:
+            node.breaker.failed(time.monotonic_ns())
 
     def _succeeded(self, account: Account) -> None:
         node = self._workers.nodes.get(account.worker or "")
         if node:
             node.breaker.succeeded()
-        if account.route != "cpu":
-            self.prefill_breaker.succeeded()
+        prefill_node = self._prefills.nodes.get(account.prefill_node or "")
+        if prefill_node:
+            prefill_node.breaker.succeeded()
 
 
 def _limited(job: Job, max_tokens: int) -> Job:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import msgspec
 import structlog
 
 from proxy.costs import Average, Cost, Learner
-from proxy.facts import Inputs, WorkerFacts
+from proxy.facts import ANOTHER_NODE, Inputs, WorkerFacts
 from proxy.ledger import Entry
 from proxy.measured import Measured, Speed
 from transfer.messages import Status
@@ -24,6 +24,8 @@ _NS_PER_S = 1_000_000_000
 _CALIBRATED = 2
 
 log = structlog.get_logger()
+
+N = TypeVar("N")
 
 
 class AnswerLengths:
@@ -70,6 +72,16 @@ class CodecEstimates:
                 average.observe(entry.kv_raw_bytes / took_ns * _NS_PER_S)
 
 
+class VllmEstimates:
+    """One prefill node: its prefill by (new tokens, requests), and its steps by (steps, sequences, context tokens)."""
+
+    def __init__(self, measured: Measured) -> None:
+        self.prefill = Learner(2)
+        self.step = Learner(3)
+        self.prefill.start(measured.vllm_prefill)
+        self.step.start(measured.vllm_step)
+
+
 class WorkerEstimates:
     """One decode worker: its own prefill by (new tokens, requests, new tokens x sequences beside), and its steps by
     (steps, sequences, context tokens).
@@ -95,11 +107,9 @@ class Estimates:
     """Everything that is learned. :meth:`learn` needs nothing but an entry, so that a stored ledger can be read in."""
 
     def __init__(self) -> None:
-        # By (new tokens, requests) and by (steps, sequences, context tokens).
-        self.vllm_prefill = Learner(2)
-        self.vllm_step = Learner(3)
         self.answers = AnswerLengths()
         self.codecs: dict[str, CodecEstimates] = {}
+        self._vllms: OrderedDict[str, VllmEstimates] = OrderedDict()
         self._workers: OrderedDict[str, WorkerEstimates] = OrderedDict()
         # The pace of late transfers; the best of them is what the link can do, for most wait for prefill.
         self._paces: deque[float] = deque(maxlen=32)
@@ -108,8 +118,6 @@ class Estimates:
     def start(self, measured: Measured) -> None:
         """Begin with what was measured before anything has been learned."""
         self._measured = measured
-        self.vllm_prefill.start(measured.vllm_prefill)
-        self.vllm_step.start(measured.vllm_step)
         if measured.link_bytes_per_s:
             self._paces.append(measured.link_bytes_per_s)
         for name, speed in measured.codecs.items():
@@ -120,13 +128,21 @@ class Estimates:
         """The link's goodput, as far as transfers have asked for it."""
         return max(self._paces, default=None)
 
+    def vllm(self, name: str) -> VllmEstimates:
+        """What is known of the prefill node ``name``."""
+        return _known(self._vllms, name, lambda: VllmEstimates(self._measured))
+
     def worker(self, name: str) -> WorkerEstimates:
         """What is known of the worker ``name``."""
-        known = self._workers.setdefault(name, WorkerEstimates(self._measured))
-        self._workers.move_to_end(name)
-        if len(self._workers) > MAX_NAMES:
-            self._workers.popitem(last=False)
-        return known
+        return _known(self._workers, name, lambda: WorkerEstimates(self._measured))
+
+    def vllm_prefill(self, name: str) -> Cost | None:
+        """The prefill node's prefill; another's where this one has made none yet."""
+        return self.vllm(name).prefill.cost or _of_another(each.prefill for each in self._vllms.values())
+
+    def vllm_step(self, name: str) -> Cost | None:
+        """The prefill node's decode step; another's where this one has made none yet."""
+        return self.vllm(name).step.cost or _of_another(each.step for each in self._vllms.values())
 
     def worker_prefill(self, name: str, status: Status | None) -> Cost | None:
         """The worker's own prefill, as requests took it, or else as it has measured it itself."""
@@ -145,12 +161,11 @@ class Estimates:
             own.learn_status(status)
         if own.step.cost is not None:
             return own.step.cost
-        found = next((other.step.cost for other in reversed(self._workers.values()) if other.step.cost), None)
-        return msgspec.structs.replace(found, basis="another worker") if found else None
+        return _of_another((other.step for other in self._workers.values()), "another worker")
 
     def learn(self, entry: Entry) -> None:
         """Take in a request that has ended well, at the first attempt."""
-        inputs = entry.decision
+        inputs = entry.decision and entry.decision.at(entry.prefill_node)
         if entry.status != "ok" or entry.failed_over or inputs is None or not entry.completion_tokens:
             return
         if entry.shadow_of is None:
@@ -191,17 +206,25 @@ class Estimates:
             for name, codec in self.codecs.items()
         }
         workers = {name: {"prefill": each.prefill.cost, "step": each.step.cost} for name, each in self._workers.items()}
-        vllm = {"prefill": self.vllm_prefill.cost, "step": self.vllm_step.cost}
-        return {"vllm": vllm, "workers": workers, "codecs": speeds, "link_bytes_per_s": self.link_bytes_per_s}
+        vllms = {name: {"prefill": each.prefill.cost, "step": each.step.cost} for name, each in self._vllms.items()}
+        return {
+            # Of the one that was looked at last.
+            "vllm": next(reversed(vllms.values()), {"prefill": None, "step": None}),
+            "prefill_nodes": vllms,
+            "workers": workers,
+            "codecs": speeds,
+            "link_bytes_per_s": self.link_bytes_per_s,
+        }
 
     def _learn_vllm_prefill(self, entry: Entry, inputs: Inputs) -> None:
         new_tokens = max(1, entry.prompt_tokens - entry.prefill_cached_tokens)
         took_ns, tokens = _prefill(entry, entry.prefill_ns, new_tokens, inputs.vllm.backlog_ns)
-        self.vllm_prefill.observe(took_ns, tokens, 1, crowd=_crowd(entry, "prefill"))
+        vllm = self.vllm(entry.prefill_node or "")
+        vllm.prefill.observe(took_ns, tokens, 1, crowd=_crowd(entry, "prefill"))
 
     def _learn_vllm_step(self, entry: Entry, inputs: Inputs) -> None:
-        vllm = inputs.vllm
-        _learn_step(self.vllm_step, self.vllm_prefill.cost, entry, inputs, 1, vllm.sequences, vllm.context_tokens)
+        facts, vllm = inputs.vllm, self.vllm(entry.prefill_node or "")
+        _learn_step(vllm.step, vllm.prefill.cost, entry, inputs, 1, facts.sequences, facts.context_tokens)
 
     def _learn_worker_prefill(self, entry: Entry, inputs: Inputs) -> None:
         facts = _of(inputs, entry.worker)
@@ -267,6 +290,22 @@ def _crowd(entry: Entry, stage: str) -> float:
     """The share of a stage's time for which the other engine was busy; 0 in entries of an older make."""
     beside = entry.beside.get(stage)
     return beside.crowd if beside else 0.0
+
+
+def _known(by_name: OrderedDict[str, N], name: str, kind: Callable[[], N]) -> N:
+    """What ``by_name`` has of a node, made anew where it is not known; the ones not asked for longest are forgotten."""
+    if name not in by_name:
+        by_name[name] = kind()
+    by_name.move_to_end(name)
+    if len(by_name) > MAX_NAMES:
+        by_name.popitem(last=False)
+    return by_name[name]
+
+
+def _of_another(learners: Iterable[Learner], basis: str = ANOTHER_NODE) -> Cost | None:
+    """The last one that has learned anything."""
+    found = next((learner.cost for learner in reversed(list(learners)) if learner.cost), None)
+    return msgspec.structs.replace(found, basis=basis) if found else None
 
 
 def _of(inputs: Inputs, worker: str | None) -> WorkerFacts | None:

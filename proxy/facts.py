@@ -11,6 +11,9 @@ from proxy.costs import Cost
 from proxy.router import Reason, Route
 from transfer.config import PolicyName
 
+# The basis of a cost that a node has not shown itself.
+ANOTHER_NODE = "another node"
+
 
 class Ask(msgspec.Struct, frozen=True, array_like=True):
     """What is to be done. ``routes`` are open; with a ``reason`` it is known already why one is taken.
@@ -35,7 +38,7 @@ class Ask(msgspec.Struct, frozen=True, array_like=True):
 
 
 class VllmFacts(msgspec.Struct, frozen=True, array_like=True):
-    """The prefill node: ``prefill`` by (new tokens, requests), ``step`` by (steps, sequences, context tokens).
+    """A prefill node: ``prefill`` by (new tokens, requests), ``step`` by (steps, sequences, context tokens).
 
     ``backlog_ns`` of prefills stand before this one; ``sequences`` decode there or will, ``context_tokens`` in all.
     ``cached_tokens`` of the prompt are thought to be in vLLM's prefix cache.
@@ -47,6 +50,7 @@ class VllmFacts(msgspec.Struct, frozen=True, array_like=True):
     sequences: int
     context_tokens: int
     cached_tokens: int
+    name: str = ""
 
 
 class CodecFacts(msgspec.Struct, frozen=True, array_like=True):
@@ -77,11 +81,25 @@ class WorkerFacts(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Inputs(msgspec.Struct, frozen=True, array_like=True):
-    """All that a decision is made from."""
+    """All that a decision is made from; ``vllm`` is the preferred prefill node, ``others`` follow as preferred."""
 
     ask: Ask
     vllm: VllmFacts
     workers: tuple[WorkerFacts, ...]
+    others: tuple[VllmFacts, ...] = ()
+
+    @property
+    def prefill_nodes(self) -> tuple[VllmFacts, ...]:
+        """All of them, the preferred one first."""
+        return self.vllm, *self.others
+
+    def at(self, name: str | None) -> Inputs:
+        """The same with the prefill node ``name`` in front; as it is if that is none of them."""
+        chosen = next((node for node in self.others if node.name == name), None)
+        if chosen is None:
+            return self
+        rest = tuple(node for node in self.prefill_nodes if node is not chosen)
+        return msgspec.structs.replace(self, vllm=chosen, others=rest)
 
 
 class Prediction(msgspec.Struct, frozen=True):

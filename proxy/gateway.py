@@ -24,6 +24,7 @@ from proxy.nodes import DecodePool
 from proxy.openai import Body, ChatBody, CompletionBody
 from proxy.parity import ParityGuard
 from proxy.prefill_node import PrefillNode, PromptLogprobs
+from proxy.prefill_pool import PrefillPool
 from proxy.registry import Registry
 from proxy.regret import Regrets
 from proxy.render import Renderer
@@ -60,8 +61,8 @@ class Gateway:
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
         self.model = cluster.pair.name
-        self.prefill = PrefillNode(
-            f"http://{cluster.prefill.host}:{cluster.prefill.port}", self.model, cluster.proxy.max_running
+        self.prefill = PrefillPool(
+            PrefillNode(name, self.model, cluster.proxy.max_running) for name in cluster.prefill.addresses
         )
         folder = keys_folder(cluster)
         self._keys = keys.client(folder, "proxy") if folder else None
@@ -88,7 +89,7 @@ class Gateway:
             queued=lambda: self.admission.queued,
             prefill_up=lambda: self.prefill.up,
             decode_up=lambda: self.workers.up,
-            prefill_power=lambda: self.prefill.power,
+            prefill_nodes=lambda: self.prefill,
             workers=lambda: self.workers,
             alarms=lambda: len(self.parity.alarms),
             unwritten=lambda: self.store.unwritten if self.store else 0,
@@ -227,7 +228,8 @@ class Gateway:
 
     async def _scored(self, job: Job, num_top: int) -> PromptLogprobs:
         """What only vLLM gives, whichever route the answer takes: the log probabilities of the prompt's tokens."""
-        return await self.prefill.prompt_logprobs(f"{job.request_id}-prompt", job.prompt, num_top, tenant=job.tenant)
+        node = self.dispatcher.prefill_node(job)
+        return await node.prompt_logprobs(f"{job.request_id}-prompt", job.prompt, num_top, tenant=job.tenant)
 
 
 def _pinned(cluster: Cluster, own_keys: keys.ClientKeys | None) -> DecodeNode | None:

@@ -16,7 +16,7 @@ import structlog
 from proxy import costs
 from proxy.decode_node import Conversation, DecodeNode
 from proxy.ledger import Account
-from proxy.load import Occupancy, VllmLoad
+from proxy.load import Occupancy
 from proxy.nodes import DecodePool
 from proxy.planner import Planned
 from proxy.predictions import computes_the_rest
@@ -105,12 +105,12 @@ class Job(NamedTuple):
         return seeded or sampling.constrained or self.choices > 1 or foreign
 
 
-# Names of nodes beside the workers' own.
-PREFILL, NO_WORKER = "prefill", "decode"
+# In the place of a worker's name.
+NO_WORKER = "decode"
 
 
 class NodeFailedError(Exception):
-    """``node``, a worker's name or one of the above, failed a request with ``error``; another one might serve it."""
+    """``node``, a prefill node's or a worker's name, failed a request with ``error``; another one might serve it."""
 
     def __init__(self, node: str, error: IsthmusError) -> None:
         super().__init__(f"{node}: {error}")
@@ -126,15 +126,17 @@ class WorkerFullError(Exception):
 
 
 class Vllm(NamedTuple):
-    """The prefill node and what it does, and what all ``workers`` are busy with beside it.
+    """A prefill node, and what all prefill nodes (``vllms``) and all ``workers`` are busy with.
 
-    ``failed`` takes in that it failed a request which goes on.
+    ``failed`` takes in that it failed a request which goes on, and ``another`` tells whether another prefill node could
+    take the request then.
     """
 
     node: PrefillNode
-    load: VllmLoad
+    vllms: Occupancy
     workers: Occupancy
     failed: Callable[[NodeFailedError], None]
+    another: Callable[[], bool]
 
 
 async def split(job: Job, vllm: Vllm, workers: DecodePool, account: Account) -> Pieces:
@@ -195,13 +197,14 @@ async def gpu(job: Job, vllm: Vllm, account: Account) -> Pieces:
     stream = vllm.node.stream(
         job.request_id, job.prompt, job.sampling, choices=job.choices, echo=job.echo, tenant=job.tenant
     )
-    load, context_tokens = vllm.load, _context_tokens(job)
-    with _blaming(PREFILL), load.holding(job.choices, context_tokens):
+    load, context_tokens = vllm.node.load, _context_tokens(job)
+    with _blaming(vllm.node.name), load.holding(job.choices, context_tokens):
         async with aclosing(stream) as deltas:
             with account.meter.stage("prefill"), _prefilling(job, vllm, account, "gpu"):
                 delta = await anext(deltas)
             with (
                 load.occupancy.working(job.choices, context_tokens),
+                vllm.vllms.working(),
                 account.watched("decode", load.occupancy, vllm.workers),
             ):
                 while not isinstance(delta, Counts):
@@ -216,10 +219,13 @@ async def gpu(job: Job, vllm: Vllm, account: Account) -> Pieces:
 async def _prefilled(
     job: Job, vllm: Vllm, conversation: Conversation, ticket: Ticket, account: Account
 ) -> FirstToken | None:
-    """VLLM's first token, its KV on the way; None if it failed and the worker shall do it."""
+    """VLLM's first token, its KV on the way; None if it failed and the worker shall do it, which has what KV has come.
+
+    If another prefill node is there, what comes next is decided by cost.
+    """
 
     async def ask() -> FirstToken:
-        with _blaming(PREFILL):
+        with _blaming(vllm.node.name):
             first = await vllm.node.prefill(
                 job.request_id, job.prompt, job.sampling, ticket, job.left_s, tenant=job.tenant
             )
@@ -231,7 +237,8 @@ async def _prefilled(
         with account.meter.stage("prefill"), _prefilling(job, vllm, account, "split"):
             first = await conversation.guard(ask())
     except NodeFailedError as failed:
-        if failed.node != PREFILL or job.forced:
+        in_time = job.deadline_ns > time.monotonic_ns()
+        if failed.node != vllm.node.name or job.forced or (in_time and vllm.another()):
             raise
         vllm.failed(failed)
         account.turn_local("failed_over", failed.error.code)
@@ -257,14 +264,15 @@ def _blaming(node: str) -> Iterator[None]:
 @contextmanager
 def _prefilling(job: Job, vllm: Vllm, account: Account, route: Route) -> Iterator[None]:
     """The body is vLLM's prefill."""
-    load = vllm.load
+    load = vllm.node.load
     work = load.backlog.begin(_expected_ns(job, route))
     try:
-        with load.occupancy.working(), account.watched("prefill", load.occupancy, vllm.workers):
+        own = load.occupancy
+        with own.working(), vllm.vllms.working(), account.watched("prefill", own, vllm.workers):
             yield
     finally:
         load.backlog.end(work)
-    new_tokens = len(job.prompt) - (job.planned.inputs.vllm.cached_tokens if job.planned else 0)
+    new_tokens = len(job.prompt) - (job.planned.seen.vllm.cached_tokens if job.planned else 0)
     load.occupancy.prefilled(new_tokens)
     load.prefixes.add(job.prompt, job.tenant)
 
@@ -274,7 +282,7 @@ def _at_worker(conversation: Conversation, vllm: Vllm, account: Account, job: Jo
     """The worker decodes in the body."""
     own = conversation.occupancy
     working = own.working(job.choices, _context_tokens(job))
-    with working, vllm.workers.working(), account.watched("decode", own, vllm.load.occupancy):
+    with working, vllm.workers.working(), account.watched("decode", own, vllm.vllms):
         yield
 
 
@@ -282,7 +290,7 @@ def _expected_ns(job: Job, route: Route) -> int:
     """What the prefill alone was predicted to take, 0 if nothing was."""
     if job.planned is None:
         return 0
-    decision, inputs = job.planned
+    decision, inputs = job.planned.decision, job.planned.seen
     if route == "cpu":
         worker = next((each for each in inputs.workers if each.name == decision.worker), None)
         new_tokens = len(job.prompt) - worker.held_tokens if worker else 0
@@ -300,7 +308,7 @@ def _context_tokens(job: Job) -> int:
 def _computes_the_rest(job: Job, ticket: Ticket) -> bool:
     if job.planned is None:
         return False
-    decision, inputs = job.planned
+    decision, inputs = job.planned.decision, job.planned.seen
     return computes_the_rest(inputs, decision.worker, decision.codec, ticket.reused_tokens)
 
 
@@ -361,7 +369,7 @@ async def _computed(conversation: Conversation, vllm: Vllm, account: Account, jo
     work = conversation.backlog.begin(_expected_ns(job, "cpu"))
     async with aclosing(_decoded(conversation, account, job, STREAM_SILENCE_S)) as pieces:
         try:
-            with own.working(), vllm.workers.working(), account.watched("prefill", own, vllm.load.occupancy):
+            with own.working(), vllm.workers.working(), account.watched("prefill", own, vllm.vllms):
                 piece = await anext(pieces)
         finally:
             conversation.backlog.end(work)

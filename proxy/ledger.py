@@ -31,6 +31,7 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
     codec: str | None
     completion_tokens: int
     error: str | None
+    prefill_node: str | None = None
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,7 +40,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     ``prefill_ns`` is vLLM's answer for ``split``, the worker's own prefill for ``cpu`` and the time to the first token
     for ``gpu``. ``specialization_gain_ns`` is what prefill on the other node saved; only ``split`` has one.
     ``status`` is ``ok``, ``cancelled`` or an error code. ``failed_over`` is the code with which the first node failed
-    the request; ``route``, ``worker`` and ``codec`` are then of the last of ``attempts``.
+    the request; ``route``, ``worker``, ``codec`` and ``prefill_node``, whose vLLM was asked, are then of
+    the last of ``attempts``.
 
     ``max_tokens`` is the client's own limit for each answer. ``cached_tokens`` of the prompt were computed before,
     ``prefill_cached_tokens`` of them by vLLM; ``local_prefill_ns`` is the worker's own prefill on any route. Of the
@@ -109,6 +111,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     ttft_error: float | None = None
     e2e_error: float | None = None
     beside: dict[str, Beside] = {}
+    prefill_node: str | None = None
 
     @property
     def reuse_saved_ns(self) -> int | None:
@@ -155,6 +158,7 @@ class Account:
         self.reason: Reason | None = None
         self.worker: str | None = None
         self.codec: str | None = None
+        self.prefill_node: str | None = None
         # Those that failed.
         self.attempts: list[Attempt] = []
         self.prompt: list[int] = []
@@ -191,14 +195,14 @@ class Account:
         """An attempt has ended with ``error``; the next one starts after ``known_tokens`` of the answer."""
         self._end_attempt(error, known_tokens - self.carried_tokens)
         self.carried_tokens, self.route_tokens, self.report = known_tokens, 0, None
-        self.worker = self.codec = None
+        self.worker = self.codec = self.prefill_node = None
 
     def turn_local(self, reason: Reason, error: str | None = None) -> None:
         """The worker computes the prompt in the place reserved for KV; because of ``error`` if there is one."""
         worker = self.worker
         if error is not None:
             self.failed(error, self.carried_tokens)
-        self.route, self.reason, self.worker, self.codec = "cpu", reason, worker, None
+        self.route, self.reason, self.worker, self.codec, self.prefill_node = "cpu", reason, worker, None, None
 
     def _end_attempt(self, error: str | None, completion_tokens: int) -> None:
         if self.route is not None:
@@ -209,6 +213,7 @@ class Account:
                     codec=self.codec,
                     completion_tokens=completion_tokens,
                     error=error,
+                    prefill_node=self.prefill_node,
                 )
             )
 
@@ -295,6 +300,7 @@ class Account:
             ttft_error=ttft_error,
             beside=self._beside(),
             e2e_error=e2e_error,
+            prefill_node=self.prefill_node,
         )
 
     def _errors(self, now_ns: int) -> tuple[float | None, float | None]:

@@ -11,8 +11,8 @@ from prometheus_client.registry import Collector
 
 from proxy.decode_node import DecodeNode
 from proxy.ledger import Entry
+from proxy.prefill_node import PrefillNode
 from proxy.regret import Regret
-from transfer.energy import Power
 
 _LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _GAP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -32,7 +32,7 @@ class Metrics:
         queued: Callable[[], float],
         prefill_up: Callable[[], float],
         decode_up: Callable[[], float],
-        prefill_power: Callable[[], Power | None],
+        prefill_nodes: Callable[[], Iterable[PrefillNode]],
         workers: Callable[[], Iterable[DecodeNode]],
         alarms: Callable[[], float],
         unwritten: Callable[[], float],
@@ -111,13 +111,13 @@ class Metrics:
         for name, text, read in (
             ("isthmus_running", "Requests that hold a slot", running),
             ("isthmus_queued", "Requests that wait for a slot", queued),
-            ("isthmus_prefill_up", "1 if the prefill node answers", prefill_up),
+            ("isthmus_prefill_up", "1 if some prefill node answers", prefill_up),
             ("isthmus_decode_up", "1 if some decode worker takes requests", decode_up),
             ("isthmus_parity_alarms", "Codecs that are switched off for a worker because KV came out wrong", alarms),
             ("isthmus_ledger_unwritten", "Entries and changes that the ledger's file could not take", unwritten),
         ):
             Gauge(name, text, registry=registry).set_function(read)
-        registry.register(_Prefill(prefill_power))
+        registry.register(_PrefillNodes(prefill_nodes))
         registry.register(_Workers(workers))
 
     def gap(self, route: str, gap_ns: int) -> None:
@@ -170,17 +170,27 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-class _Prefill(Collector):
-    """The prefill node's power; no sample where it is not known."""
+class _PrefillNodes(Collector):
+    """What is known of each prefill node; no sample of a power that is not known."""
 
-    def __init__(self, power: Callable[[], Power | None]) -> None:
-        self._power = power
+    def __init__(self, nodes: Callable[[], Iterable[PrefillNode]]) -> None:
+        self._nodes = nodes
 
     def collect(self) -> Iterator[Metric]:
-        watts = GaugeMetricFamily("isthmus_prefill_watts", "Mean power of what runs the prefill", labels=["of"])
-        if power := self._power():
-            watts.add_metric([power.of], power.watts)
-        yield watts
+        labels = ["node"]
+        up = GaugeMetricFamily("isthmus_prefill_node_up", "1 if the prefill node answers", labels=labels)
+        backlog = GaugeMetricFamily(
+            "isthmus_prefill_backlog_seconds",
+            "What its prefills that have begun are expected to take yet",
+            labels=labels,
+        )
+        watts = GaugeMetricFamily("isthmus_prefill_watts", "Mean power of what runs the prefill", labels=["node", "of"])
+        for node in self._nodes():
+            up.add_metric([node.name], float(node.up))
+            backlog.add_metric([node.name], node.load.backlog.ns / _NS_PER_S)
+            if node.power:
+                watts.add_metric([node.name, node.power.of], node.power.watts)
+        yield from (up, backlog, watts)
 
 
 class _Workers(Collector):

@@ -14,10 +14,12 @@ import msgspec
 from proxy.decode_node import DecodeNode
 from proxy.estimates import Estimates
 from proxy.facts import Ask, CodecFacts, Inputs, VllmFacts, WorkerFacts
-from proxy.load import Occupancy, VllmLoad, Watch
+from proxy.load import Occupancy, Watch
 from proxy.nodes import DecodePool
 from proxy.placement import ranked
 from proxy.policy import Decision, decide
+from proxy.prefill_node import PrefillNode
+from proxy.prefill_pool import PrefillPool
 from proxy.router import Open, Route, possible_codecs
 from transfer.config import Cluster
 from transfer.errors import CodecError, LinkError, RequestError
@@ -40,16 +42,21 @@ class Planned(NamedTuple):
     decision: Decision
     inputs: Inputs
 
+    @property
+    def seen(self) -> Inputs:
+        """The inputs with the chosen prefill node in front."""
+        return self.inputs.at(self.decision.prefill_node)
+
 
 class Planner:
     """Owns what is learned, and what the nodes are busy with, as far as this proxy knows."""
 
-    def __init__(self, cluster: Cluster, workers: DecodePool) -> None:
+    def __init__(self, cluster: Cluster, prefills: PrefillPool, workers: DecodePool) -> None:
         self.estimates = Estimates()
-        self.vllm = VllmLoad()
         # By all workers together.
         self.decoding = Occupancy()
         self._cluster = cluster
+        self._prefills = prefills
         self._workers = workers
         self._turn = 0
         self._trying: set[str] = set()
@@ -88,10 +95,12 @@ class Planner:
         :class:`CodecError` if no codec can do what is asked for and only split is open.
         """
         nodes = self._nodes(job, open_routes)
+        vllm, *others = self._prefill_nodes(job)
         inputs = Inputs(
             self._ask(job, open_routes),
-            self._vllm_facts(job),
+            vllm,
             tuple(self._worker_facts(job, node, waited_ns, self._codecs(job, node)) for node in nodes),
+            tuple(others),
         )
         routes = _served(open_routes.routes, inputs.workers)
         if "split" in open_routes.routes and "split" not in routes and (nodes and not job.prior_output):
@@ -161,15 +170,27 @@ class Planner:
             return self._arriving
         return max(self._arriving, round(fmean(self._lately)) - self._in_flight - 1)
 
-    def _vllm_facts(self, job: Job) -> VllmFacts:
+    def _prefill_nodes(self, job: Job) -> list[VllmFacts]:
+        """Prefill nodes that may get the request, the preferred one first: one that has more of its prefix.
+
+        Where none may, what all are busy with still slows workers down.
+        """
+        facts = [self._vllm_facts(job, node) for node in self._prefills.without(job.avoid) or self._prefills]
+        by_name = {each.name: each for each in facts}
+        names = ranked(job.prompt, facts)
+        return sorted((by_name[name] for name in names), key=lambda each: each.cached_tokens, reverse=True)
+
+    def _vllm_facts(self, job: Job, node: PrefillNode) -> VllmFacts:
         caching = self._cluster.prefill.prefix_caching and job.reuse
+        load = node.load
         return VllmFacts(
-            prefill=self.estimates.vllm_prefill.cost,
-            step=self.estimates.vllm_step.cost,
-            backlog_ns=self.vllm.backlog.ns,
-            sequences=self.vllm.sequences,
-            context_tokens=self.vllm.context_tokens,
-            cached_tokens=self.vllm.prefixes.held_tokens(job.prompt, job.tenant) if caching else 0,
+            prefill=self.estimates.vllm_prefill(node.name),
+            step=self.estimates.vllm_step(node.name),
+            backlog_ns=load.backlog.ns,
+            sequences=load.sequences,
+            context_tokens=load.context_tokens,
+            cached_tokens=load.prefixes.held_tokens(job.prompt, job.tenant) if caching else 0,
+            name=node.name,
         )
 
     def _worker_facts(self, job: Job, node: DecodeNode, waited_ns: int, codecs: tuple[CodecFacts, ...]) -> WorkerFacts:
@@ -177,7 +198,7 @@ class Planner:
         return WorkerFacts(
             name=node.name,
             prefill=estimates.worker_prefill(node.name, status),
-            step=estimates.worker_step(node.name, status, alone=self.vllm.occupancy.idle_ns > _STATUS_NS),
+            step=estimates.worker_step(node.name, status, alone=self._prefills.occupancy.idle_ns > _STATUS_NS),
             queue_ns=self._queue_ns(job, node, waited_ns),
             backlog_ns=node.backlog.ns,
             load=node.candidate.load,

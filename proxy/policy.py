@@ -1,7 +1,8 @@
 """Where a request goes: a pure function of what was known, all of it in one struct, so that it can be replayed.
 
 For every route that is open, and every worker that could serve it, ``predictions.py`` adds up what the parts would
-take; :func:`decide` picks by the policy:
+take; :func:`decide` picks by the policy. Where there are several prefill nodes it begins with the one by which the
+routes through vLLM are best:
 
 ==============  ==================================================================================================
 policy          what is smallest
@@ -16,12 +17,13 @@ policy          what is smallest
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import msgspec
 
 from proxy import mixing
-from proxy.facts import Ask, Inputs, Prediction
+from proxy.facts import ANOTHER_NODE, Ask, Inputs, Prediction, VllmFacts
 from proxy.predictions import Plan, load_of, plans
 from proxy.router import ROUTES, Reason, Route
 
@@ -33,12 +35,15 @@ _MORE_LOAD = 0.25
 # times the best.
 _TRIES = 2
 _TRY_WITHIN = 2.0
+# A preferred prefill node decodes at most so many sequences more than others that are about as good.
+_MORE_SEQUENCES = 4
 
 
 class Decision(NamedTuple):
     """What was decided, why, and what each open route was predicted to take, by the best worker.
 
     ``patience_ns``: longer than this the worker's queue is not worth waiting in; None where nothing else is better.
+    ``prefill_node`` is the one that serves the routes through vLLM.
     """
 
     route: Route
@@ -47,6 +52,7 @@ class Decision(NamedTuple):
     reason: Reason
     predicted: dict[Route, Prediction]
     patience_ns: int | None = None
+    prefill_node: str = ""
 
 
 def replay(inputs: Any) -> Decision:
@@ -56,13 +62,48 @@ def replay(inputs: Any) -> Decision:
 
 def decide(inputs: Inputs) -> Decision:
     """The route, the worker, the codec. ``inputs.ask.routes`` are not empty, and each can be served by some node."""
+    inputs = inputs.at(_prefill_node(inputs))
     ask = inputs.ask
     possible = {route: ways for route in ask.routes if (ways := plans(inputs, route))}
     best = {route: _best(ask, ways) for route, ways in possible.items()}
     known = {route: plan.predicted for route, plan in best.items() if plan.predicted}
     plan, reason = _pick(inputs, list(best.values()))
     others = [other for ways in possible.values() for other in ways if other.worker != plan.worker]
-    return Decision(plan.route, plan.worker, plan.codec, reason, known, _patience_ns(ask, plan, others))
+    patience_ns = _patience_ns(ask, plan, others)
+    return Decision(plan.route, plan.worker, plan.codec, reason, known, patience_ns, inputs.vllm.name)
+
+
+def _prefill_node(inputs: Inputs) -> str:
+    """The prefill node by which the routes through vLLM are best, or the preferred one among those about equal that
+    have not much more to do.
+    """
+    if not inputs.others:
+        return inputs.vllm.name
+    ranks = {node.name: _rank_at(inputs.at(node.name)) for node in inputs.prefill_nodes}
+    least = min(ranks.values())
+    good = [
+        node
+        for node in inputs.prefill_nodes
+        if ranks[node.name] <= least * (_TRY_WITHIN if _is_little_known(node) else 1 + _AS_GOOD)
+    ]
+    least_ns, fewest = min(node.backlog_ns for node in good), min(node.sequences for node in good)
+    for node in good:
+        # At most one prefill like this one more stands before it.
+        own_ns = node.prefill.at(inputs.ask.prompt_tokens - node.cached_tokens, 1) if node.prefill else 0
+        if node.backlog_ns <= least_ns + own_ns and node.sequences <= fewest + _MORE_SEQUENCES:
+            return node.name
+    return min(good, key=lambda node: (node.backlog_ns, node.sequences)).name
+
+
+def _rank_at(inputs: Inputs) -> float:
+    """What the policy has of the best route through the first prefill node; infinite where nothing is known."""
+    ask = inputs.ask
+    through = [plan for route in ask.routes if route != "cpu" for plan in plans(inputs, route)]
+    return min((_rank(ask, plan)[0] for plan in through), default=math.inf)
+
+
+def _is_little_known(node: VllmFacts) -> bool:
+    return node.prefill is None or node.prefill.samples < _TRIES or node.prefill.basis == ANOTHER_NODE
 
 
 def _pick(inputs: Inputs, plans: list[Plan]) -> tuple[Plan, Reason]:
@@ -114,7 +155,7 @@ def _rank(ask: Ask, plan: Plan) -> tuple[float, float]:
     """What the policy has least of; then what decides between equals. ``plan`` is predicted."""
     predicted = plan.predicted
     if predicted is None:
-        return float("inf"), float("inf")
+        return math.inf, math.inf
     if _by_e2e(ask):
         return predicted.e2e_ns, predicted.ttft_ns
     match ask.policy:

@@ -16,7 +16,10 @@ ALWAYS_LOCAL_TOKENS = 32
 
 
 class Plan(NamedTuple):
-    """One way to serve a request; ``predicted`` is None where something about it is not known."""
+    """One way to serve a request; ``predicted`` is None where something about it is not known.
+
+    Those through vLLM are through the first of the prefill nodes.
+    """
 
     route: Route
     worker: str | None
@@ -142,7 +145,7 @@ def _workers_busy(inputs: Inputs) -> float:
 
 
 def _vllm_busy(inputs: Inputs) -> float:
-    return float(inputs.vllm.sequences > 0 or inputs.vllm.backlog_ns > 0)
+    return float(any(node.sequences or node.backlog_ns for node in inputs.prefill_nodes))
 
 
 def _local_prefill_ns(prefill: Cost, worker: WorkerFacts, new_tokens: int, crowd: float) -> int:

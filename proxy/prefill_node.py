@@ -1,4 +1,4 @@
-"""The client to the prefill node: vLLM's own OpenAI server over HTTP.
+"""The client to a prefill node: vLLM's own OpenAI server over HTTP.
 
 Requests go to ``/v1/completions`` with token ids as the prompt. ``return_token_ids``, ``return_tokens_as_token_ids``,
 ``structured_outputs``, ``cache_salt``, ``prompt_logprobs`` and ``kv_transfer_params`` are vLLM's additions
@@ -18,6 +18,8 @@ import httpx
 import msgspec
 import structlog
 
+from proxy.breaker import Breaker
+from proxy.load import VllmLoad
 from transfer.energy import POWER_HEADER, Power
 from transfer.errors import EngineError, LinkError, RequestError
 from transfer.messages import FinishReason, Sampling, Ticket, TokenLogprob
@@ -132,21 +134,31 @@ class Counts(NamedTuple):
 
 
 class PrefillNode:
-    """vLLM's server at ``url``; ``up`` while its ``/health`` answers."""
+    """vLLM's server at the address ``name``, HOST:PORT; ``up`` while its ``/health`` answers."""
 
-    def __init__(self, url: str, model: str, max_connections: int) -> None:
-        self.url = url
+    def __init__(self, name: str, model: str, max_connections: int) -> None:
+        self.name = name
+        self.url = f"http://{name}"
+        self.load = VllmLoad()
+        self.breaker = Breaker()
         self.up = False
         self.down_reason = "not connected yet"
         self.power: Power | None = None
         self._model = model
         # One connection is kept for the heartbeat. The link is ours: no proxy from the environment.
         self._http = httpx.AsyncClient(
-            base_url=url,
+            base_url=self.url,
             limits=httpx.Limits(max_connections=max_connections + 1),
             timeout=httpx.Timeout(STREAM_SILENCE_S, connect=_CONNECT_S),
             trust_env=False,
         )
+
+    @property
+    def state(self) -> str:
+        """For people: ``up``, ``down``, or ``failing``, which is up and left out for a while."""
+        if not self.up:
+            return "down"
+        return "failing" if self.breaker.failing(time.monotonic_ns()) else "up"
 
     async def run(self) -> None:
         """Poll ``/health`` until cancelled."""
@@ -196,7 +208,7 @@ class PrefillNode:
                 async with self._post(request_id, body) as response:
                     completion = _parse(await response.aread())
         except TimeoutError:
-            raise LinkError(f"the prefill node took longer than {timeout_s:.3g} s") from None
+            raise LinkError(f"the prefill node at {self.url} took longer than {timeout_s:.3g} s") from None
         if not completion.choices or not completion.choices[0].token_ids:
             raise EngineError("vLLM answered without a token id; it must understand return_token_ids")
         choice = completion.choices[0]

@@ -137,6 +137,7 @@ def _attributes(entry: Entry) -> dict[str, Any]:
         "isthmus.reason": entry.reason,
         "isthmus.worker": entry.worker,
         "isthmus.codec": entry.codec,
+        "isthmus.prefill_node": entry.prefill_node,
         "isthmus.attempts": len(entry.attempts),
         "isthmus.ledger.seq": entry.seq,
         "isthmus.kv.raw_bytes": entry.kv_raw_bytes,

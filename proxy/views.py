@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -16,6 +15,7 @@ from proxy.decode_node import DecodeNode
 from proxy.events import EventStream
 from proxy.failures import UnknownEntryError
 from proxy.gateway import Gateway
+from proxy.prefill_node import PrefillNode
 from proxy.store import Wanted
 
 NDJSON = "application/x-ndjson"
@@ -56,19 +56,12 @@ def add(app: FastAPI, gateway: Gateway) -> None:
 def nodes_view(gateway: Gateway) -> bytes:
     """What the proxy knows of all nodes and of itself, as JSON."""
     prefill, workers = gateway.prefill, gateway.workers
-    cost = gateway.dispatcher.planner.estimates.vllm_prefill.cost
-    ns = cost.at(SHOWN_PROMPT_TOKENS, 1) if cost else 0
-    failing = gateway.dispatcher.prefill_breaker.failing(time.monotonic_ns())
+    prefills = {node.name: _prefill(node, gateway) for node in prefill}
     return msgspec.json.encode(
         {
-            "prefill": {
-                "url": prefill.url,
-                "up": prefill.up,
-                "state": "down" if not prefill.up else "failing" if failing else "up",
-                "down_reason": prefill.down_reason,
-                "power": prefill.power,
-                "prefill_tokens_per_s": SHOWN_PROMPT_TOKENS * 1e9 / ns if ns else None,
-            },
+            # The only one, or the first that is up, once more.
+            "prefill": prefills[prefill.first.name],
+            "prefill_nodes": prefills,
             # The one that the cluster file pins, once more.
             "decode": workers.pinned and _worker(workers.pinned),
             "workers": {node.name: _worker(node) for node in workers},
@@ -82,6 +75,21 @@ def nodes_view(gateway: Gateway) -> bytes:
 def totals_view(gateway: Gateway) -> bytes:
     """What all requests came to, as JSON."""
     return msgspec.json.encode(gateway.ledger.totals.view())
+
+
+def _prefill(node: PrefillNode, gateway: Gateway) -> dict[str, Any]:
+    cost = gateway.dispatcher.planner.estimates.vllm(node.name).prefill.cost
+    ns = cost.at(SHOWN_PROMPT_TOKENS, 1) if cost else 0
+    return {
+        "url": node.url,
+        "up": node.up,
+        "state": node.state,
+        "down_reason": node.down_reason,
+        "power": node.power,
+        "prefill_tokens_per_s": SHOWN_PROMPT_TOKENS * 1e9 / ns if ns else None,
+        "backlog_ns": node.load.backlog.ns,
+        "sequences": node.load.sequences,
+    }
 
 
 def _worker(node: DecodeNode) -> dict[str, Any]:
@@ -111,6 +119,7 @@ def _add_health(app: FastAPI, gateway: Gateway) -> None:
         alarms = gateway.parity.alarms
         body: dict[str, Any] = {"status": "down" if not some else "degraded" if alarms else "ok"}
         body |= {node: "up" if is_up else "down" for node, is_up in up.items()}
+        body["prefill_nodes"] = {node.name: node.state for node in gateway.prefill}
         body["workers"] = {node.name: node.state for node in gateway.workers}
         if alarms:
             body["alarms"] = alarms

@@ -102,7 +102,10 @@ def nodes(view: Mapping[str, Any] | str, ours: KVGeometry | None) -> Iterator[Fi
     if isinstance(view, str):
         yield Finding("other nodes", "unknown", view, why)
         return
-    yield _reachable("prefill node", view.get("prefill") or {}, why)
+    several = view.get("prefill_nodes") or {}
+    named = {f"prefill node {name}": about for name, about in several.items()} if len(several) > 1 else {}
+    for name, about in (named or {"prefill node": view.get("prefill") or {}}).items():
+        yield _reachable(name, about, why)
     for worker, about in (view.get("workers") or {}).items():
         name = f"decode worker {worker}"
         yield _reachable(name, about, why)

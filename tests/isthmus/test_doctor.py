@@ -270,6 +270,13 @@ def test_several_workers() -> None:
     assert levels({}) == {"prefill node": "warn"}
 
 
+def test_several_prefill_nodes() -> None:
+    up, down = {"up": True}, {"up": False, "down_reason": "silent"}
+    assert levels({"prefill": up, "prefill_nodes": {"g:1": up}}) == {"prefill node": "ok"}
+    several = {"prefill": up, "prefill_nodes": {"g:1": up, "g:2": down}}
+    assert levels(several) == {"prefill node g:1": "ok", "prefill node g:2": "warn"}
+
+
 @pytest.fixture
 def cluster() -> Cluster:
     """The default pair on ports that are free."""

@@ -150,8 +150,8 @@ class SplitIsBest(Estimates):
     def __init__(self) -> None:
         super().__init__()
         for _ in range(WINDOW):
-            self.vllm_prefill.observe(1, 1, 0)
-            self.vllm_step.observe(10**12, 1, 0, 0)
+            self.vllm("some").prefill.observe(1, 1, 0)
+            self.vllm("some").step.observe(10**12, 1, 0, 0)
             self.worker("some").step.observe(1, 1, 0, 0)
 
     def learn(self, entry: Entry) -> None:
@@ -166,9 +166,8 @@ def stack(shared_stack: Stack) -> Iterator[Stack]:
     shared_stack.prefill.bodies.clear()
     shared_stack.worker.said.clear()
     shared_stack.gateway.ledger = Ledger(1000)
-    shared_stack.gateway.dispatcher.prefill_breaker = Breaker()
     shared_stack.gateway.dispatcher.planner.estimates = SplitIsBest()
-    for node in shared_stack.gateway.workers:
+    for node in (*shared_stack.gateway.prefill, *shared_stack.gateway.workers):
         node.breaker = Breaker()
     yield shared_stack
     shared_stack.assert_idle()

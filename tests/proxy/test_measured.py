@@ -144,9 +144,9 @@ def test_estimates_say_where_they_come_from(folder, cluster):
     estimates.start(read(folder, cluster))
     step = estimates.worker_step("new", None, alone=True)
     assert step.basis == "measured"
-    assert estimates.vllm_prefill.cost.at(900, 1) == pytest.approx(0.88e9, rel=0.3)
-    estimates.vllm_prefill.observe(10**9, 900, 1)
-    assert estimates.vllm_prefill.cost.basis == "learned"
+    assert estimates.vllm_prefill("new").at(900, 1) == pytest.approx(0.88e9, rel=0.3)
+    estimates.vllm("new").prefill.observe(10**9, 900, 1)
+    assert estimates.vllm_prefill("new").basis == "learned"
 
 
 def test_the_first_requests_need_not_try_the_routes(folder, hf_dir, monkeypatch, tmp_path_factory):

@@ -160,7 +160,7 @@ class TestFullWorkers:
             fresh.chat({"X-Isthmus-Route": route})
         # Slower than split by a little.
         for _ in range(10):
-            fresh.gateway.dispatcher.planner.estimates.vllm_step.observe(5_000_000, 1, 1, 20)
+            fresh.gateway.dispatcher.planner.estimates.vllm("some").step.observe(5_000_000, 1, 1, 20)
         fresh.worker.script.refuse_reserve = FULL
         began_s = time.monotonic()
         assert fresh.chat(max_tokens=3).headers["x-isthmus-route"] == "gpu"

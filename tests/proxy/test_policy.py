@@ -103,6 +103,48 @@ def test_the_least_is_chosen(changes, route):
     assert (decision.route, decision.reason) == (route, changes.get("policy", "min_e2e"))
 
 
+def at_nodes(*nodes: VllmFacts, **asked: Any) -> Inputs:
+    return Inputs(ask(**asked), nodes[0], (worker(),), nodes[1:])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "node"),
+    [
+        ({}, {}, "a"),
+        # The other card is faster, by much and by little.
+        ({}, {"prefill": cost(0.5, 0)}, "b"),
+        ({}, {"prefill": cost(0.95, 0)}, "a"),
+        ({}, {"cached_tokens": 900}, "b"),
+        # One prefill more may wait for the preferred one, not two.
+        ({"backlog_ns": 50 * MS}, {}, "a"),
+        ({"backlog_ns": 1500 * MS}, {}, "b"),
+        ({"backlog_ns": 1500 * MS}, {"backlog_ns": 1400 * MS}, "a"),
+        # What is known of the other is little: it may be as good.
+        ({"prefill": cost(1.5, 0, samples=1)}, {}, "a"),
+        ({"prefill": cost(9, 0, samples=1)}, {}, "b"),
+        ({"prefill": None, "step": None}, {"prefill": None, "step": None}, "a"),
+    ],
+)
+def test_the_prefill_node_is_the_one_by_which_vllm_is_best(first, second, node):
+    decision = decide(at_nodes(vllm(name="a", **first), vllm(name="b", **second), routes=("split", "gpu")))
+    assert decision.prefill_node == node
+
+
+def test_many_that_decode_at_one_node_send_the_next_to_another():
+    step = cost(40, 0, 0)
+    busy = vllm(name="a", step=step, prefill=cost(0.001, 0), sequences=5)
+    for fewer, node in ((1, "a"), (0, "b")):
+        other = vllm(name="b", step=step, prefill=cost(0.001, 0), sequences=fewer)
+        assert decide(at_nodes(busy, other, routes=("gpu",))).prefill_node == node
+
+
+def test_entries_from_before_there_were_several_prefill_nodes_can_be_replayed():
+    whole = msgspec.to_builtins(inputs())
+    assert len(whole[1]) == 7
+    old = [whole[0], whole[1][:6], whole[2]]
+    assert replay(old) == decide(inputs())
+
+
 def test_a_busy_worker_loses_to_vllm_and_another_worker():
     busy = worker("busy", sequences=10, load=0.6)
     assert decide(inputs(busy, prompt_tokens=100)).route == "gpu"
@@ -235,19 +277,19 @@ def test_where_nothing_is_known_it_is_split():
 
 def test_a_route_that_was_never_taken_is_tried_by_one_request_at_a_time():
     unknown = vllm(step=None)
-    assert decide(inputs(at_vllm=unknown))[::3] == ("gpu", "explores")
+    assert decide(inputs(at_vllm=unknown))[:4:3] == ("gpu", "explores")
     assert decide(inputs(at_vllm=unknown, may_try=False)).route == "split"
     # Seen once, and not much slower: once more.
     once = vllm(step=cost(40, 0, 0, samples=1))
-    assert decide(inputs(at_vllm=once))[::3] == ("gpu", "explores")
+    assert decide(inputs(at_vllm=once))[:4:3] == ("gpu", "explores")
     slow = vllm(step=cost(400, 0, 0, samples=1))
     assert decide(inputs(at_vllm=slow)).route == "split"
 
 
 def test_a_reason_that_is_given_stays_and_nothing_is_tried():
     failed_over = inputs(at_vllm=vllm(step=None), reason="failed_over")
-    assert decide(failed_over)[::3] == ("split", "failed_over")
-    assert decide(inputs(routes=("cpu",), reason="prefill_down"))[::3] == ("cpu", "prefill_down")
+    assert decide(failed_over)[:4:3] == ("split", "failed_over")
+    assert decide(inputs(routes=("cpu",), reason="prefill_down"))[:4:3] == ("cpu", "prefill_down")
 
 
 def test_a_codec_is_chosen_where_the_link_shows():
@@ -299,6 +341,7 @@ worker_facts = st.builds(
     held_tokens=counts,
     codecs=st.lists(codec_facts, min_size=1, max_size=3).map(tuple),
 )
+vllm_facts = st.builds(VllmFacts, costs(2), costs(3), durations, counts, counts, counts, st.sampled_from("abcd"))
 any_inputs = st.builds(
     Inputs,
     st.builds(
@@ -318,6 +361,7 @@ any_inputs = st.builds(
     ),
     st.builds(VllmFacts, costs(2), costs(3), durations, counts, counts, counts),
     st.lists(worker_facts, min_size=1, max_size=4).map(tuple),
+    st.lists(vllm_facts, max_size=3, unique_by=lambda node: node.name).map(tuple),
 )
 
 
@@ -327,6 +371,7 @@ def test_any_decision_can_be_made_again_from_what_the_ledger_says(known):
     assert replay(known) == decision
     assert replay(msgspec.json.decode(msgspec.json.encode(known))) == decision
     assert decision.route in known.ask.routes
+    assert known.at(decision.prefill_node).vllm.name == decision.prefill_node
     assert (decision.worker is None) is (decision.route == "gpu")
     assert (decision.codec is None) is (decision.route != "split")
     if decision.reason in ("min_e2e", "min_ttft"):

@@ -40,14 +40,15 @@ def test_nodes_that_know_their_power_say_it(fast_stack: Stack, monkeypatch: pyte
     said = Power(213.4, 'gpu 0, gpu "1"')
     fast_stack.prefill.health_headers = {POWER_HEADER: msgspec.json.encode(said).decode()}
     wait_until(lambda: (status := fast_stack.gateway.workers.any_status) and status.package_watts)
-    wait_until(lambda: fast_stack.gateway.prefill.power == said)
+    wait_until(lambda: fast_stack.gateway.prefill.first.power == said)
     view = fast_stack.http.get("/nodes").json()
     assert view["prefill"]["power"] == {"watts": 213.4, "of": 'gpu 0, gpu "1"'}
     told = fast_stack.http.get("/metrics").text
     worker = next(iter(view["workers"]))
     assert f'isthmus_worker_package_watts{{worker="{worker}"}} 95.5' in told
     assert f'isthmus_worker_dram_watts{{worker="{worker}"}} 12.25' in told
-    assert 'isthmus_prefill_watts{of="gpu 0, gpu \\"1\\""} 213.4' in told
+    node = next(iter(view["prefill_nodes"]))
+    assert f'isthmus_prefill_watts{{node="{node}",of="gpu 0, gpu \\"1\\""}} 213.4' in told
 
 
 @pytest.mark.parametrize("header", ["", "213 W", '{"watts": "many", "of": "gpu"}', '{"watts": NaN, "of": "gpu"}'])

@@ -86,11 +86,17 @@ def test_where_the_prefill_nodes_are(write):
 @pytest.mark.parametrize(
     ("nodes", "said"),
     [
-        (["gpu"], r"line 7: 'gpu' is no address of a prefill node; write it as \"HOST:PORT\" - at `\$.prefill.nodes\[0\]`"),
+        (
+            ["gpu"],
+            r"line 7: 'gpu' is no address of a prefill node; write it as \"HOST:PORT\" - at `\$.prefill.nodes\[0\]`",
+        ),
         (["gpu:0"], "'gpu:0' is no address"),
         (["gpu:65536"], "'gpu:65536' is no address"),
         (["http://gpu:1"], "is no address"),
-        (["a:1", "b:1", "a:1"], r"line 7: a:1 is listed twice; name each prefill node once - at `\$.prefill.nodes\[2\]`"),
+        (
+            ["a:1", "b:1", "a:1"],
+            r"line 7: a:1 is listed twice; name each prefill node once - at `\$.prefill.nodes\[2\]`",
+        ),
         ([f"a:{port}" for port in range(1, 66)], "65 prefill nodes are more than the 64"),
         ([1], "prefill.nodes"),
     ],

@@ -24,6 +24,7 @@ function facts(entry) {
     ["status", entry.status],
     ["why this route", entry.reason],
     ["model", entry.model],
+    ["prefill node", entry.prefill_node],
     ["worker", entry.worker],
     ["closed", entry.closed_at],
     ["run again for", entry.shadow_of],
@@ -93,11 +94,12 @@ function attempts(entry) {
   if (!entry.attempts || entry.attempts.length < 2) return null;
   const rows = entry.attempts.map((each) => [
     [each.route, each.codec].filter(Boolean).join(" "),
+    each.prefill_node,
     each.worker,
     format.count(each.completion_tokens),
     each.error,
   ]);
-  return make("section", {}, make("h3", {}, "Attempts"), table(["route", "worker", "tokens", "ended by"], rows));
+  return make("section", {}, make("h3", {}, "Attempts"), table(["route", "prefill node", "worker", "tokens", "ended by"], rows));
 }
 
 function whole(entry) {

@@ -61,18 +61,8 @@ export class Nodes {
   }
 
   #showCluster(view) {
-    const { prefill, proxy } = view;
-    const node = make(
-      "article.card",
-      { "data-node": "prefill", "data-state": prefill.state },
-      heading("Prefill node", prefill.state),
-      facts([
-        ["address", prefill.url],
-        ["why", prefill.up ? null : prefill.down_reason],
-        ["prefill", format.perSecond(prefill.prefill_tokens_per_s)],
-        ["power", prefill.power && `${format.watts(prefill.power.watts)} (${prefill.power.of})`],
-      ]),
-    );
+    const { proxy } = view;
+    const prefills = Object.values(view.prefill_nodes).map(prefillCard);
     const self = make(
       "article.card",
       { "data-node": "proxy", "data-state": "up" },
@@ -83,8 +73,22 @@ export class Nodes {
       ]),
     );
     const link = make("article.card", { "data-node": "link" }, heading("Link", ""), facts(linkFacts(this.#all, view, this.#capacity)));
-    find("cluster").replaceChildren(node, link, self);
+    find("cluster").replaceChildren(...prefills, link, self);
   }
+}
+
+function prefillCard(prefill) {
+  return make(
+    "article.card",
+    { "data-node": "prefill", "data-state": prefill.state },
+    heading("Prefill node", prefill.state),
+    facts([
+      ["address", prefill.url],
+      ["why", prefill.up ? null : prefill.down_reason],
+      ["prefill", format.perSecond(prefill.prefill_tokens_per_s)],
+      ["power", prefill.power && `${format.watts(prefill.power.watts)} (${prefill.power.of})`],
+    ]),
+  );
 }
 
 function linkFacts(all, view, capacity) {
