@@ -53,6 +53,12 @@ class Renderer:
         """How the model's answers are to be read, if its tokenizer says so."""
         return getattr(self._tokenizer, "response_template", None)
 
+    def tokenizer_info(self) -> dict[str, Any]:
+        """What clients need to know that render conversations themselves: class, special tokens, chat template."""
+        tokenizer = self._tokenizer
+        special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        return {"tokenizer_class": type(tokenizer).__name__, "chat_template": tokenizer.chat_template, **special}
+
     async def completion(self, prompt: str | list[int]) -> list[int]:
         """Token ids of a bare prompt, with the tokenizer's special tokens; ids are checked and passed on."""
         return await self._run(lambda: self._completion(prompt))

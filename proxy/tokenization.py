@@ -1,4 +1,4 @@
-"""``POST /tokenize`` and ``/detokenize``, in vLLM's forms, with the tokenizer that requests go through."""
+"""``POST /tokenize``, ``/detokenize`` and ``GET /tokenizer_info``, as vLLM has them: the tokenizer of all requests."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class DetokenizeBody(BaseModel):
 
 
 def add(app: FastAPI, gateway: Gateway) -> None:
-    """Both endpoints."""
+    """The endpoints."""
     renderer = gateway.renderer
 
     @app.post("/tokenize")
@@ -60,3 +60,7 @@ def add(app: FastAPI, gateway: Gateway) -> None:
         body = await request_body.read(request, DetokenizeBody)
         renderer.require_known(body.tokens, "tokens")
         return {"prompt": renderer.vocabulary.text(body.tokens)}
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        return renderer.tokenizer_info() | {"model_max_length": gateway.cluster.prefill.max_model_len}

@@ -25,6 +25,7 @@ PATHS = (
     "/v1/models/{model}",
     "/tokenize",
     "/detokenize",
+    "/tokenizer_info",
     "/health",
     "/health/live",
     "/health/ready",

@@ -25,6 +25,13 @@ def test_a_conversation_is_what_chat_sends(stack):
     assert stack.gateway.renderer.vocabulary.text(bare["tokens"]) == "<user>hi</s>"
 
 
+def test_what_clients_that_render_themselves_ask(stack):
+    found = stack.http.get("/tokenizer_info").json()
+    assert (found["eos_token"], found["bos_token"], found["unk_token"]) == ("</s>", None, "<unk>")
+    assert found["chat_template"] == stack.gateway.renderer._tokenizer.chat_template
+    assert found["model_max_length"] == 201
+
+
 def test_nothing_to_tokenize_is_nothing(stack):
     assert stack.http.post("/tokenize", json={"prompt": ""}).json()["count"] == 0
 
