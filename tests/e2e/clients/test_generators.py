@@ -63,25 +63,45 @@ def test_vllm_bench_serve(stack: Running, tmp_path: Path):
     assert all(ttft > 0 for ttft in found["ttfts"])
 
 
-@pytest.mark.parametrize(
-    ("kind", "target", "more"), [("multiple_choice", "answer", CHOICES), ("generate_until", "answer", GENERATED)]
-)
-def test_lm_eval(stack: Running, tmp_path: Path, kind: str, target: str, more: str):
+def lm_eval(stack: Running, home: Path, model: str, settings: str, kind: str, *more: str) -> dict[str, Any]:
+    """What the harness finds on a task of three rows, asked for like ``kind``."""
     command = [str(program("lm-eval", "lm_eval", "'lm-eval[api]' transformers"))]
-    rows = tmp_path / "rows.jsonl"
+    rows = home / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (tmp_path / "tiny.yaml").write_text(TASK.format(rows=rows, kind=kind, target=target, more=more))
-    model = f"model={stack.cluster.pair.name},base_url={stack.proxy_url}/v1/completions,num_concurrent=2,max_retries=1"
-    model += f",tokenizer={stack.cluster.pair.hf_dir},tokenizer_backend=huggingface,tokenized_requests=False"
-    command += ["--model", "local-completions", "--model_args", model, "--tasks", "tiny"]
-    command += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"), "--log_samples"]
-    run(command, tmp_path)
-    (results,) = (tmp_path / "out").rglob("results_*.json")
+    fields = CHOICES if kind == "multiple_choice" else GENERATED
+    (home / "tiny.yaml").write_text(TASK.format(rows=rows, kind=kind, target="answer", more=fields))
+    settings = f"model={stack.cluster.pair.name},base_url={stack.proxy_url}{settings},num_concurrent=2,max_retries=1"
+    command += ["--model", model, "--model_args", settings, "--tasks", "tiny", *more]
+    command += ["--include_path", str(home), "--output_path", str(home / "out"), "--log_samples"]
+    run(command, home)
+    (results,) = (home / "out").rglob("results_*.json")
     found: dict[str, Any] = json.loads(results.read_text())["results"]["tiny"]
-    if kind == "multiple_choice":
-        assert found["acc,none"] == 1.0
+    return found
+
+
+@pytest.mark.parametrize("tokenizer", ["text", "ids", "remote"])
+def test_lm_eval_scores_prompts(stack: Running, tmp_path: Path, tokenizer: str):
+    settings = f"/v1/completions,tokenizer={stack.cluster.pair.hf_dir},tokenizer_backend=huggingface"
+    settings += f",tokenized_requests={tokenizer == 'ids'}"
+    if tokenizer == "remote":
+        # It knows nothing of the model but its name: tokens are counted here.
+        settings = "/v1/completions"
+    assert lm_eval(stack, tmp_path, "local-completions", settings, "multiple_choice")["acc,none"] == 1.0
+
+
+@pytest.mark.parametrize("kind", ["completions", "chat-completions"])
+def test_lm_eval_reads_answers(stack: Running, tmp_path: Path, kind: str):
+    settings, more = f"/v1/{kind.replace('-', '/')}", []
+    if kind == "completions":
+        settings += f",tokenizer={stack.cluster.pair.hf_dir},tokenizer_backend=huggingface,tokenized_requests=False"
     else:
-        assert 0.0 <= found["exact_match,none"] <= 1.0
+        more = ["--apply_chat_template"]
+    found = lm_eval(stack, tmp_path, f"local-{kind}", settings, "generate_until", *more)
+    assert 0.0 <= found["exact_match,none"] <= 1.0
+    (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
+    answers = [json.loads(line)["resps"][0][0] for line in samples.read_text().splitlines()]
+    assert len(answers) == len(ROWS)
+    assert all(answers)
 
 
 def test_guidellm(stack: Running, tmp_path: Path):
