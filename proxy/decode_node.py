@@ -177,6 +177,8 @@ class DecodeNode:
         self.announced_draining = False
         # Codecs whose KV was found to be wrong in its cells, each with what was found (``parity.py``).
         self.distrusted: dict[str, str] = {}
+        # How often such a codec has come back: KV that was kept before is not used any more.
+        self.kv_era = 0
         self._keys = keys
         self.up = False
         self.welcome: Welcome | None = None
@@ -235,6 +237,10 @@ class DecodeNode:
         """How KV may travel there, the preferred codec first; none before it is up, and where no KV can be trusted."""
         possible = self.welcome.codecs if self.welcome else ()
         return tuple(codec for codec in possible if codec not in self.distrusted)
+
+    def tenant(self, tenant: str) -> str:
+        """The name under which the worker knows KV of ``tenant``."""
+        return f"{tenant}/{self.kv_era}" if self.kv_era else tenant
 
     @property
     def away_reason(self) -> str:

@@ -76,6 +76,7 @@ class Gateway:
         self.events = Events()
         self.tracing = Tracing(proxy.otlp_endpoint, self.model) if proxy.otlp_endpoint else None
         self.parity = ParityGuard(
+            self.prefill,
             self.workers,
             proxy.parity_share,
             proxy.parity_max_kl,
@@ -147,6 +148,7 @@ class Gateway:
                 async for piece in pieces:
                     yield piece
             self.shadows.offer(job, account)
+            self.parity.offer(job.prompt, job.tenant)
 
     def close(self, account: Account, status: str) -> Entry:
         """Enter a request that ended with ``status`` into the ledger and the metrics."""

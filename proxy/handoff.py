@@ -358,7 +358,7 @@ def _placed(job: Job, workers: DecodePool, account: Account, *, kv: bool) -> tup
         deadline_ms=round((job.left_s + RESERVED_LONGER_S) * 1000),
         choices=job.choices,
         prior_output=job.prior_output,
-        tenant=job.tenant,
+        tenant=node.tenant(job.tenant),
     )
     return node, reserve
 

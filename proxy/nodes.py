@@ -67,7 +67,7 @@ class DecodePool:
     def held(self, node: DecodeNode, prompt: Sequence[int], tenant: str) -> Held:
         """How much of ``prompt`` ``node`` has as exact KV for ``tenant``, the shared server included."""
         others = [other.index for other in self if other is not node]
-        return held(prompt, tenant, EXACT, node.welcome, node.index, others)
+        return held(prompt, node.tenant(tenant), EXACT, node.welcome, node.index, others)
 
     def another(self, avoid: frozenset[str]) -> bool:
         """Whether some worker that is not in ``avoid`` takes requests."""

@@ -9,26 +9,31 @@ One position that differs may be chance, for fp16 attention and quantized weight
 a codec is switched off for a worker when two of its last three comparisons were above the threshold. Every request is
 looked at until ``FIRST_CHECKS`` comparisons have been made, and while the last one was bad. Where the codec is the one
 that carries KV just as the cells hold it, no other can be better: then the worker gets no KV at all, and nothing that
-it has kept of earlier KV is reused. That lasts until the proxy starts again: nobody but a person can say that a defect
-is gone.
+it has kept of earlier KV is reused.
+
+After a pause the prompt of a request that was served elsewhere is sent once more by the codec, for nobody, and compared
+(``probation.py``). A bad comparison doubles the pause, enough good ones bring the codec back; what the worker has kept
+until then stays unused.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 import structlog
 
+from proxy.comparison import Top, own_prediction, prediction_by_wire
 from proxy.decode_node import DecodeNode
 from proxy.divergence import least_kl
 from proxy.nodes import DecodePool
-from proxy.witness import TOP, Evidence
+from proxy.prefill_node import PrefillNode
+from proxy.probation import Probations
+from proxy.witness import Evidence
 from transfer.errors import CapacityError, IsthmusError
-from transfer.messages import Reserve, Sampling
 
 FIRST_CHECKS = 4
 MAX_WAITING = 8
@@ -36,10 +41,12 @@ MAX_TRIES = 3
 # Nothing may have happened for so long before a comparison, and whatever happens ends it.
 QUIET_S = 0.5
 POLL_S = 0.05
-RESERVE_S = 10.0
-PREFILL_S = 300.0
+# A shorter prompt shows little of what is wrong with KV.
+MIN_TRIED_TOKENS = 16
 
 log = structlog.get_logger()
+
+V = TypeVar("V")
 
 
 class Record:
@@ -69,11 +76,21 @@ class Record:
 
 
 class Case:
-    """A request that waits to be looked at."""
+    """A request, the ledger's entry ``seq``, that waits to be looked at."""
 
     def __init__(self, seq: int, evidence: Evidence) -> None:
         self.seq = seq
         self.evidence = evidence
+        self.worker, self.codec, self.tokens = evidence.worker, evidence.codec, evidence.tokens
+        self.tries = 0
+
+
+class Trial:
+    """The prompt of a request of ``tenant`` by which a codec that is off is to be tried again."""
+
+    def __init__(self, worker: str, codec: str, tokens: list[int], tenant: str) -> None:
+        self.worker, self.codec, self.tokens = worker, codec, tokens
+        self.tenant = tenant
         self.tries = 0
 
 
@@ -85,6 +102,7 @@ class ParityGuard:
 
     def __init__(
         self,
+        prefill: PrefillNode,
         workers: DecodePool,
         share: float,
         max_kl: float,
@@ -92,13 +110,15 @@ class ParityGuard:
         busy: Callable[[], bool],
         found: Callable[[int, str, float], None],
     ) -> None:
+        self._prefill = prefill
         self._workers = workers
         self._share = share
         self._max_kl = max_kl
         self._is_busy = busy
         self._found = found
         self._records: dict[tuple[str, str], Record] = {}
-        self._waiting: deque[Case] = deque()
+        self._probations = Probations()
+        self._waiting: deque[Case | Trial] = deque()
         self._news = asyncio.Event()
         self._quiet_since_ns = 0
 
@@ -123,6 +143,19 @@ class ParityGuard:
             self._waiting.popleft()
         self._news.set()
 
+    def offer(self, tokens: list[int], tenant: str) -> None:
+        """A request with this prompt has been served: it may be what a codec that is off is tried with."""
+        if len(tokens) < MIN_TRIED_TOKENS or any(isinstance(each, Trial) for each in self._waiting):
+            return
+        due = self._probations.due(time.monotonic_ns())
+        if due and len(self._waiting) < MAX_WAITING:
+            self._waiting.append(Trial(*due, tokens, tenant))
+            self._news.set()
+
+    def probations(self) -> list[dict[str, Any]]:
+        """What is switched off, and when it is tried again."""
+        return self._probations.view(time.monotonic_ns())
+
     async def run(self) -> None:
         """Look at what was kept until cancelled."""
         while True:
@@ -131,9 +164,12 @@ class ParityGuard:
                 await self._news.wait()
             await asyncio.sleep(POLL_S)
             case = self._waiting[0]
-            node = self._workers.nodes.get(case.evidence.worker)
-            if node is None or node.distrusted.get(case.evidence.codec):
+            node = self._workers.nodes.get(case.worker)
+            if node is None or (case.codec in node.distrusted) != isinstance(case, Trial):
                 self._waiting.remove(case)
+                if isinstance(case, Trial):
+                    # The worker is gone, or another one came in its place.
+                    self._probations.forget(case.worker)
             elif self._is_quiet(node):
                 await self._look_at(case, node)
 
@@ -145,42 +181,62 @@ class ParityGuard:
             self._quiet_since_ns = now_ns
         return now_ns - self._quiet_since_ns >= QUIET_S * 1e9
 
-    async def _look_at(self, case: Case, node: DecodeNode) -> None:
+    async def _look_at(self, case: Case | Trial, node: DecodeNode) -> None:
         case.tries += 1
-        work = asyncio.create_task(_own_prediction(node, case.evidence.tokens))
         try:
-            while not work.done() and not self._is_busy():
-                await asyncio.wait({work}, timeout=POLL_S)
-            own = work.result() if work.done() else None
+            kl = await self._undisturbed(self._kl(case, node))
         except CapacityError:
-            own = None
+            kl = None
         except IsthmusError as error:
             log.warning("a request could not be compared", worker=node.name, reason=str(error))
             case.tries = MAX_TRIES
-            own = None
+            kl = None
+        if kl is None and case.tries < MAX_TRIES:
+            return
+        # It may have given way to a newer one meanwhile.
+        self._waiting = deque(other for other in self._waiting if other is not case)
+        if isinstance(case, Trial):
+            self._tried(case, node, kl)
+        elif kl is not None:
+            self._judge(case, node, kl)
+
+    async def _undisturbed(self, work: Coroutine[Any, Any, V]) -> V | None:
+        """What ``work`` returns; None if a request came before it was done."""
+        task = asyncio.create_task(work)
+        try:
+            while not task.done() and not self._is_busy():
+                await asyncio.wait({task}, timeout=POLL_S)
+            return task.result() if task.done() else None
         finally:
-            work.cancel()
-            await asyncio.gather(work, return_exceptions=True)
-        if own is not None or case.tries >= MAX_TRIES:
-            # It may have given way to a newer one meanwhile.
-            self._waiting = deque(other for other in self._waiting if other is not case)
-        if own is not None:
-            self._judge(case, node, least_kl(dict(own), dict(case.evidence.top)))
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _kl(self, case: Case | Trial, node: DecodeNode) -> float | None:
+        """How far KV from the wire is from the worker's own; None if that could not be seen."""
+        by_wire: Top | None
+        if isinstance(case, Trial):
+            by_wire = await prediction_by_wire(self._prefill, node, case.codec, case.tokens, case.tenant)
+        else:
+            by_wire = case.evidence.top
+        own = await own_prediction(node, case.tokens) if by_wire else None
+        return least_kl(dict(own), dict(by_wire)) if own and by_wire else None
 
     def _judge(self, case: Case, node: DecodeNode, kl: float) -> None:
-        codec = case.evidence.codec
-        record = self._records.setdefault((node.name, codec), Record())
+        record = self._records.setdefault((node.name, case.codec), Record())
         record.learn(kl)
-        self._found(case.seq, codec, kl)
-        log.info("compared KV from the wire with the worker's own", worker=node.name, codec=codec, seq=case.seq, kl=kl)
+        self._found(case.seq, case.codec, kl)
+        log.info(
+            "compared KV from the wire with the worker's own", worker=node.name, codec=case.codec, seq=case.seq, kl=kl
+        )
         if record.is_bad(self._max_kl):
-            self._switch_off(node, codec, kl)
+            self._switch_off(node, case.codec, kl)
 
     def _switch_off(self, node: DecodeNode, codec: str, kl: float) -> None:
         possible = node.welcome.codecs if node.welcome else (codec,)
         exact = codec == possible[0]
         reason = f"KV changes the next token's distribution by {kl:.3g} nats; {self._max_kl:g} are allowed"
-        node.distrusted |= dict.fromkeys(possible if exact else (codec,), reason)
+        self._probations.begin(node.name, codec, possible if exact else (codec,), reason, time.monotonic_ns())
+        node.distrusted = self._probations.distrusted(node.name)
         log.error(
             "answers were wrong: KV from the wire is not what the worker computes itself; switched off",
             worker=node.name,
@@ -190,23 +246,16 @@ class ParityGuard:
             route_off=not node.codecs,
         )
 
-
-async def _own_prediction(node: DecodeNode, tokens: list[int]) -> tuple[tuple[int, float], ...] | None:
-    """What ``node`` predicts after ``tokens`` when it computes all of them itself; None if it did not."""
-    request_id = f"parity-{uuid.uuid4().hex}"
-    reserve = Reserve(
-        request_id=request_id,
-        prompt=tokens,
-        sampling=Sampling(max_tokens=1, temperature=0.0, logprobs=TOP, ignore_eos=True),
-        source="local",
-        reuse=False,
-        deadline_ms=round(PREFILL_S * 1000),
-    )
-    async with node.conversation(request_id, 1, cells=len(tokens) + 1) as conversation:
-        ticket = await conversation.reserve(reserve, RESERVE_S)
-        if ticket.reused_tokens:
-            log.warning("a worker reuses KV where it was asked not to; nothing is compared", worker=node.name)
-            return None
-        await conversation.start(None, first_text_sent=False)
-        said = await conversation.tokens(PREFILL_S)
-        return said.logprobs[0].top if said.logprobs else None
+    def _tried(self, trial: Trial, node: DecodeNode, kl: float | None) -> None:
+        way, now_ns = (node.name, trial.codec), time.monotonic_ns()
+        log.info("tried a codec that is switched off", worker=node.name, codec=trial.codec, kl=kl)
+        if kl is None:
+            self._probations.postpone(*way, now_ns)
+        elif kl > self._max_kl:
+            self._probations.failed(*way, now_ns)
+        elif self._probations.passed(*way):
+            # As if it were new; what the worker has kept of KV may still be wrong.
+            self._records.pop(way, None)
+            node.kv_era += 1
+            node.distrusted = self._probations.distrusted(node.name)
+            log.warning("KV from the wire is right again; switched on", worker=node.name, codec=trial.codec)

@@ -122,7 +122,7 @@ def _add_health(app: FastAPI, gateway: Gateway) -> None:
         body["prefill_nodes"] = {node.name: node.state for node in gateway.prefill}
         body["workers"] = {node.name: node.state for node in gateway.workers}
         if alarms:
-            body["alarms"] = alarms
+            body |= {"alarms": alarms, "probations": gateway.parity.probations()}
         return JSONResponse(body, 200 if some else 503)
 
     @app.get("/health/live")

@@ -15,7 +15,7 @@ import pytest
 
 from cpu_decode.geometry import read_geometry
 from cpu_decode.llama import Model
-from proxy import decode_node, parity
+from proxy import decode_node, parity, probation
 from proxy.app import create_app
 from proxy.gateway import Gateway
 from tests.conftest import ModelPair
@@ -58,6 +58,17 @@ class Guarded:
 
     def last_entry(self) -> dict[str, Any]:
         return dict(self.http.get("/ledger?last=1").json()["entries"][0])
+
+    def tried(self, number: int) -> int | None:
+        """A request is served by raw; how many good tries q8 has behind it when it has been tried once more.
+
+        None: it is on again.
+        """
+        guard = self.gateway.parity
+        tries = guard.probations()[0]["tries"]
+        assert self.ask(number, "raw").status_code == 200
+        wait_until(lambda: not (off := guard.probations()) or off[0]["tries"] > tries, 60)
+        return next((each["good"] for each in guard.probations()), None)
 
     def requests_until_alarm(self, codec: str) -> int:
         """How many requests it takes; an alarm must come within ``REQUESTS``."""
@@ -129,10 +140,10 @@ def test_rotary_pairs_in_the_wrong_order_are_found_out(
         assert answer.headers["X-Isthmus-Route"] in ("gpu", "cpu")
 
 
-def test_a_codec_that_decodes_wrongly_is_found_out_and_only_that(
+def test_a_codec_that_decodes_wrongly_is_off_and_only_that_and_comes_back_when_it_is_right(
     stack: Running, worker: Serving, shipped_text: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """Every block of q8 gets the scale of the block before it."""
+    """Every block of q8 gets the scale of the block before it, until that is mended."""
     right = codecs.CODECS["q8"]
 
     def wrong(payload: Payload, element: Element, cells: Element, outs: Sequence[Elements], tokens: range) -> None:
@@ -142,9 +153,18 @@ def test_a_codec_that_decodes_wrongly_is_found_out_and_only_that(
         right.decode(changed.data, element, cells, outs, tokens)
 
     monkeypatch.setitem(codecs.CODECS, "q8", right._replace(decode=wrong))
+    monkeypatch.setattr(probation, "FIRST_PAUSE_S", 0.0)
     with guarded(stack, worker, shipped_text, parity_share=0.02) as proxy:
         assert proxy.requests_until_alarm("q8") <= REQUESTS
         assert proxy.ask(0, "q8").status_code == 400
         assert proxy.compared(1, "raw") < 0.1
         (node,) = proxy.gateway.workers
+        assert proxy.tried(2) == 0
         assert set(node.distrusted) == {"q8"}
+        monkeypatch.setitem(codecs.CODECS, "q8", right)
+        for number in range(3, REQUESTS):
+            if proxy.tried(number) is None:
+                break
+        assert node.distrusted == {}
+        assert proxy.http.get("/health").json()["status"] == "ok"
+        assert proxy.compared(REQUESTS, "q8") < 0.1

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from proxy import decode_node, parity
+from proxy import decode_node, parity, probation
 from proxy.ledger import Ledger
 from proxy.parity import FIRST_CHECKS, Record
+from proxy.probation import GOOD_TO_RETURN, Probations
 from proxy.witness import TOP
 from tests.proxy.conftest import Stack, make_cluster, running, wait_until
 from tests.proxy.fake_prefill import PrefillScript
@@ -42,8 +43,9 @@ def guarded(own_stack: Stack) -> Iterator[Stack]:
     own_stack.worker.said.clear()
     own_stack.gateway.ledger = Ledger(100)
     own_stack.gateway.parity._records.clear()
+    own_stack.gateway.parity._probations = Probations()
     for node in own_stack.gateway.workers:
-        node.distrusted = {}
+        node.distrusted, node.kv_era = {}, 0
     yield own_stack
     own_stack.assert_idle()
 
@@ -118,6 +120,81 @@ def test_wrong_kv_by_a_codec_switches_it_off_and_then_the_route(guarded):
     # Nor is anything reused of what it has kept.
     assert guarded.chat({"X-Isthmus-Route": "cpu"}).status_code == 200
     assert not reserves(guarded)[-1].reuse
+
+
+def switched_off(stack: Stack, codec: str) -> None:
+    """Two comparisons have shown ``codec`` to be wrong, and it still is."""
+    stack.worker.script.predicts = {"kv": UNLIKELY, "local": LIKELY}
+    for _ in range(2):
+        compared(stack, **{"X-Isthmus-Codec": codec})
+    wait_until(lambda: stack.gateway.parity.alarms)
+
+
+def trials(stack: Stack) -> list[Reserve]:
+    return [reserve for reserve in reserves(stack) if reserve.request_id.startswith("probe-")]
+
+
+def tried(stack: Stack) -> Reserve:
+    """A request is served by another route, and then the codec is tried with its prompt."""
+    count = len(trials(stack))
+    assert stack.chat({"X-Isthmus-Route": "cpu"}).status_code == 200
+    wait_until(lambda: len(trials(stack)) > count and not stack.gateway.parity._waiting)
+    return trials(stack)[-1]
+
+
+def test_a_codec_that_stays_wrong_stays_off(guarded, monkeypatch):
+    switched_off(guarded, "q8")
+    (waits,) = guarded.http.get("/health").json()["probations"]
+    assert (waits["codec"], waits["good"]) == ("q8", 0)
+    assert 0 < waits["next_try_s"] <= probation.FIRST_PAUSE_S
+    # Before that nothing is tried.
+    assert guarded.chat({"X-Isthmus-Route": "cpu"}).status_code == 200
+    assert not guarded.gateway.parity._waiting
+    for pauses in (2, 4):
+        monkeypatch.setattr(guarded.gateway.parity._probations._by_way[(waits["worker"], "q8")], "next_ns", 0)
+        trial = tried(guarded)
+        assert (trial.codec, trial.source, trial.reuse, trial.tenant) == ("q8", "kv", False, trial.request_id)
+        (waits,) = guarded.http.get("/health").json()["probations"]
+        assert waits["next_try_s"] == pytest.approx(pauses * probation.FIRST_PAUSE_S, abs=15)
+    assert guarded.http.get("/health").json()["status"] == "degraded"
+    assert guarded.chat(SPLIT | {"X-Isthmus-Codec": "q8"}).status_code == 400
+    # The client's own request was answered as it would have been, and its entry says nothing of the trial.
+    assert guarded.entries()[-1]["parity_kl"] is None
+
+
+@pytest.mark.parametrize("codec", ["q8", "raw"])
+def test_a_codec_that_is_right_again_comes_back(guarded, monkeypatch, codec):
+    monkeypatch.setattr(probation, "FIRST_PAUSE_S", 0.0)
+    switched_off(guarded, codec)
+    tried(guarded)
+    assert guarded.gateway.parity.alarms
+    guarded.worker.script.predicts = {"kv": LIKELY, "local": LIKELY}
+    for good in range(GOOD_TO_RETURN):
+        assert guarded.gateway.parity.probations()[0]["good"] == good
+        prompt = tried(guarded).prompt
+        assert prompt == reserves(guarded)[-1].prompt
+    assert guarded.http.get("/health").json().keys().isdisjoint({"alarms", "probations"})
+    (node,) = guarded.gateway.workers
+    assert node.distrusted == {}
+    # What the worker has kept of wrong KV is found by nobody.
+    compared(guarded, **{"X-Isthmus-Codec": codec})
+    tenants = [each.tenant for each in reserves(guarded) if not each.request_id.startswith(("probe-", "parity-"))]
+    assert tenants[-1] == "/1"
+    assert set(tenants[:-1]) == {""}
+
+
+def test_a_try_gives_way_to_a_request_and_is_made_again(guarded, monkeypatch):
+    monkeypatch.setattr(probation, "FIRST_PAUSE_S", 0.0)
+    switched_off(guarded, "q8")
+    guarded.worker.script.predicts = {"kv": LIKELY, "local": LIKELY}
+    guarded.worker.script.silent_after_start = True
+    guarded.chat({"X-Isthmus-Route": "gpu"})
+    wait_until(lambda: trials(guarded))
+    first = trials(guarded)[0].request_id
+    with busy(guarded):
+        wait_until(lambda: any(message.request_id == first for message in guarded.worker.heard(Abort)))
+    guarded.worker.script.silent_after_start = False
+    wait_until(lambda: guarded.gateway.parity.probations()[0]["good"] == 1)
 
 
 def test_one_bad_comparison_is_chance(guarded):
