@@ -21,6 +21,7 @@ HEADERS = {
     "Content-Type": "application/json",
     "X-OpenWebUI-User-Name": "Ada",
     "X-OpenWebUI-User-Id": "1",
+    "X-OpenWebUI-User-Email": "ada@example.org",
     "X-OpenWebUI-User-Role": "admin",
     "X-OpenWebUI-Chat-Id": "c",
 }
@@ -39,6 +40,14 @@ SETTINGS = {
     "reasoning_effort": "low",
     "reasoning": {"effort": "low"},
     "keep_alive": "5m",
+    # Of models that are pipelines, and what the page's own fields leave behind.
+    "user": {"name": "Ada", "id": "1", "email": "ada@example.org", "role": "admin"},
+    "chat_id": "c",
+    "session_id": "s",
+    "metadata": {"chat_id": "c", "features": {"web_search": False}},
+    "files": None,
+    "features": {},
+    "variables": {"{{USER_NAME}}": "Ada"},
 }
 TASKS = ("Write a title with an emoji.", "Write three tags as JSON.", "Suggest follow-up questions as JSON.")
 
@@ -69,7 +78,7 @@ def test_a_chat_as_open_webui_has_it(http: httpx.Client):
     assert ask(http, model, messages, max_tokens=4)
     for task in TASKS:
         body = {"model": model, "messages": [{"role": "user", "content": task}], "stream": False}
-        body |= {"max_completion_tokens": 8}
+        body |= {"max_completion_tokens": 8, "metadata": {"task": "title_generation", "chat_id": "c"}}
         answer = http.post("/v1/chat/completions", content=json.dumps(body), headers=HEADERS)
         assert answer.status_code == 200, answer.text
         assert "content" in answer.json()["choices"][0]["message"]
