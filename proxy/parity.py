@@ -30,7 +30,7 @@ from proxy.comparison import Top, own_prediction, prediction_by_wire
 from proxy.decode_node import DecodeNode
 from proxy.divergence import least_kl
 from proxy.nodes import DecodePool
-from proxy.prefill_node import PrefillNode
+from proxy.prefill_pool import PrefillPool
 from proxy.probation import Probations
 from proxy.witness import Evidence
 from transfer.errors import CapacityError, IsthmusError
@@ -102,7 +102,7 @@ class ParityGuard:
 
     def __init__(
         self,
-        prefill: PrefillNode,
+        prefill: PrefillPool,
         workers: DecodePool,
         share: float,
         max_kl: float,
@@ -215,7 +215,7 @@ class ParityGuard:
         """How far KV from the wire is from the worker's own; None if that could not be seen."""
         by_wire: Top | None
         if isinstance(case, Trial):
-            by_wire = await prediction_by_wire(self._prefill, node, case.codec, case.tokens, case.tenant)
+            by_wire = await prediction_by_wire(self._prefill.first, node, case.codec, case.tokens, case.tenant)
         else:
             by_wire = case.evidence.top
         own = await own_prediction(node, case.tokens) if by_wire else None
