@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Iterable
 
+from transfer.config import Decode
 from transfer.errors import CapacityError, RequestError
+
+# llama.cpp makes streams of multiples of this.
+STREAM_STEP_CELLS = 256
+
+
+def allocated_cells(decode: Decode) -> int:
+    """Cells that a worker has: in streams those that were asked for, and what llama.cpp rounds up."""
+    if decode.cell_layout == "unified":
+        return decode.num_cells
+    asked = max(1, decode.num_cells // decode.max_sequences)
+    return decode.max_sequences * math.ceil(asked / STREAM_STEP_CELLS) * STREAM_STEP_CELLS
 
 
 class Span:
@@ -18,14 +32,17 @@ class Span:
 class Admission:
     """Counts cells and hands out sequence ids; owned by the I/O thread.
 
-    Sequences may share the cells of a common prefix; those are free when the last of them has gone.
+    Sequences may share the cells of a common prefix; those are free when the last of them has gone. One sequence may
+    have ``sequence_cells``, or all of them.
     """
 
-    def __init__(self, num_cells: int, max_sequences: int) -> None:
+    def __init__(self, num_cells: int, max_sequences: int, sequence_cells: int | None = None) -> None:
         self.num_cells = num_cells
+        self.sequence_cells = sequence_cells or num_cells
         self.max_sequences = max_sequences
         self.used_cells = 0
-        self._free_ids = list(reversed(range(max_sequences)))
+        # The lowest first: where sequences have streams, gaps between those that run cost time.
+        self._free_ids = list(range(max_sequences))
         # What each sequence was promised, in the order of its positions.
         self._spans_by_id: dict[int, list[Span]] = {}
 
@@ -60,7 +77,7 @@ class Admission:
         needed = num_tokens - shared_tokens
         if needed > self.free_cells:
             raise CapacityError(f"prompt and max_tokens need {needed} cells, {self.free_cells} are free")
-        seq_id = self._free_ids.pop()
+        seq_id = heapq.heappop(self._free_ids)
         shared = self._first_spans(donor, shared_tokens) if donor is not None else []
         for span in shared:
             span.holders += 1
@@ -69,10 +86,17 @@ class Admission:
         return seq_id
 
     def require(self, num_tokens: int) -> None:
-        """Raise :class:`RequestError` if ``num_tokens`` cells could never be had."""
-        if num_tokens > self.num_cells:
+        """Raise :class:`RequestError` if a sequence of ``num_tokens`` cells could never be had."""
+        if num_tokens > self.sequence_cells:
+            where = ""
+            if self.sequence_cells < self.num_cells:
+                where = (
+                    f" for each of its {self.max_sequences} sequences; in [decode] raise num_cells, lower"
+                    " max_sequences, or set cell_layout to unified"
+                )
             raise RequestError(
-                f"prompt and max_tokens need {num_tokens} cells, the decode worker has {self.num_cells}", "max_tokens"
+                f"prompt and max_tokens need {num_tokens} cells, the decode worker has {self.sequence_cells}{where}",
+                "max_tokens",
             )
 
     def release(self, seq_id: int) -> None:
@@ -80,7 +104,7 @@ class Admission:
         for span in self._spans_by_id.pop(seq_id):
             span.holders -= 1
             self.used_cells -= 0 if span.holders else span.num_cells
-        self._free_ids.append(seq_id)
+        heapq.heappush(self._free_ids, seq_id)
 
     def _first_spans(self, seq_id: int, num_cells: int) -> list[Span]:
         """The spans of the first ``num_cells`` cells of ``seq_id``; one is cut in two where they end inside it."""

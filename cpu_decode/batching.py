@@ -16,7 +16,18 @@ import structlog
 
 from cpu_decode import answers
 from cpu_decode.copies import Copies
-from cpu_decode.events import ChoiceFreed, Copied, Ended, Event, Injected, Preempted, Prompted, Released, Restored
+from cpu_decode.events import (
+    ChoiceFreed,
+    Copied,
+    Ended,
+    Event,
+    Injected,
+    Preempted,
+    Prompted,
+    Released,
+    Restored,
+    Settled,
+)
 from cpu_decode.landing import LandingReport
 from cpu_decode.llama import Context
 from cpu_decode.preempt import Parked
@@ -90,6 +101,11 @@ class Batching:
             self.fail(request_id, error)
 
     @property
+    def gathered_bytes(self) -> int:
+        """Memory of KV that waits to be put into cells whole."""
+        return self._copies.gathered_bytes
+
+    @property
     def busy(self) -> bool:
         """Whether there is something to compute or to copy."""
         return bool(self._running or self._copies)
@@ -128,8 +144,7 @@ class Batching:
         """Copy the KV of a prompted request into those ``blocks`` that are not saved; :class:`Copied` says when."""
         sequence = self._sequences.get(request_id) or self._ended.get(request_id)
         if sequence is not None:
-            for block in blocks:
-                self._copies.then(partial(self._copies.save, sequence, block))
+            self._copies.keep(sequence, blocks)
         self._copies.then(lambda: self._emit(Copied(request_id, blocks)))
 
     def _land(self, request_id: str, chunk: ChunkState) -> None:
@@ -168,6 +183,8 @@ class Batching:
 
     def _join(self, sequence: Sequence) -> None:
         """Let a sequence into the batch once it is started and its KV is complete."""
+        if sequence.complete and not self._settle(sequence):
+            return
         if not sequence.ready or sequence.joined_ns:
             return
         sequence.joined_ns = time.monotonic_ns()
@@ -184,6 +201,16 @@ class Batching:
         if sequence.first_token is not None:
             for choice in sequence.choices:
                 self._say(choice, *answers.take(choice, self._context.model, sequence.first_token))
+
+    def _settle(self, sequence: Sequence) -> bool:
+        """Where cells take KV whole, they get what has gathered; False if they do not, and the request has failed."""
+        try:
+            if self._copies.settle(sequence):
+                self._emit(Settled(sequence.request_id))
+        except EngineError as error:
+            self.fail(sequence.request_id, error)
+            return False
+        return True
 
     def _run_along(self, sequence: Sequence) -> None:
         self._running.append(sequence)
@@ -272,9 +299,10 @@ class Batching:
     def _preempt_newest(self) -> bool:
         """Let the newest running sequence wait in RAM; False if there is none that can.
 
-        Choices share cells, and the cells of requests with several are promised in full: they stay.
+        Choices share cells, and the cells of requests with several are promised in full: they stay. The cells of a
+        stream are of no use to others.
         """
-        victims = [sequence for sequence in self._running if len(sequence.choices) == 1]
+        victims = [sequence for sequence in self._running if len(sequence.choices) == 1 and self._context.unified]
         if not victims:
             return False
         sequence = max(victims, key=lambda each: each.admitted_ns)
@@ -340,12 +368,12 @@ class Batching:
     def leave(self, request_id: str, blocks: list[Block]) -> None:
         """Copy the KV of an ended request into those ``blocks`` that are not saved, then let go of it."""
         sequence = self._ended.pop(request_id)
-        for block in blocks:
-            self._copies.then(partial(self._copies.save, sequence, block))
+        self._copies.keep(sequence, blocks)
         self._copies.then(lambda: self._free(sequence))
 
     def _free(self, sequence: Sequence) -> None:
         self._parked.drop(sequence)
+        self._copies.forget(sequence)
         self.preempted_sequences = len(self._parked)
         self._context.trim(sequence.seq_id, 0)
         self._emit(Released(sequence.request_id))

@@ -6,8 +6,6 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from cpu_decode.llama import Batch, Context
 from cpu_decode.state import StateBlob
 
@@ -35,7 +33,7 @@ def measure(context: Context, batch: Batch, rows: Sequence[int] = ()) -> Speed:
     Call it on the thread that computes, and on no other: OpenMP keeps a team for each thread that has computed, and
     stops spinning at barriers once the teams outnumber the cores, which nearly doubles the time of a token.
     """
-    count = min(CALIBRATION_TOKENS, batch.capacity, context.num_cells)
+    count = min(CALIBRATION_TOKENS, batch.capacity, context.sequence_cells)
     prompt = [token % context.model.vocab_size for token in range(count)]
     # The first warms the machine up.
     for _ in range(2):
@@ -45,7 +43,7 @@ def measure(context: Context, batch: Batch, rows: Sequence[int] = ()) -> Speed:
         context.decode(batch)
         context.logits(count - 1)
         seconds = (time.monotonic_ns() - began) / 1e9
-        state = np.frombuffer(context.state(0), np.uint8)
+        state = context.state(0)
         context.trim(0, 0)
         began = time.monotonic_ns()
         context.inject(StateBlob(state, state.size, 0, count), 0)
@@ -65,7 +63,7 @@ def time_rows(context: Context, batch: Batch, rows: Sequence[int], before: State
     began = time.monotonic()
     context.inject(before, 0)
     for count in rows:
-        if before.num_tokens + count > context.num_cells or time.monotonic() - began > ROWS_S:
+        if before.num_tokens + count > context.sequence_cells or time.monotonic() - began > ROWS_S:
             break
         times = []
         for _ in range(REPEATS):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import structlog
 
-from cpu_decode.llama import Context
+from cpu_decode.gathering import Gathering
+from cpu_decode.llama import Context, Saver
 from cpu_decode.prefix import Block
 from cpu_decode.sequence import Sequence
 from cpu_decode.state import ChunkState, StateBlob
@@ -27,6 +29,8 @@ class Copies:
     def __init__(self, context: Context, windows: WindowBlocks | None) -> None:
         self._context = context
         self._windows = windows
+        # Streams of cells take a sequence's KV whole.
+        self._gathering = None if context.unified else Gathering(context.streams)
         self._waiting: deque[Callable[[], None]] = deque()
 
     def __bool__(self) -> bool:
@@ -47,28 +51,59 @@ class Copies:
                 return
             piece_began = now
 
+    @property
+    def gathered_bytes(self) -> int:
+        """Memory of KV that is to be in streams of cells, and is not yet."""
+        return self._gathering.num_bytes if self._gathering else 0
+
     def inject(self, sequence: Sequence, chunk: ChunkState | StateBlob) -> None:
-        """Append ``chunk`` to the cells of ``sequence``; raises :class:`EngineError`."""
+        """Append ``chunk`` to the KV of ``sequence``, in its cells or on the way there; raises :class:`EngineError`."""
         began = time.monotonic_ns()
-        self._context.inject(chunk, sequence.seq_id)
+        if self._gathering:
+            self._gathering.add(sequence, chunk)
+        else:
+            self._context.inject(chunk, sequence.seq_id)
         sequence.inject_ns += time.monotonic_ns() - began
         sequence.num_cached += chunk.num_tokens
         self.follow(sequence, chunk)
+
+    def settle(self, sequence: Sequence) -> bool:
+        """Put what has gathered for ``sequence`` into its stream; False if nothing has. Raises :class:`EngineError`."""
+        state = self._gathering.take(sequence) if self._gathering else None
+        if state is None:
+            return False
+        began = time.monotonic_ns()
+        self._context.inject(state, sequence.seq_id)
+        sequence.inject_ns += time.monotonic_ns() - began
+        return True
+
+    def forget(self, sequence: Sequence) -> None:
+        """The request has ended: what has gathered for it goes nowhere."""
+        if self._gathering:
+            self._gathering.drop(sequence)
 
     def follow(self, sequence: Sequence, injected: ChunkState | StateBlob | None = None) -> None:
         """After ``sequence`` has got KV, perhaps ``injected``: copy what a window may leave to others."""
         if self._windows is not None:
             self._windows.follow(sequence, injected)
 
-    def save(self, sequence: Sequence, block: Block) -> None:
-        """Copy what ``block`` is to keep out of the cells of ``sequence``; it stays unsaved if that cannot be."""
+    def keep(self, sequence: Sequence, blocks: list[Block]) -> None:
+        """Copy in their turn what ``blocks`` are to keep out of the cells of ``sequence``.
+
+        Those stay unsaved that cannot be copied.
+        """
+        save = self._context.saver(sequence.seq_id)
+        for block in blocks:
+            self.then(partial(self._save, sequence, block, save))
+
+    def _save(self, sequence: Sequence, block: Block, save: Saver) -> None:
         if block.saved:
             return
         if self._windows is not None and (copied := self._windows.copied(sequence, block)) is not None:
             block.buffer, block.saved = copied, True
             return
         try:
-            self._context.save(sequence.seq_id, range(block.start_token, block.end_token), block.buffer)
+            save(range(block.start_token, block.end_token), block.buffer)
             block.saved = True
         except EngineError as error:
             log.info("KV is not kept", request_id=sequence.request_id, reason=str(error))

@@ -69,5 +69,12 @@ class Injected:
         self.chunk = chunk
 
 
-Doing = Prompted | Ended | ChoiceFreed | Preempted | Released | Restored | Copied | Injected
+class Settled:
+    """KV that has gathered for a request, because its cells take it whole, is in them."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+
+
+Doing = Prompted | Ended | ChoiceFreed | Preempted | Released | Restored | Copied | Injected | Settled
 Event = Tokens | Failure | Doing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -38,6 +39,17 @@ class LandingPool:
             raise CapacityError("no landing buffer is free; raise [decode] landing_mib or lower [link] chunk_tokens")
         self._unreserved -= granted
         return granted
+
+    def set_aside(self, num_bytes: int) -> int:
+        """Reserve for memory of another shape; returns how many buffers' worth that is.
+
+        Raises :class:`CapacityError` if it cannot be had.
+        """
+        count = math.ceil(num_bytes / self.buffer_bytes)
+        if count > self._unreserved:
+            raise CapacityError("no landing memory is free for a whole prompt; raise [decode] landing_mib")
+        self._unreserved -= count
+        return count
 
     def unreserve(self, count: int) -> None:
         """Give a reservation back."""

@@ -1,14 +1,17 @@
 """llama.cpp's low-level calls, typed, in one place; everything here belongs to the engine's thread.
 
-One context with one unified cache and flash attention: chunked injection and several sequences in one batch need both.
+A context has flash attention and one unified cache, into which KV is injected in chunks and in which sequences share
+cells; ``streams.py`` has one with a cache for every sequence.
 """
 
 from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import llama_cpp
 import numpy as np
@@ -40,6 +43,8 @@ _rotations: dict[str, bool] = {}
 TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 TokenData = npt.NDArray[np.void]
+# Writes the state of some positions of a sequence into a buffer; see :meth:`Context.save`.
+Saver = Callable[[range, npt.NDArray[np.uint8]], None]
 
 
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
@@ -166,8 +171,20 @@ class Batch:
         return self._struct
 
 
+class Cells(NamedTuple):
+    """How many there are in a context, how many of them one sequence may hold, and whether all sequences share them."""
+
+    num_cells: int
+    sequence_cells: int
+    unified: bool
+
+
 class Context:
-    """Cells, and the calls that fill, read and free them."""
+    """Cells, and the calls that fill, read and free them. One sequence may hold all of them."""
+
+    # Sequences share one cache: KV can be appended to what they hold, and lent.
+    unified = True
+    streams = 1
 
     def __init__(
         self,
@@ -181,15 +198,15 @@ class Context:
         batch_threads: int = 0,
     ) -> None:
         self.model = model
-        self.num_cells = num_cells
+        self.num_cells = self.sequence_cells = num_cells
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = num_cells
         params.n_batch = params.n_ubatch = batch_tokens
-        params.n_seq_max = max_sequences + 1
+        params.n_seq_max = max_sequences + 1 if self.unified else max_sequences
         params.n_threads, params.n_threads_batch = threads, batch_threads or threads
         params.type_k, params.type_v = (row.ggml_type for row in CELL_ROWS[cell_type])
         params.flash_attn_type = _FLASH_ATTENTION_ON
-        params.kv_unified = True
+        params.kv_unified = self.unified
         # Chunks land, and prefixes are reused, at positions that a window has left behind.
         params.swa_full = True
         params.no_perf = True
@@ -216,6 +233,11 @@ class Context:
         # Chunks land here first: setting a sequence's state clears what that sequence held.
         self._scratch = max_sequences
 
+    @property
+    def cells(self) -> Cells:
+        """What there is; from any thread."""
+        return Cells(self.num_cells, self.sequence_cells, self.unified)
+
     def decode(self, batch: Batch) -> None:
         """Compute one batch.
 
@@ -230,8 +252,8 @@ class Context:
 
     def inject(self, chunk: ChunkState | StateBlob, seq_id: int) -> None:
         """Append ``chunk`` to the cells of ``seq_id``. Raises :class:`EngineError` and leaves no cell behind."""
-        pointer = chunk.buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        read = llama_cpp.llama_state_seq_set_data(self.handle, pointer, chunk.num_bytes, self._scratch)
+        state = pointer(chunk.buffer)
+        read = llama_cpp.llama_state_seq_set_data(self.handle, state, chunk.num_bytes, self._scratch)
         if read == chunk.num_bytes:
             end = chunk.start_token + chunk.num_tokens
             llama_cpp.llama_memory_seq_cp(self._memory, self._scratch, seq_id, chunk.start_token, end)
@@ -247,11 +269,14 @@ class Context:
         llama_cpp.llama_memory_seq_cp(self._memory, seq_id, self._scratch, tokens.start, tokens.stop)
         size = llama_cpp.llama_state_seq_get_size(self.handle, self._scratch)
         if size == buffer.size:
-            pointer = buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-            llama_cpp.llama_state_seq_get_data(self.handle, pointer, size, self._scratch)
+            llama_cpp.llama_state_seq_get_data(self.handle, pointer(buffer), size, self._scratch)
         llama_cpp.llama_memory_seq_rm(self._memory, self._scratch, -1, -1)
         if size != buffer.size:
             raise EngineError(f"llama.cpp holds {size} of {buffer.size} bytes of state at tokens {tokens}")
+
+    def saver(self, seq_id: int) -> Saver:
+        """:meth:`save` for several parts of what ``seq_id`` holds."""
+        return partial(self.save, seq_id)
 
     def share(self, donor: int, seq_id: int, num_tokens: int) -> None:
         """Let ``seq_id`` hold the cells of the first ``num_tokens`` positions of ``donor`` too."""
@@ -276,13 +301,18 @@ class Context:
         elements = self._row.from_address(ctypes.addressof(pointer.contents))
         return np.frombuffer(memoryview(elements), np.float32)
 
-    def state(self, seq_id: int) -> bytes:
-        """The sequence's state as llama.cpp writes it (format: ``cpu_decode/state.py``)."""
+    def state(self, seq_id: int) -> npt.NDArray[np.uint8]:
+        """The sequence's state, uint8, as llama.cpp writes it (format: ``cpu_decode/state.py``)."""
         size = llama_cpp.llama_state_seq_get_size(self.handle, seq_id)
-        buffer = (ctypes.c_uint8 * size)()
-        written = llama_cpp.llama_state_seq_get_data(self.handle, buffer, size, seq_id)
-        return bytes(buffer[:written])
+        buffer = np.empty(size, np.uint8)
+        written = llama_cpp.llama_state_seq_get_data(self.handle, pointer(buffer), size, seq_id)
+        return buffer[:written]
 
     def close(self) -> None:
         """Free the cells."""
         llama_cpp.llama_free(self.handle)
+
+
+def pointer(buffer: npt.NDArray[np.uint8]) -> Any:
+    """``buffer`` as llama.cpp takes it."""
+    return buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

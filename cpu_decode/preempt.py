@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from cpu_decode.llama import Context
 from cpu_decode.sequence import Sequence as Decoding
 from cpu_decode.state import StateBlob
@@ -34,7 +32,7 @@ class Parked:
 
     def park(self, sequence: Decoding) -> None:
         """Copy the KV of ``sequence`` to RAM and free its cells."""
-        state = np.frombuffer(self._context.state(sequence.seq_id), np.uint8)
+        state = self._context.state(sequence.seq_id)
         self._blobs[sequence] = StateBlob(state, state.size, 0, sequence.num_cached)
         self._context.trim(sequence.seq_id, 0)
         sequence.num_cached = 0

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from transfer.config import Decode
+from transfer.config import CellLayout, Decode
 from transfer.errors import ConfigError
 
 SCHEMA = "isthmus.profile/1"
@@ -21,6 +21,7 @@ class Tuned(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     spin_count: Annotated[int, msgspec.Meta(ge=0)]
     huge_pages: bool
     mmap: bool
+    cell_layout: CellLayout = "unified"
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):

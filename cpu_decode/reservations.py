@@ -14,21 +14,33 @@ from collections.abc import Sequence as Several
 from cpu_decode.admission import Admission
 from cpu_decode.asked import check
 from cpu_decode.engine import Engine
-from cpu_decode.events import ChoiceFreed, Copied, Doing, Ended, Injected, Preempted, Prompted, Released, Restored
+from cpu_decode.events import (
+    ChoiceFreed,
+    Copied,
+    Doing,
+    Ended,
+    Injected,
+    Preempted,
+    Prompted,
+    Released,
+    Restored,
+    Settled,
+)
 from cpu_decode.fetching import Fetching
 from cpu_decode.grammar import Grammars
 from cpu_decode.landing import LandingPlace, LandingPool, LandingReport
-from cpu_decode.llama import Model
+from cpu_decode.llama import Cells, Model
 from cpu_decode.pool.block_log import BlockLog
 from cpu_decode.pool.opened import open_tiers, seed_of
 from cpu_decode.prefix import Block
 from cpu_decode.reuse import Plan, PrefixCache, Scope
 from cpu_decode.sampling import Sampler
 from cpu_decode.sequence import Sequence
+from cpu_decode.state import state_bytes
 from cpu_decode.waiting import Need, steps_until_room
 from transfer import codecs
 from transfer.config import Decode, Link
-from transfer.errors import CapacityError, IsthmusError, ProtocolError, RequestError
+from transfer.errors import CapacityError, ConfigError, IsthmusError, ProtocolError, RequestError
 from transfer.geometry import KVGeometry
 from transfer.messages import Landing, Reserve, Start, Ticket, Tokens
 from transfer.receiver import KVReceiver
@@ -58,13 +70,22 @@ class Admitted:
         self.ticket = ""
         self.landing: LandingPlace | None = None
         self.reserved_buffers = 0
+        # For KV that gathers before it gets cells.
+        self.gathering_buffers = 0
 
 
 class Reservations:
     """Makes promises, hands requests to the engine, and takes promises back as the engine says."""
 
     def __init__(
-        self, model: Model, geometry: KVGeometry, decode: Decode, link: Link, engine: Engine, receiver: KVReceiver
+        self,
+        model: Model,
+        cells: Cells,
+        geometry: KVGeometry,
+        decode: Decode,
+        link: Link,
+        engine: Engine,
+        receiver: KVReceiver,
     ) -> None:
         self._model = model
         self._geometry = geometry
@@ -73,13 +94,17 @@ class Reservations:
         self._engine = engine
         self._receiver = receiver
         self.form = Landing(cell_type=decode.cell_type, rope_order=model.rope_order)
-        self.admission = Admission(decode.num_cells, decode.max_sequences)
+        self._unified = cells.unified
+        self.admission = Admission(cells.num_cells, decode.max_sequences, cells.sequence_cells)
         seed, known = seed_of(decode, geometry, model.rope_order, model.gguf), BlockLog()
         below = open_tiers(decode, seed, known)
-        self.prefixes = PrefixCache(geometry, decode.cell_type, decode.pool_mib << 20, seed, known, below)
+        self.prefixes = PrefixCache(
+            geometry, decode.cell_type, decode.pool_mib << 20, seed, known, below, unified=cells.unified
+        )
         self.fetching = Fetching(self.prefixes, lambda: engine.batching.prefill_tokens_per_s)
         self.chunk_tokens = link.chunk_tokens
         self.pool = self._new_pool()
+        self._require_landing_memory()
         self._grammars = Grammars(model)
         self._requests: dict[str, Admitted] = {}
 
@@ -111,7 +136,8 @@ class Reservations:
         if reserve.request_id in self._requests or self.fetching.client(reserve.request_id) is not None:
             raise RequestError(f"request id {reserve.request_id!r} is in use", "request_id")
         check(reserve, self._model.vocab_size, self.admission.max_sequences)
-        self.admission.require(len(reserve.prompt) + reserve.choices * reserve.sampling.max_tokens)
+        sharing = reserve.choices if self._unified else 1
+        self.admission.require(len(reserve.prompt) + sharing * reserve.sampling.max_tokens)
         if reserve.source == "kv":
             codecs.for_cells(reserve.codec, self._decode.cell_type, self._geometry)
 
@@ -126,9 +152,11 @@ class Reservations:
         request = Admitted(client, self._admit(reserve, plan), reserve, scope)
         ticket = secrets.token_hex(16)
         try:
+            request.gathering_buffers = self._room_to_gather(reserve, plan)
             if reserve.source == "kv":
                 self._expect_kv(request, ticket, reserve, plan)
         except IsthmusError:
+            self.pool.unreserve(request.gathering_buffers)
             self._release(list(request.seq_ids.values()))
             raise
         request.reused_tokens = plan.num_tokens
@@ -190,7 +218,7 @@ class Reservations:
             for request in self._requests.values()
         ]
         wanted = [
-            Need(self._promised_cells(each) + (each.choices - 1) * each.sampling.max_tokens, each.choices,
+            Need(self._promised_cells(each) + (each.choices - 1) * self._more_cells(each), each.choices,
                  each.sampling.max_tokens)
             for each in line
         ]  # fmt: skip
@@ -214,6 +242,9 @@ class Reservations:
             case ChoiceFreed():
                 if request is not None:
                     self.admission.release(request.seq_ids.pop(event.choice))
+            case Settled():
+                if request is not None:
+                    self._gathered(request)
             case Restored():
                 self.prefixes.used(event.plan)
             case Copied():
@@ -225,11 +256,10 @@ class Reservations:
 
     def _admit(self, reserve: Reserve, plan: Plan) -> list[int]:
         """Promise cells for the prompt and for each choice's answer; returns a sequence id for each choice."""
-        max_tokens = reserve.sampling.max_tokens
         seq_ids = [self.admission.admit(self._promised_cells(reserve), plan.donor, plan.shared_tokens)]
         try:
             while len(seq_ids) < reserve.choices:
-                seq_ids.append(self.admission.admit(max_tokens))
+                seq_ids.append(self.admission.admit(self._more_cells(reserve)))
         except CapacityError:
             self._release(seq_ids)
             raise
@@ -238,10 +268,21 @@ class Reservations:
     def _promised_cells(self, reserve: Reserve) -> int:
         """Cells for the prompt and the first choice: fewer than its answer may need, if answers may be preempted.
 
-        The engine preempts no request with several choices, so theirs are promised in full.
+        The engine preempts no request with several choices, and none in a stream, so theirs are promised in full.
         """
-        share = self._decode.promised_share if reserve.choices == 1 else 1.0
+        share = self._decode.promised_share if reserve.choices == 1 and self._unified else 1.0
         return len(reserve.prompt) + math.ceil(share * reserve.sampling.max_tokens)
+
+    def _more_cells(self, reserve: Reserve) -> int:
+        """Cells for each choice but the first: in a stream of its own each has the prompt, too."""
+        return reserve.sampling.max_tokens + (0 if self._unified else len(reserve.prompt))
+
+    def _room_to_gather(self, reserve: Reserve, plan: Plan) -> int:
+        """Reserve memory for KV that comes in parts and gets cells whole; returns how many landing buffers' worth."""
+        num_tokens = len(reserve.prompt) if reserve.source == "kv" else plan.num_tokens
+        if self._unified or not num_tokens:
+            return 0
+        return self.pool.set_aside(state_bytes(self._geometry, num_tokens, self._decode.cell_type))
 
     def _expect_kv(self, request: Admitted, ticket: str, reserve: Reserve, plan: Plan) -> None:
         request.reserved_buffers = self.pool.reserve(
@@ -294,13 +335,28 @@ class Reservations:
         self.prefixes.kept(request.keeping)
         self._release(list(request.seq_ids.values()))
         self.pool.unreserve(request.reserved_buffers)
+        self._gathered(request)
         if request.landing is not None:
             self._receiver.cancel(request.ticket, "the request has ended")
             request.landing.release()
 
+    def _gathered(self, request: Admitted) -> None:
+        self.pool.unreserve(request.gathering_buffers)
+        request.gathering_buffers = 0
+
     def _release(self, seq_ids: list[int]) -> None:
         for seq_id in seq_ids:
             self.admission.release(seq_id)
+
+    def _require_landing_memory(self) -> None:
+        """Raise :class:`ConfigError` if KV that gets cells whole could never gather."""
+        most = state_bytes(self._geometry, self.admission.sequence_cells, self._decode.cell_type)
+        needed_mib = (most + 2 * self.pool.buffer_bytes >> 20) + 1
+        if not self._unified and self._decode.landing_mib < needed_mib:
+            raise ConfigError(
+                f"KV gathers before it gets a stream of {self.admission.sequence_cells} cells, which may take "
+                f"{needed_mib} MiB; raise landing_mib or lower num_cells in [decode], or set cell_layout to unified"
+            )
 
     def _new_pool(self) -> LandingPool:
         decode = self._decode

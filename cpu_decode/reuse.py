@@ -84,7 +84,8 @@ class PrefixCache:
     """Finds prefixes among the sequences that lend and the blocks that were kept, ``max_bytes`` of them; 0 finds none.
 
     Owned by the I/O thread; the engine copies cells and fills and reads blocks in the order in which it is told to.
-    Blocks are named by the pool's ``seed``; ``known`` hears of those that come and go, ``below`` gets them.
+    Blocks are named by the pool's ``seed``; ``known`` hears of those that come and go, ``below`` gets them. Cells that
+    are not ``unified`` are not shared.
     """
 
     def __init__(
@@ -95,13 +96,16 @@ class PrefixCache:
         seed: bytes = b"",
         known: BlockLog | None = None,
         below: LowerTiers | None = None,
+        *,
+        unified: bool = True,
     ) -> None:
         self._cell_type = cell_type
         self._max_bytes = max_bytes
         self._on = max_bytes > 0
         # llama.cpp gives cells that a sliding window has left to other tokens: they cannot be lent, and are copied
         # before (``window_blocks.py``).
-        self._lends = self._on and not geometry.sliding_window
+        self._lends = self._on and unified and not geometry.sliding_window
+        self._unified = unified
         self.block_tokens = block_names.tokens_per_block(geometry)
         self.block_bytes = state_bytes(geometry, self.block_tokens, cell_type)
         self.cell_bytes = state_bytes(geometry, 1, cell_type) - state_bytes(geometry, 0, cell_type)
@@ -211,8 +215,13 @@ class PrefixCache:
         return path
 
     def keep_early(self, prompt: list[int], scope: Scope | None) -> list[Block]:
-        """The same for the full blocks of a prompt whose request still runs, if there are tiers that outlive it."""
-        return self.keep(prompt[: len(prompt) // self.block_tokens * self.block_tokens], scope) if self.below else []
+        """The same for the full blocks of a prompt whose request still runs.
+
+        If there are tiers that outlive it, or if others cannot share the cells of a stream.
+        """
+        if self._unified and not self.below:
+            return []
+        return self.keep(prompt[: len(prompt) // self.block_tokens * self.block_tokens], scope)
 
     def kept(self, path: list[Block]) -> None:
         """The engine has filled the blocks of ``path``, except those that it could not."""

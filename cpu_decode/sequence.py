@@ -81,8 +81,17 @@ class Sequence:
     @property
     def ready(self) -> bool:
         """Whether it may join the batch: Start has come and all KV that is to come."""
-        restored = self.num_cached >= self.reused_tokens
-        return self.started and (restored if self.local else self.landing is not None)
+        return self.started and self.complete
+
+    @property
+    def complete(self) -> bool:
+        """Whether all KV has come that is to come."""
+        return self.num_cached >= self.reused_tokens if self.local else self.landing is not None
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens whose KV comes from elsewhere."""
+        return self.reused_tokens if self.local else self.prompt_tokens
 
     @property
     def missing_tokens(self) -> int:

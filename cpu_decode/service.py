@@ -40,8 +40,9 @@ def run(cluster: Cluster, node: numa.Node | None = None) -> None:
 
     from cpu_decode.draft import DraftModel
     from cpu_decode.geometry import read_geometry
-    from cpu_decode.llama import Context, Model
+    from cpu_decode.llama import Model
     from cpu_decode.speculate import Guessing
+    from cpu_decode.streams import context_of
     from cpu_decode.threadpool import PinnedThreads
     from cpu_decode.worker import Worker
 
@@ -57,7 +58,7 @@ def run(cluster: Cluster, node: numa.Node | None = None) -> None:
     threads = len(cpus) or decode.threads or usable_cores()
     memory_bytes_per_s = memory_speed.read_bytes_per_s(threads)
     batch_threads = len(batch_cpus) or decode.batch_threads
-    context = Context(
+    context = context_of(decode.cell_layout)(
         model,
         num_cells=decode.num_cells,
         max_sequences=decode.max_sequences,
@@ -83,7 +84,8 @@ def run(cluster: Cluster, node: numa.Node | None = None) -> None:
         "model loaded",
         gguf=str(gguf),
         threads=threads,
-        cells=decode.num_cells,
+        cells=context.num_cells,
+        sequence_cells=context.sequence_cells,
         numa_node=node.number if node else None,
         cpus=list(cpus) or None,
         huge_page_bytes=huge_page_bytes,
@@ -120,9 +122,10 @@ def usable_cores() -> int:
 
 def needed_bytes(gguf: Path, geometry: KVGeometry, decode: Decode) -> int:
     """Memory that a worker takes: weights, cells, landing buffers and kept KV; what else there is, is small."""
+    from cpu_decode.admission import allocated_cells
     from cpu_decode.state import row_bytes
 
-    cells = decode.num_cells * geometry.num_layers * sum(row_bytes(geometry, decode.cell_type))
+    cells = allocated_cells(decode) * geometry.num_layers * sum(row_bytes(geometry, decode.cell_type))
     # Blocks of running sequences whose cells go to others (``window_blocks.py``).
     copies = cells if geometry.sliding_window and decode.pool_mib else 0
     files = [gguf, *([Path(decode.draft_gguf)] if decode.draft_gguf else [])]

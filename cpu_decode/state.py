@@ -21,11 +21,11 @@ from transfer.layout import CELL_ROWS, ROTATED_ELEMENTS, CellType, Elements
 
 MAGIC = 0xAF143CD8
 
-_HEAD = struct.Struct("<Ii")
-_CELLS = struct.Struct("<II")
-_SHAPE = struct.Struct("<II")
-_PLANE = struct.Struct("<iQ")
-_CELL = np.dtype([("position", "<i4"), ("sequences", "<u4"), ("sequence", "<i4")])
+HEAD = struct.Struct("<Ii")
+CELLS = struct.Struct("<II")
+SHAPE = struct.Struct("<II")
+PLANE = struct.Struct("<iQ")
+CELL = np.dtype([("position", "<i4"), ("sequences", "<u4"), ("sequence", "<i4")])
 
 
 def row_bytes(geometry: KVGeometry, cell_type: CellType) -> tuple[int, int]:
@@ -55,8 +55,8 @@ def is_quantized(cell_type: CellType) -> bool:
 def state_bytes(geometry: KVGeometry, num_tokens: int, cell_type: CellType) -> int:
     """Size of the state of ``num_tokens`` tokens; raises what :func:`row_bytes` raises."""
     caches = len(layers_by_cache(geometry))
-    fixed = _HEAD.size + caches * (_CELLS.size + _SHAPE.size) + 2 * geometry.num_layers * _PLANE.size
-    per_token = caches * _CELL.itemsize + geometry.num_layers * sum(row_bytes(geometry, cell_type))
+    fixed = HEAD.size + caches * (CELLS.size + SHAPE.size) + 2 * geometry.num_layers * PLANE.size
+    per_token = caches * CELL.itemsize + geometry.num_layers * sum(row_bytes(geometry, cell_type))
     return fixed + num_tokens * per_token
 
 
@@ -77,21 +77,21 @@ class StateBlob(NamedTuple):
 
 def cut(blob: StateBlob, tokens: range) -> StateBlob:
     """The state of the positions ``tokens`` alone, some of those in ``blob``, whose rows may be in any order."""
-    buffer, at = blob.buffer, _HEAD.size
+    buffer, at = blob.buffer, HEAD.size
     parts = [buffer[:at]]
     while at < blob.num_bytes:
-        _, num_cells = _CELLS.unpack_from(buffer.data, at)
-        at += _CELLS.size
-        cells = buffer[at : at + num_cells * _CELL.itemsize].view(_CELL)
+        _, num_cells = CELLS.unpack_from(buffer.data, at)
+        at += CELLS.size
+        cells = buffer[at : at + num_cells * CELL.itemsize].view(CELL)
         rows = np.flatnonzero((cells["position"] >= tokens.start) & (cells["position"] < tokens.stop))
-        parts += [np.frombuffer(_CELLS.pack(1, rows.size), np.uint8), cells[rows].view(np.uint8)]
+        parts += [np.frombuffer(CELLS.pack(1, rows.size), np.uint8), cells[rows].view(np.uint8)]
         at += cells.nbytes
-        _, num_layers = _SHAPE.unpack_from(buffer.data, at)
-        parts.append(buffer[at : at + _SHAPE.size])
-        at += _SHAPE.size
+        _, num_layers = SHAPE.unpack_from(buffer.data, at)
+        parts.append(buffer[at : at + SHAPE.size])
+        at += SHAPE.size
         for _ in range(2 * num_layers):
-            _, size_bytes = _PLANE.unpack_from(buffer.data, at)
-            first = at + _PLANE.size
+            _, size_bytes = PLANE.unpack_from(buffer.data, at)
+            first = at + PLANE.size
             end = first + num_cells * size_bytes
             parts += [buffer[at:first], buffer[first:end].reshape(num_cells, size_bytes)[rows].reshape(-1)]
             at = end
@@ -118,23 +118,23 @@ class ChunkState:
         self.num_tokens = num_tokens
         self.num_bytes = state_bytes(geometry, num_tokens, cell_type)
         self._planes: dict[int, list[Elements]] = {layer: [] for layer in range(geometry.num_layers)}
-        cells = np.zeros(num_tokens, _CELL)
+        cells = np.zeros(num_tokens, CELL)
         cells["position"] = np.arange(start_token, start_token + num_tokens)
         cells["sequences"] = 1
         rows = list(zip(CELL_ROWS[cell_type], row_bytes(geometry, cell_type), strict=True))
-        _HEAD.pack_into(buffer.data, 0, MAGIC, 0)
-        at = _HEAD.size
+        HEAD.pack_into(buffer.data, 0, MAGIC, 0)
+        at = HEAD.size
         for layers in layers_by_cache(geometry):
-            _CELLS.pack_into(buffer.data, at, 1, num_tokens)
-            at += _CELLS.size
+            CELLS.pack_into(buffer.data, at, 1, num_tokens)
+            at += CELLS.size
             buffer[at : at + cells.nbytes] = cells.view(np.uint8)
             at += cells.nbytes
-            _SHAPE.pack_into(buffer.data, at, 0, len(layers))
-            at += _SHAPE.size
+            SHAPE.pack_into(buffer.data, at, 0, len(layers))
+            at += SHAPE.size
             for row, size_bytes in rows:
                 for layer in layers:
-                    _PLANE.pack_into(buffer.data, at, row.ggml_type, size_bytes)
-                    at += _PLANE.size
+                    PLANE.pack_into(buffer.data, at, row.ggml_type, size_bytes)
+                    at += PLANE.size
                     self._planes[layer].append(buffer[at : at + num_tokens * size_bytes].view(np.uint16))
                     at += num_tokens * size_bytes
 

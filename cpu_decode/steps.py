@@ -61,6 +61,9 @@ class Steps:
         """
         self._began_ns = time.monotonic_ns()
         self._decoding = [sequence for sequence in running if sequence.missing_tokens == 1]
+        if not self._context.unified:
+            # Or llama.cpp would compute them in several goes.
+            self._decoding.sort(key=lambda sequence: sequence.seq_id)
         prefilling = [sequence for sequence in running if sequence.missing_tokens > 1]
         drafts = self._drafts(prefilling)
         parts = self._fill(prefilling, drafts)

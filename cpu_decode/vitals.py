@@ -29,7 +29,7 @@ def status(promised: Reservations, batching: Batching, weights_bytes: int) -> St
         running_sequences=batching.running_sequences,
         reserved_sequences=promised.admission.admitted,
         max_sequences=promised.admission.max_sequences,
-        landing_bytes=promised.pool.in_use * promised.pool.buffer_bytes,
+        landing_bytes=promised.pool.in_use * promised.pool.buffer_bytes + batching.gathered_bytes,
         prefill_tokens_per_s=batching.prefill_tokens_per_s,
         prefill_basis=batching.prefill_basis,
         retained_bytes=promised.prefixes.used_bytes,

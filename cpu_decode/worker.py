@@ -116,7 +116,7 @@ class Worker:
             seal=link.seal,
             keys=keys,
         )
-        self._promised = Reservations(model, geometry, decode, link, self.engine, self._receiver)
+        self._promised = Reservations(model, context.cells, geometry, decode, link, self.engine, self._receiver)
         if self._doorkeeper:
             self._doorkeeper.watch(self._clients.socket)
             self._doorkeeper.watch(self._receiver.control)
@@ -298,6 +298,7 @@ class Worker:
             codecs=codecs.landing_codecs(self._decode.cell_type, self._geometry),
             kv_endpoint=self._promised.kv_endpoint,
             num_cells=self._promised.admission.num_cells,
+            sequence_cells=self._promised.admission.sequence_cells,
             max_sequences=self._promised.admission.max_sequences,
             pool_seed=self._promised.prefixes.seed,
         )

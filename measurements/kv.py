@@ -71,7 +71,7 @@ def prefill(
             batch = Batch(len(prompt))
             batch.add(0, 0, prompt, want_logits=False)
             context.decode(batch)
-            state = np.frombuffer(bytearray(context.state(0)), np.uint8)
+            state = context.state(0)
             context.trim(0, 0)
             if state.size != state_bytes(geometry, len(prompt), cell_type):
                 raise EngineError(f"state of {len(prompt)} tokens has {state.size} bytes")

@@ -53,7 +53,7 @@ class Dispatcher:
         """
         account.prompt, account.max_tokens = job.prompt, job.limit
         account.alternative = costs.cpu_prefill(len(job.prompt), self._workers.any_status)
-        widest = max(router.context_tokens(route, self._cluster) for route in router.ROUTES)
+        widest = max(self._context_tokens(route) for route in router.ROUTES)
         room = max(1, (widest - len(job.prompt)) // job.choices)
         job = _limited(job, room if job.limit is None else job.limit)
         open_routes = self._open(job)
@@ -175,12 +175,19 @@ class Dispatcher:
 
     def _fits(self, job: Job, route: Route) -> bool:
         tokens = 1 if job.limit is None and not job.avoid else job.sampling.max_tokens
-        return len(job.prompt) + _sharing(job, route) * tokens <= router.context_tokens(route, self._cluster)
+        return len(job.prompt) + self._sharing(job, route) * tokens <= self._context_tokens(route)
+
+    def _context_tokens(self, route: Route) -> int:
+        return router.context_tokens(route, self._cluster, self._workers.sequence_cells)
+
+    def _sharing(self, job: Job, route: Route) -> int:
+        """VLLM counts every choice on its own, as streams do; else the worker's cells are there once."""
+        return 1 if route == "gpu" or self._workers.sequence_cells else job.choices
 
     def _fitted(self, job: Job, route: Route) -> Job:
         """With as many tokens as the client wants, or ``route`` has room for."""
-        context = router.context_tokens(route, self._cluster)
-        max_tokens = router.fit(len(job.prompt), job.limit, context, _sharing(job, route))
+        context = self._context_tokens(route)
+        max_tokens = router.fit(len(job.prompt), job.limit, context, self._sharing(job, route))
         if job.sampling.min_tokens > max_tokens:
             raise RequestError(f"min_tokens = {job.sampling.min_tokens} is over what fits, {max_tokens}", "min_tokens")
         return _limited(job, max_tokens)
@@ -230,8 +237,3 @@ class Dispatcher:
 
 def _limited(job: Job, max_tokens: int) -> Job:
     return job._replace(sampling=msgspec.structs.replace(job.sampling, max_tokens=max_tokens))
-
-
-def _sharing(job: Job, route: Route) -> int:
-    """VLLM counts every choice on its own; the worker's cells are there once."""
-    return 1 if route == "gpu" else job.choices

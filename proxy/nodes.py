@@ -64,6 +64,13 @@ class DecodePool:
         """The status of some worker that is up."""
         return next((node.status for node in self if node.status), None)
 
+    @property
+    def sequence_cells(self) -> int:
+        """The fewest cells that a worker has for one sequence, where cells are divided among them; 0: nowhere."""
+        welcomes = [node.welcome for node in self if node.up and node.welcome]
+        divided = [each.sequence_cells for each in welcomes if 0 < each.sequence_cells < each.num_cells]
+        return min(divided, default=0)
+
     def held(self, node: DecodeNode, prompt: Sequence[int], tenant: str) -> Held:
         """How much of ``prompt`` ``node`` has as exact KV for ``tenant``, the shared server included."""
         others = [other.index for other in self if other is not node]

@@ -237,12 +237,13 @@ def ways_on(
     return ways
 
 
-def context_tokens(route: Route, cluster: Cluster) -> int:
-    """Longest prompt plus answer that ``route`` takes.
+def context_tokens(route: Route, cluster: Cluster, sequence_cells: int = 0) -> int:
+    """Longest prompt plus answer that ``route`` takes; of a worker's cells one sequence may hold ``sequence_cells``.
 
+    0: all of them.
     vLLM wants room for one more token than the prompt even when it only prefills.
     """
-    vllm, llama = cluster.prefill.max_model_len - 1, cluster.decode.num_cells
+    vllm, llama = cluster.prefill.max_model_len - 1, sequence_cells or cluster.decode.num_cells
     return {"gpu": vllm, "cpu": llama, "split": min(vllm, llama)}[route]
 
 

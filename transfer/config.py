@@ -18,6 +18,7 @@ log = structlog.get_logger()
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 NumaSetting = Literal["auto", "off"] | Annotated[int, msgspec.Meta(ge=0)]
+CellLayout = Literal["unified", "streams"]
 AUTO_CODEC = "auto"
 MAX_PREFILL_NODES = 64
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
@@ -81,9 +82,13 @@ class Decode(Section, frozen=True, kw_only=True):
     more than one token, 0: as many as ``threads``. Threads at barriers look ``spin_count`` times before they sleep.
     ``profile`` names a file of ``isthmus measure decode --tune``, whose settings take the place of those here.
 
+    With ``cell_layout`` ``unified`` every sequence takes of ``num_cells`` what it needs, KV lands in them chunk by
+    chunk, and prompts share cells. With ``streams`` each of ``max_sequences`` has an equal part to itself: steps over
+    many sequences are faster, KV gathers in RAM (part of ``landing_mib``) and lands whole, and prefixes come from RAM.
+
     At most ``max_queued`` requests wait for cells. A request is admitted when there are cells for its prompt and for
     ``promised_share`` of its ``max_tokens``; below 1, answers that outgrow that may have to wait in RAM for each other,
-    the newest first. ``speculate`` has tokens guessed, at most ``speculate_tokens`` at a
+    the newest first; in streams all is promised. ``speculate`` has tokens guessed, at most ``speculate_tokens`` at a
     time, from the text so far or by the model in ``draft_gguf``: ``auto`` where that is measured to be faster. KV that
     leaves RAM goes to ``disk_pool_mib`` of files in ``disk_pool_dir``, and to the Redis-protocol server at
     ``shared_pool_url``; neither is used where its name is empty.
@@ -96,6 +101,7 @@ class Decode(Section, frozen=True, kw_only=True):
     kv_control_port: Port = 8104
     num_cells: Count = 16384
     max_sequences: Annotated[int, msgspec.Meta(ge=1, le=255)] = 16
+    cell_layout: CellLayout = "unified"
     cell_type: CellType = "f16"
     threads: Annotated[int, msgspec.Meta(ge=0)] = 0
     prefill_batch_tokens: Count = 512

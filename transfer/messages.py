@@ -112,7 +112,8 @@ class Hello(Message, frozen=True, kw_only=True):
 class Welcome(Message, frozen=True, kw_only=True):
     """The worker's answer to Hello: who it is, what it holds and what it can take.
 
-    ``pool_seed`` is what the names of its KV blocks begin with (``blocks.py``).
+    ``pool_seed`` is what the names of its KV blocks begin with (``blocks.py``). One sequence may hold
+    ``sequence_cells`` of its ``num_cells``; 0: all.
     """
 
     worker: str
@@ -124,6 +125,7 @@ class Welcome(Message, frozen=True, kw_only=True):
     max_sequences: int
     protocol: int = PROTOCOL
     pool_seed: bytes = b""
+    sequence_cells: int = 0
 
 
 class Reserve(Message, frozen=True, kw_only=True):

@@ -18,7 +18,7 @@ def prefill(context: Context, seq_id: int, prompt: list[int]) -> np.ndarray:
     return context.logits(row)
 
 
-def elements_of(state: bytes, geometry: KVGeometry, num_tokens: int, cell_type: CellType = "bf16") -> Elements:
+def elements_of(state: np.ndarray, geometry: KVGeometry, num_tokens: int, cell_type: CellType = "bf16") -> Elements:
     """The rows in a sequence state, their bytes as uint16 ``[num_layers, K rows then V rows]``."""
     assert len(state) == state_bytes(geometry, num_tokens, cell_type)
     at = 16 + 12 * num_tokens + 8

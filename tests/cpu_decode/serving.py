@@ -13,6 +13,7 @@ from typing import Any
 from cpu_decode.draft import DraftModel
 from cpu_decode.llama import Context, Model
 from cpu_decode.speculate import Guessing
+from cpu_decode.streams import context_of
 from cpu_decode.worker import Worker
 from tests.cpu_decode.worker_client import WorkerClient
 from transfer import keys
@@ -22,6 +23,11 @@ from transfer.layout import CellType
 from transfer.sender import KVSender
 
 MAX_SEQUENCES = 10
+# A sequence has room for about a thousand tokens in streams, too, and its KV to gather.
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "unified": {},
+    "streams": {"cell_layout": "streams", "num_cells": 10_240, "landing_mib": 256},
+}
 LINK = Link(chunk_tokens=64, credit_chunks=2, frame_mib=1)
 
 
@@ -37,6 +43,12 @@ class Running:
     sender: KVSender
     proxy_keys: keys.ClientKeys
     prefill_keys: keys.ClientKeys
+
+    @property
+    def empty(self) -> bool:
+        """Whether no cell holds anything; the sequence that injection needs may be one more."""
+        sequences = MAX_SEQUENCES + (1 if self.context.unified else 0)
+        return all(self.context.cached_tokens(seq_id) == 0 for seq_id in range(sequences))
 
 
 @contextmanager
@@ -64,7 +76,7 @@ def serving(
         threads=1,
         **ours | settings,
     )
-    context = Context(
+    context = context_of(decode.cell_layout)(
         model, num_cells=decode.num_cells, max_sequences=MAX_SEQUENCES, batch_tokens=512, threads=1, cell_type=cell_type
     )
     guessing = Guessing(decode.speculate, decode.speculate_tokens, model=draft)

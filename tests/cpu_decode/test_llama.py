@@ -28,7 +28,7 @@ def test_our_state_is_byte_for_byte_llama_cpps_own(model, geometry, cell_type):
     native = context.state(0)
     context.close()
     elements = elements_of(native, geometry, len(PROMPT), cell_type)
-    assert chunk_of(geometry, elements, 0, len(PROMPT), cell_type).buffer.tobytes() == native
+    assert chunk_of(geometry, elements, 0, len(PROMPT), cell_type).buffer.tobytes() == native.tobytes()
 
 
 @pytest.mark.parametrize("cell_type", CELL_ROWS)

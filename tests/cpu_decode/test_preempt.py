@@ -93,7 +93,7 @@ def test_a_chunk_that_lands_takes_the_cells_of_the_newest(model):
     running, landing = stepping.admit("running", 0), stepping.admit("landing", 1)
     engine.begin("running", None, False, 0)
     engine.step()
-    state = np.frombuffer(context.state(0), np.uint8)
+    state = context.state(0)
     engine._inject(landing, StateBlob(state, state.size, 0, 150))
     assert (landing.num_cached, context.cached_tokens(1)) == (150, 150)
     assert (running.num_cached, context.cached_tokens(0), engine.preempted_sequences) == (0, 0, 1)
@@ -103,7 +103,7 @@ def test_a_chunk_that_lands_takes_the_cells_of_the_newest(model):
     engine._copies.run()
     engine._resume()
     assert (running.num_cached, engine.preempted_sequences, running.preemptions) == (150, 0, 1)
-    assert context.state(0) == state.tobytes()
+    assert np.array_equal(context.state(0), state)
     context.close()
 
 

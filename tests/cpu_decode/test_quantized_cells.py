@@ -128,7 +128,7 @@ def test_a_worker_with_quantized_cells_continues_what_lands(model, context, geom
 def greedily(model, geometry, prompt, first, cell_type, context):
     """The tokens after ``first``, from the same rows injected by hand."""
     prefill(context, 0, prompt)
-    whole = ChunkState(np.frombuffer(bytearray(context.state(0)), np.uint8), geometry, "bf16", 0, len(prompt))
+    whole = ChunkState(context.state(0), geometry, "bf16", 0, len(prompt))
     context.trim(0, 0)
     sent = kv.PromptKV("sent", prompt, [], whole.planes(0, geometry.num_layers))
     codec = CODECS[landing_codecs(cell_type)[0]]

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import msgspec
 import numpy as np
 import pytest
 
 from cpu_decode.reservations import even_chunk_tokens
+from tests.cpu_decode.asking import gather
 from tests.cpu_decode.native_kv import elements_of, prefill
-from tests.cpu_decode.serving import MAX_SEQUENCES
+from tests.cpu_decode.serving import LAYOUTS, MAX_SEQUENCES, Running, serving
 from tests.cpu_decode.worker_client import WorkerClient
 from transfer.errors import CapacityError, CodecError, LinkError, RequestError
 from transfer.frames import Element
 from transfer.layout import Elements
-from transfer.messages import PROTOCOL, Failure, Hello, Sampling, Ticket, Welcome
+from transfer.messages import PROTOCOL, Failure, Hello, Sampling, Start, Ticket, Welcome
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
 
@@ -60,6 +62,12 @@ def eventually(check, timeout_s: float = 30.0) -> None:
         time.sleep(0.02)
 
 
+@pytest.fixture(scope="module", params=LAYOUTS)
+def running(request, model, geometry) -> Iterator[Running]:
+    with serving(model, geometry, "bf16", **LAYOUTS[request.param]) as running:
+        yield running
+
+
 @pytest.fixture(autouse=True)
 def nothing_leaks(running):
     yield
@@ -69,7 +77,7 @@ def nothing_leaks(running):
         return not (status.used_cells or status.reserved_sequences or status.running_sequences or status.landing_bytes)
 
     eventually(idle)
-    assert all(running.context.cached_tokens(seq_id) == 0 for seq_id in range(MAX_SEQUENCES + 1))
+    assert running.empty
     assert running.sender.backlog_bytes == 0
 
 
@@ -185,7 +193,7 @@ def test_a_stop_string_ends_the_sequence(running):
 
 
 def test_abort_at_every_stage_frees_everything(running, context):
-    long = Sampling(max_tokens=2000, temperature=0.0, ignore_eos=True)
+    long = Sampling(max_tokens=900, temperature=0.0, ignore_eos=True)
     reserved = running.client.reserve(prompt_of(40), GREEDY, "kv")
     half_sent = running.client.reserve(prompt_of(200), GREEDY, "kv")
     send_kv(running, context, half_sent, prompt_of(200), upto=100)
@@ -199,7 +207,7 @@ def test_abort_at_every_stage_frees_everything(running, context):
 
 def test_a_client_that_vanishes_takes_its_requests_along(running):
     other = WorkerClient(running.worker.control_port, running.proxy_keys)
-    ticket = other.reserve(prompt_of(20), Sampling(max_tokens=3000, temperature=0.0, ignore_eos=True), "local")
+    ticket = other.reserve(prompt_of(20), Sampling(max_tokens=1000, temperature=0.0, ignore_eos=True), "local")
     other.start(ticket)
     eventually(lambda: running.client.status().running_sequences == 1)
     other.close()
@@ -244,6 +252,29 @@ def test_what_cannot_be_served_is_refused_and_holds_nothing(running):
         running.client.reserve([1], Sampling(max_tokens=1, logit_bias={-1: 1.0}), "local")
     with pytest.raises(CodecError, match="raw, lz4, q8"):
         running.client.reserve([1], GREEDY, "kv", codec="zip")
+
+
+def test_several_choices_each_have_the_prompt(running, context):
+    prompt = prompt_of(90)
+    expected, text = locally(running, prompt)
+    ticket = running.client.reserve(prompt, GREEDY, "kv", choices=3)
+    running.client.start(ticket, send_kv(running, context, ticket, prompt))
+    answers, report = gather(running, ticket, 3)
+    assert [(answer.ids, answer.text) for answer in answers] == [(expected, text)] * 3
+    assert report.completion_tokens == 3 * GREEDY.max_tokens
+
+
+def test_a_worker_computes_what_never_came(running, context):
+    prompt = prompt_of(200)
+    expected, _ = locally(running, prompt)
+    ticket = running.client.reserve(prompt, GREEDY, "kv")
+    send_kv(running, context, ticket, prompt, upto=128)
+    eventually(lambda: running.sender.backlog_bytes == 0)
+    running.client.send(Start(request_id=ticket.request_id, local=True))
+    ids, _, last = running.client.collect(ticket)
+    assert len(ids) == len(expected)
+    assert last.report.local_prefill_ns > 0
+    eventually(lambda: ticket.ticket in running.sender.take_failed())
 
 
 def test_a_full_worker_says_so(running):

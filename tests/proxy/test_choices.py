@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import openai
 import pytest
 
@@ -65,6 +66,18 @@ def test_choices_share_the_workers_context(stack):
     error = error_of(stack.chat({"X-Isthmus-Route": "cpu"}, n=3, max_tokens=100), 400)
     assert error["code"] == "context_length_exceeded"
     assert stack.chat({"X-Isthmus-Route": "gpu"}, n=3, max_tokens=100).status_code == 200
+
+
+def test_choices_have_a_stream_each_where_cells_are_divided(stack):
+    (node,) = stack.gateway.workers
+    node.welcome = msgspec.structs.replace(node.welcome, sequence_cells=150)
+    stack.chat({"X-Isthmus-Route": "cpu"}, n=2)
+    prompt_tokens = stack.chat({"X-Isthmus-Route": "cpu"}).json()["usage"]["prompt_tokens"]
+    limits = [reserve.sampling.max_tokens for reserve in stack.worker.heard(Reserve)]
+    assert limits == [150 - prompt_tokens] * 2
+    error = error_of(stack.chat({"X-Isthmus-Route": "cpu"}, max_tokens=150), 400)
+    assert "the context is 150 tokens" in error["message"]
+    assert stack.chat({"X-Isthmus-Route": "gpu"}, max_tokens=150).status_code == 200
 
 
 @pytest.mark.parametrize("prompts", [["a", "bc"], [[5], [6, 7]]])

@@ -1,0 +1,166 @@
+"""Streams of cells hold what a unified cache would, byte for byte, and give the same logits with bf16 cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cpu_decode.admission import Admission, allocated_cells
+from cpu_decode.llama import Context, Model
+from cpu_decode.reservations import Reservations
+from cpu_decode.reuse import PrefixCache
+from cpu_decode.state import CELL, StateBlob, cut, state_bytes
+from cpu_decode.streams import StreamContext, context_of
+from cpu_decode.whole_state import Whole
+from tests.cpu_decode.native_kv import chunk_of, elements_of, prefill
+from tests.cpu_decode.serving import serving
+from transfer.config import Decode, Link
+from transfer.errors import ConfigError, EngineError, RequestError
+from transfer.messages import Sampling
+
+PROMPT = [(11 * i + 5) % 40_000 for i in range(200)]
+STREAMS = 3
+
+
+@pytest.fixture
+def streams(model: Model) -> Iterator[StreamContext]:
+    context = StreamContext(
+        model, num_cells=STREAMS * 300, max_sequences=STREAMS, batch_tokens=256, threads=1, cell_type="bf16"
+    )
+    yield context
+    context.close()
+
+
+def same(state: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two states are equal but for the numbers of the sequences that they were read from."""
+    return np.array_equal(*(without_sequences(each) for each in (state, other)))
+
+
+def without_sequences(state: np.ndarray) -> np.ndarray:
+    state = state.copy()
+    state[4:8] = 0
+    count = int(state[12:16].view(np.uint32)[0])
+    state[16 : 16 + 12 * count].view(CELL)["sequence"] = 0
+    return state
+
+
+def blob_of(state: np.ndarray) -> StateBlob:
+    return StateBlob(state, state.size, 0, len(PROMPT))
+
+
+@pytest.mark.parametrize("seq_id", range(STREAMS))
+def test_states_go_from_one_kind_of_context_to_the_other(context: Context, streams, seq_id):
+    logits = prefill(context, 1, PROMPT)
+    assert np.array_equal(prefill(streams, seq_id, PROMPT), logits)
+    state = context.state(1)
+    assert same(streams.state(seq_id), state)
+    other = (seq_id + 1) % STREAMS
+    streams.inject(blob_of(state), other)
+    assert streams.cached_tokens(other) == len(PROMPT)
+    assert same(streams.state(other), state)
+
+
+def test_a_sequence_that_came_in_pieces_is_the_same_whole(context: Context, streams, geometry):
+    prefill(context, 0, PROMPT)
+    state = context.state(0)
+    elements = elements_of(state, geometry, len(PROMPT))
+    first = cut(blob_of(state), range(70))
+    whole = Whole(first, len(PROMPT), STREAMS)
+    assert whole.num_bytes == state_bytes(geometry, len(PROMPT), "bf16") + 4 * (STREAMS - 1)
+    whole.add(first)
+    for start in (70, 134):
+        whole.add(chunk_of(geometry, elements, start, min(start + 64, len(PROMPT))))
+    # Two tokens never came.
+    assert (whole.num_tokens, whole.blob().num_tokens) == (198, 198)
+    streams.inject(whole.blob(), 2)
+    assert same(streams.state(2), cut(blob_of(state), range(198)).buffer)
+    whole = Whole(first, len(PROMPT), STREAMS)
+    whole.add(blob_of(state))
+    streams.inject(whole.blob(), 1)
+    assert same(streams.state(1), state)
+
+
+def test_parts_are_saved_and_copies_are_shared(streams):
+    prefill(streams, 1, PROMPT)
+    state = streams.state(1)
+    save = streams.saver(1)
+    for tokens in (range(64), range(64, 200)):
+        expected = cut(blob_of(state), tokens)
+        buffer = np.empty(expected.num_bytes, np.uint8)
+        save(tokens, buffer)
+        assert np.array_equal(buffer, expected.buffer)
+    with pytest.raises(EngineError, match="at tokens range"):
+        streams.save(1, range(64, 201), np.empty(expected.num_bytes + 1, np.uint8))
+    streams.share(1, 0, 150)
+    assert (streams.cached_tokens(0), streams.cached_tokens(1)) == (150, 200)
+    assert same(streams.state(0), cut(blob_of(state), range(150)).buffer)
+
+
+def test_what_a_stream_cannot_take_leaves_no_cell_behind(context: Context, streams):
+    prefill(context, 0, PROMPT)
+    state = context.state(0)
+    with pytest.raises(EngineError, match="a stream takes a sequence whole"):
+        streams.inject(cut(blob_of(state), range(64, 128)), 0)
+    state[0] ^= 1
+    with pytest.raises(EngineError, match="took 0 of"):
+        streams.inject(blob_of(state), 0)
+    assert streams.cached_tokens(0) == 0
+
+
+def test_cells_are_divided_and_rounded_up_as_llama_cpp_does(streams):
+    decode = Decode(num_cells=STREAMS * 300, max_sequences=STREAMS, cell_layout="streams")
+    assert streams.cells == (allocated_cells(decode), 512, False)
+    assert allocated_cells(Decode(num_cells=1000)) == 1000
+    admission = Admission(*streams.cells[:1], STREAMS, 512)
+    assert [admission.admit(512) for _ in range(STREAMS)] == [0, 1, 2]
+    admission.release(1)
+    admission.release(0)
+    assert admission.admit(1) == 0
+    with pytest.raises(RequestError, match="need 513 cells, the decode worker has 512 for each of its 3 sequences"):
+        admission.require(513)
+
+
+def test_a_sliding_window_is_refused_with_the_reason(tmp_path):
+    from tests.isthmus import tiny_gguf
+
+    gguf = tiny_gguf.write_tiny_gguf(tmp_path / "tiny.gguf")
+    model = Model(Path(gguf))
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("llama_cpp.llama_model_n_swa", lambda _: 512)
+            with pytest.raises(ConfigError, match=r"sliding window.*cell_layout to unified"):
+                context_of("streams")(
+                    model, num_cells=256, max_sequences=1, batch_tokens=32, threads=1, cell_type="f16"
+                )
+    finally:
+        model.close()
+
+
+def test_landing_memory_must_hold_a_stream(model, geometry, streams):
+    decode = Decode(cell_layout="streams", cell_type="bf16", landing_mib=10)
+    with pytest.raises(ConfigError, match="raise landing_mib or lower num_cells"):
+        Reservations(model, streams.cells, geometry, decode, Link(chunk_tokens=64), None, None)
+
+
+def test_prompts_reuse_ram_while_others_run_and_never_cells(model, geometry, running):
+    long, short = (Sampling(max_tokens=n, temperature=0.0, ignore_eos=True) for n in (300, 8))
+    prompt = [*PROMPT, 7, 8, 9]
+    expected = running.client.reserve(prompt, short, "local")
+    running.client.start(expected)
+    fresh, _, _ = running.client.collect(expected)
+    with serving(model, geometry, "bf16", cell_layout="streams", num_cells=10_240, pool_mib=64) as keeping:
+        first = keeping.client.reserve(PROMPT, long, "local")
+        keeping.client.start(first)
+        keeping.client.next_tokens(first)
+        while not keeping.client.status().retained_bytes or keeping.client.status().prefix_hits:
+            pass
+        again = keeping.client.reserve(prompt, short, "local")
+        assert again.reused_tokens == 192
+        keeping.client.start(again)
+        ids, _, last = keeping.client.collect(again)
+        assert (ids, last.report.kv_reused_tokens, last.report.restored_tokens) == (fresh, 192, 192)
+        keeping.client.abort(first)
+    assert PrefixCache(geometry, "bf16", 1 << 20, unified=False)._lends is False
