@@ -14,6 +14,7 @@ from cpu_decode.llama import Context, Saver
 from cpu_decode.prefix import Block
 from cpu_decode.sequence import Sequence
 from cpu_decode.state import ChunkState, StateBlob
+from cpu_decode.streams import StreamContext
 from cpu_decode.window_blocks import WindowBlocks
 from transfer.errors import EngineError
 
@@ -30,7 +31,7 @@ class Copies:
         self._context = context
         self._windows = windows
         # Streams of cells take a sequence's KV whole.
-        self._gathering = None if context.unified else Gathering(context.streams)
+        self._gathering = Gathering(context) if isinstance(context, StreamContext) else None
         self._waiting: deque[Callable[[], None]] = deque()
 
     def __bool__(self) -> bool:
@@ -69,13 +70,11 @@ class Copies:
 
     def settle(self, sequence: Sequence) -> bool:
         """Put what has gathered for ``sequence`` into its stream; False if nothing has. Raises :class:`EngineError`."""
-        state = self._gathering.take(sequence) if self._gathering else None
-        if state is None:
-            return False
         began = time.monotonic_ns()
-        self._context.inject(state, sequence.seq_id)
-        sequence.inject_ns += time.monotonic_ns() - began
-        return True
+        settled = self._gathering is not None and self._gathering.settle(sequence)
+        if settled:
+            sequence.inject_ns += time.monotonic_ns() - began
+        return settled
 
     def forget(self, sequence: Sequence) -> None:
         """The request has ended: what has gathered for it goes nowhere."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from cpu_decode.sequence import Sequence
 from cpu_decode.state import ChunkState, StateBlob
+from cpu_decode.streams import StreamContext
 from cpu_decode.whole_state import Whole
 
 
 class Gathering:
     """What has come of each sequence that is not in its stream yet. Engine thread only, but for ``num_bytes``."""
 
-    def __init__(self, streams: int) -> None:
-        self._streams = streams
+    def __init__(self, context: StreamContext) -> None:
+        self._context = context
         self._states: dict[Sequence, Whole] = {}
         self.num_bytes = 0
 
@@ -19,18 +20,21 @@ class Gathering:
         """Copy ``piece`` behind what has come before."""
         whole = self._states.get(sequence)
         if whole is None:
-            whole = self._states[sequence] = Whole(piece, sequence.kv_tokens, self._streams)
-            self.num_bytes += whole.num_bytes
+            whole = self._states[sequence] = self._context.whole(piece, sequence.kv_tokens)
+            self.num_bytes += whole.buffer.size
         whole.add(piece)
 
-    def take(self, sequence: Sequence) -> StateBlob | None:
-        """All that has come, which waits no longer; None if nothing does."""
-        whole = self._states.pop(sequence, None)
+    def settle(self, sequence: Sequence) -> bool:
+        """Put what has come into the sequence's stream; False if nothing has. Raises :class:`EngineError`."""
+        whole = self.drop(sequence)
         if whole is None:
-            return None
-        self.num_bytes -= whole.num_bytes
-        return whole.blob()
+            return False
+        self._context.put(whole, sequence.seq_id)
+        return True
 
-    def drop(self, sequence: Sequence) -> None:
-        """Forget what has come: the request has ended."""
-        self.take(sequence)
+    def drop(self, sequence: Sequence) -> Whole | None:
+        """What has come, which waits no longer; None if nothing does."""
+        whole = self._states.pop(sequence, None)
+        if whole is not None:
+            self.num_bytes -= whole.buffer.size
+        return whole

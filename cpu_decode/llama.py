@@ -32,7 +32,7 @@ _LOAD_MODE = {  # enum llama_load_mode by (mapped, locked)
     (False, True): 2,
     (True, True): 3,
 }
-_FLASH_ATTENTION_ON = 1
+_FLASH_ATTENTION = {False: 0, True: 1}  # enum llama_flash_attn_type
 _NO_CELLS = 1  # what llama_decode returns then
 _PIECE_BYTES = 256
 _LOG_INFO_LEVEL, _LOG_ERROR_LEVEL = 2, 4
@@ -184,7 +184,6 @@ class Context:
 
     # Sequences share one cache: KV can be appended to what they hold, and lent.
     unified = True
-    streams = 1
 
     def __init__(
         self,
@@ -196,6 +195,7 @@ class Context:
         threads: int,
         cell_type: CellType,
         batch_threads: int = 0,
+        flash_attention: bool = True,
     ) -> None:
         self.model = model
         self.num_cells = self.sequence_cells = num_cells
@@ -205,7 +205,7 @@ class Context:
         params.n_seq_max = max_sequences + 1 if self.unified else max_sequences
         params.n_threads, params.n_threads_batch = threads, batch_threads or threads
         params.type_k, params.type_v = (row.ggml_type for row in CELL_ROWS[cell_type])
-        params.flash_attn_type = _FLASH_ATTENTION_ON
+        params.flash_attn_type = _FLASH_ATTENTION[flash_attention]
         params.kv_unified = self.unified
         # Chunks land, and prefixes are reused, at positions that a window has left behind.
         params.swa_full = True

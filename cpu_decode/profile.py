@@ -22,6 +22,7 @@ class Tuned(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     huge_pages: bool
     mmap: bool
     cell_layout: CellLayout = "unified"
+    flash_attention: bool = True
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):

@@ -42,7 +42,7 @@ def run(cluster: Cluster, node: numa.Node | None = None) -> None:
     from cpu_decode.geometry import read_geometry
     from cpu_decode.llama import Model
     from cpu_decode.speculate import Guessing
-    from cpu_decode.streams import context_of
+    from cpu_decode.streams import open_context
     from cpu_decode.threadpool import PinnedThreads
     from cpu_decode.worker import Worker
 
@@ -58,15 +58,8 @@ def run(cluster: Cluster, node: numa.Node | None = None) -> None:
     threads = len(cpus) or decode.threads or usable_cores()
     memory_bytes_per_s = memory_speed.read_bytes_per_s(threads)
     batch_threads = len(batch_cpus) or decode.batch_threads
-    context = context_of(decode.cell_layout)(
-        model,
-        num_cells=decode.num_cells,
-        max_sequences=decode.max_sequences,
-        batch_tokens=max(decode.prefill_batch_tokens, decode.max_sequences),
-        threads=threads,
-        cell_type=decode.cell_type,
-        batch_threads=batch_threads,
-    )
+    batch_tokens = max(decode.prefill_batch_tokens, decode.max_sequences)
+    context = open_context(model, decode, batch_tokens, threads, batch_threads)
     draft = None
     if decode.draft_gguf and decode.speculate != "off":
         draft = DraftModel(

@@ -4,29 +4,45 @@ Steps over several sequences are faster so, and the rest is harder (``llama_kv_c
 sequence's state replaces what the stream held, so that KV comes whole or not at all (``gathering.py``); no cell is
 anybody else's; and a batch is computed in one go only where the numbers of its sequences ascend without a gap.
 
-Outside of this file states are those of a unified cache, so that both kinds of context exchange blocks: here they say
-how many streams there are, and those of the other sequences, which hold nothing, follow as zeros.
+Outside of this file states are those of a unified cache, so that both kinds of context exchange blocks. Flash attention
+may be off, which is faster still on some processors: then V lies transposed in the cells, and is turned on the way.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
 from cpu_decode.llama import Context, Model, Saver, pointer
-from cpu_decode.state import ChunkState, StateBlob, cut
-from cpu_decode.whole_state import in_streams, out_of_streams
-from transfer.config import CellLayout
+from cpu_decode.state import ChunkState, StateBlob, cut, is_quantized
+from cpu_decode.whole_state import Whole, out_of_streams
+from transfer.config import Decode
 from transfer.errors import ConfigError, EngineError
 from transfer.layout import CellType
 
 
-def context_of(layout: CellLayout) -> type[Context]:
-    """The kind of context that has cells of ``layout``."""
-    return StreamContext if layout == "streams" else Context
+def open_context(model: Model, decode: Decode, batch_tokens: int, threads: int, batch_threads: int = 0) -> Context:
+    """A context with the cells that ``decode`` describes; raises :class:`ConfigError` if it cannot be."""
+    settings: dict[str, Any] = {
+        "num_cells": decode.num_cells,
+        "max_sequences": decode.max_sequences,
+        "batch_tokens": batch_tokens,
+        "threads": threads,
+        "batch_threads": batch_threads,
+        "cell_type": decode.cell_type,
+    }
+    if decode.cell_layout == "streams":
+        return StreamContext(model, **settings, flash_attention=decode.flash_attention)
+    if not decode.flash_attention:
+        raise ConfigError(
+            "in unified cells KV lands as flash attention reads it; set [decode] flash_attention to true, or "
+            "cell_layout to streams"
+        )
+    return Context(model, **settings)
 
 
 class StreamContext(Context):
@@ -47,7 +63,12 @@ class StreamContext(Context):
         threads: int,
         cell_type: CellType,
         batch_threads: int = 0,
+        flash_attention: bool = True,
     ) -> None:
+        if not flash_attention and is_quantized(cell_type):
+            raise ConfigError(
+                f"{cell_type} cells need flash attention; set [decode] flash_attention to true, or cell_type to f16"
+            )
         if llama_cpp.llama_model_n_swa(model.handle):
             raise ConfigError(
                 "layers of this model have a sliding window, whose KV cannot be put into streams; set [decode] "
@@ -61,23 +82,31 @@ class StreamContext(Context):
             threads=threads,
             cell_type=cell_type,
             batch_threads=batch_threads,
+            flash_attention=flash_attention,
         )
-        self.streams = max_sequences
+        self._streams, self.flash_attention = max_sequences, flash_attention
         self.sequence_cells = int(llama_cpp.llama_n_ctx_seq(self.handle))
         self.num_cells = max_sequences * self.sequence_cells
 
-    def inject(self, chunk: ChunkState | StateBlob, seq_id: int) -> None:
-        """Let ``seq_id`` hold ``chunk``, from the first token on, and nothing else.
+    def whole(self, like: ChunkState | StateBlob, num_tokens: int) -> Whole:
+        """Room for the state of ``num_tokens`` tokens that comes in pieces such as ``like``."""
+        return Whole(like, num_tokens, self._streams, transposed=not self.flash_attention)
 
-        Raises :class:`EngineError` and leaves no cell behind.
-        """
-        if chunk.start_token:
-            raise EngineError(f"KV from token {chunk.start_token} on came alone; a stream takes a sequence whole")
-        state = in_streams(chunk, self.streams)
+    def put(self, whole: Whole, seq_id: int) -> None:
+        """Let ``seq_id`` hold ``whole`` and nothing else. Raises :class:`EngineError` and leaves no cell behind."""
+        state = whole.finished(self._streams, transposed=not self.flash_attention).buffer
         read = llama_cpp.llama_state_seq_set_data(self.handle, pointer(state), state.size, seq_id)
         if read != state.size:
             self.trim(seq_id, 0)
-            raise EngineError(f"llama.cpp took {read} of {state.size} bytes of state of {chunk.num_tokens} tokens")
+            raise EngineError(f"llama.cpp took {read} of {state.size} bytes of state of {whole.num_tokens} tokens")
+
+    def inject(self, chunk: ChunkState | StateBlob, seq_id: int) -> None:
+        """The same for ``chunk``, which must begin with the first token."""
+        if chunk.start_token:
+            raise EngineError(f"KV from token {chunk.start_token} on came alone; a stream takes a sequence whole")
+        whole = self.whole(chunk, chunk.num_tokens)
+        whole.add(chunk)
+        self.put(whole, seq_id)
 
     def save(self, seq_id: int, tokens: range, buffer: npt.NDArray[np.uint8]) -> None:
         """See :meth:`Context.save`; all of the sequence is read for it."""
@@ -90,12 +119,12 @@ class StreamContext(Context):
     def share(self, donor: int, seq_id: int, num_tokens: int) -> None:
         """Let ``seq_id`` hold a copy of the first ``num_tokens`` positions of ``donor``."""
         state = self.state(donor)
-        self.inject(StateBlob(state, state.size, 0, num_tokens), seq_id)
+        self.inject(StateBlob(state, state.size, 0, self.cached_tokens(donor)), seq_id)
         self.trim(seq_id, num_tokens)
 
     def state(self, seq_id: int) -> npt.NDArray[np.uint8]:
         """The sequence's state, uint8, as a unified cache would write it."""
-        return out_of_streams(super().state(seq_id), self.streams, seq_id)
+        return out_of_streams(super().state(seq_id), self._streams, seq_id)
 
 
 class _Snapshot:

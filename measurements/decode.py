@@ -14,12 +14,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from measurements import bandwidth, decode_latency, decode_speculation, result, targets
+import cpu_decode.profile
+from measurements import bandwidth, decode_latency, decode_speculation, decode_tune, result, targets
 from measurements.decode_latency import Load
 from measurements.decode_targets import verdicts
 from measurements.decode_ways import Setting, measure_batched_bench, measure_ours, measure_server
 from measurements.decode_worker import live_worker
 from measurements.llama_tools import Tools, tools
+from transfer.config import Decode
 from transfer.errors import ConfigError
 
 Sample = dict[str, Any]
@@ -115,11 +117,19 @@ def measure(setting: Setting, programs: Tools, rounds: int, profile: str) -> Ite
     few = setting._replace(
         sequences=tuple(n for n in setting.sequences if n >= LOAD.sequences) or setting.sequences[-1:]
     )
+    tuned = tuned_decode(few, profile)
+    shape = cpu_decode.profile.apply(tuned)
+    yield {
+        "what": "tuned",
+        "profile": bool(profile),
+        "cell_layout": shape.cell_layout,
+        "flash_attention": shape.flash_attention,
+    }
     ways = {
         OURS: lambda: measure_ours(setting, msgspec.structs.replace(setting.decode, **PLAIN)),
         BENCH: lambda: measure_batched_bench(setting, programs),
         SERVER: lambda: measure_server(setting, programs),
-        TUNED: lambda: measure_ours(few, msgspec.structs.replace(setting.decode, profile=profile)),
+        TUNED: lambda: measure_ours(few, tuned),
         DEFAULT: lambda: measure_server(few, programs, defaults=True),
     }
     names = list(ways)
@@ -136,6 +146,12 @@ def measure(setting: Setting, programs: Tools, rounds: int, profile: str) -> Ite
                 yield {"what": "rate", "way": name, "round": turn, "sequences": count, "tokens_per_s": rate}
         yield from latency(setting, LOAD, turn)
         yield from decode_speculation.measure(setting, turn)
+
+
+def tuned_decode(setting: Setting, profile: str) -> Decode:
+    """What ``profile`` says, or else the defaults with cells in the shape that is fastest for so many sequences."""
+    changes = {"profile": profile} if profile else decode_tune.fastest_shape(setting)
+    return msgspec.structs.replace(setting.decode, **changes)
 
 
 def latency(setting: Setting, load: Load, turn: int) -> Iterator[Sample]:
@@ -193,6 +209,7 @@ def summarize(samples: list[Sample]) -> dict[str, Any]:
         "vs_batched_bench": ratios(OURS, BENCH),
         "vs_llama_server": ratios(OURS, SERVER),
         "tuned_vs_llama_server_default": ratios(TUNED, DEFAULT),
+        "tuned": next((tuned_shape(s) for s in samples if s["what"] == "tuned"), {}),
         **{f"itl_p99_{what}_ratio": p99_ratio(samples, what) for what in ("handoff", "prefill")},
         "itl_p99_ms": {
             f"{what}, {during}": p99([g for s in _gaps(samples, what, during) for g in s["gaps_ms"]])
@@ -212,6 +229,11 @@ def summarize(samples: list[Sample]) -> dict[str, Any]:
         "bandwidth_vs_stream": max(achieved.values()),
         "bandwidth_vs_stream_by_sequences": achieved,
     }
+
+
+def tuned_shape(sample: Sample) -> dict[str, Any]:
+    """With what the tuned worker computed."""
+    return {key: sample[key] for key in ("profile", "cell_layout", "flash_attention")}
 
 
 def p99_ratio(samples: Sequence[Sample], what: str) -> float:

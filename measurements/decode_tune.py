@@ -6,29 +6,36 @@ import os
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from rich.console import Console
 from rich.table import Table
 
 from cpu_decode import profile
+from cpu_decode.geometry import read_geometry
 from cpu_decode.profile import Profile, Tuned
 from measurements import result
-from measurements.decode_ways import Setting, measure_batched_bench, ours
+from measurements.decode_ways import Setting, measure_batched_bench, measure_ours, ours
 from measurements.decode_worker import live_worker
 from measurements.llama_tools import Tools, tools
 
+T = TypeVar("T")
 # A setting must be this much better than the one before it.
 WORTHWHILE = 1.02
-# Many sequences, one, and a prompt count alike.
-COUNTS = (1, 8)
+# Many sequences, some, one, and a prompt count alike.
+COUNTS = (1, 8, 16)
+Changes = dict[str, Any]
+# How cells can be laid out, and what then computes attention.
+SHAPES: dict[str, Changes] = {
+    "unified": {"cell_layout": "unified", "flash_attention": True},
+    "streams": {"cell_layout": "streams", "flash_attention": True},
+    "streams, no flash attention": {"cell_layout": "streams", "flash_attention": False},
+}
 # What our worker cannot do, or must agree on with other nodes: looked at, not chosen.
 VARIANTS = {
     "as the worker": (),
-    "streams": ("-no-kvu",),
     "no flash attention": ("-fa", "off"),
-    "streams, no flash attention": ("-no-kvu", "-fa", "off"),
     "bf16 cells": ("-ctk", "bf16", "-ctv", "bf16"),
     "q8_0 cells": ("-ctk", "q8_0", "-ctv", "q8_0"),
 }
@@ -44,10 +51,10 @@ def run(setting: Setting, path: Path, rounds: int) -> None:
     host = result.environment()
     tuned = Tuned(threads=setting.threads, batch_threads=setting.threads, spin_count=1000, huge_pages=True, mmap=True)
     seen: dict[str, float] = {}
-    for key, values in axes(setting.threads, len(os.sched_getaffinity(0))):
-        candidates = [msgspec.structs.replace(tuned, **{key: value}) for value in values]
+    for axis in [shapes(setting.gguf), *axes(setting.threads, len(os.sched_getaffinity(0)))]:
+        candidates = [msgspec.structs.replace(tuned, **changes) for changes in axis.values()]
         scores = compare(setting, candidates, rounds, console)
-        seen |= {f"{key} {value}": score for value, score in zip(values, scores, strict=True)}
+        seen |= dict(zip(axis, scores, strict=True))
         tuned = pick(candidates, scores)
     batches = row_ns(setting, tuned)
     seen |= {f"{rows} rows over one": ns / batches[1] for rows, ns in batches.items()}
@@ -56,16 +63,38 @@ def run(setting: Setting, path: Path, rounds: int) -> None:
     Console().print(table(tuned, seen))
 
 
-def axes(cores: int, processors: int) -> list[tuple[str, tuple[Any, ...]]]:
+def shapes(gguf: Path) -> dict[str, Changes]:
+    """Those of ``SHAPES`` that the model can be served in."""
+    windows = read_geometry(gguf).sliding_window
+    return {name: changes for name, changes in SHAPES.items() if name == "unified" or not windows}
+
+
+def axes(cores: int, processors: int) -> list[dict[str, Changes]]:
     """What is tried, in this order; the first value of each is the one that holds until then."""
     threads = tuple(dict.fromkeys((cores, processors, max(1, cores // 2))))
-    return [
-        ("spin_count", (1000, 0, 10_000, 100_000)),
-        ("huge_pages", (True, False)),
-        ("mmap", (True, False)),
-        ("threads", threads),
-        ("batch_threads", threads),
+    values: dict[str, tuple[Any, ...]] = {
+        "spin_count": (1000, 0, 10_000, 100_000),
+        "huge_pages": (True, False),
+        "mmap": (True, False),
+        "threads": threads,
+        "batch_threads": threads,
+    }
+    return [{f"{key} {value}": {key: value} for value in tried} for key, tried in values.items()]
+
+
+def fastest_shape(setting: Setting) -> Changes:
+    """The shape that decodes fastest at the setting's numbers of sequences, each tried once.
+
+    Unified cells, which do more, stay unless another is clearly better.
+    """
+    found = shapes(setting.gguf)
+    rates = [
+        statistics.geometric_mean(
+            rate for _, rate in measure_ours(setting, msgspec.structs.replace(setting.decode, **changes))
+        )
+        for changes in found.values()
     ]
+    return pick(list(found.values()), [rate / rates[0] for rate in rates])
 
 
 def compare(setting: Setting, candidates: Sequence[Tuned], rounds: int, console: Console) -> list[float]:
@@ -84,14 +113,14 @@ def compare(setting: Setting, candidates: Sequence[Tuned], rounds: int, console:
 def speed(setting: Setting, candidate: Tuned) -> Iterator[float]:
     """Tokens/s of decoding at each of ``COUNTS``, and of prefill."""
     decode = msgspec.structs.replace(setting.decode, **msgspec.structs.asdict(candidate))
-    with live_worker(setting.gguf, decode) as worker:
+    with live_worker(setting.gguf, setting.room_for(decode)) as worker:
         yield worker.status().prefill_tokens_per_s
         ours(worker, 1, setting)
-        for count in COUNTS:
+        for count in [count for count in COUNTS if count <= setting.sequences[-1]]:
             yield ours(worker, count, setting)
 
 
-def pick(candidates: Sequence[Tuned], scores: Sequence[float]) -> Tuned:
+def pick(candidates: Sequence[T], scores: Sequence[float]) -> T:
     """The best, or the first one if the best is hardly better."""
     best = max(range(len(scores)), key=scores.__getitem__)
     return candidates[best if scores[best] >= WORTHWHILE * scores[0] else 0]
@@ -102,19 +131,13 @@ def row_ns(setting: Setting, tuned: Tuned) -> dict[int, float]:
     # Read when llama.cpp is loaded.
     os.environ["GOMP_SPINCOUNT"] = str(tuned.spin_count)
     from cpu_decode.calibration import measure
-    from cpu_decode.llama import Batch, Context, Model
+    from cpu_decode.llama import Batch, Model
     from cpu_decode.speculate import TIMED_ROWS
+    from cpu_decode.streams import open_context
 
     model = Model(setting.gguf, mapped=tuned.mmap)
-    context = Context(
-        model,
-        num_cells=setting.num_cells,
-        max_sequences=setting.max_sequences,
-        batch_tokens=setting.ubatch_tokens,
-        threads=tuned.threads,
-        cell_type=setting.decode.cell_type,
-        batch_threads=tuned.batch_threads,
-    )
+    decode = setting.room_for(msgspec.structs.replace(setting.decode, **msgspec.structs.asdict(tuned)))
+    context = open_context(model, decode, setting.ubatch_tokens, tuned.threads, tuned.batch_threads)
     try:
         return measure(context, Batch(setting.ubatch_tokens), TIMED_ROWS).row_ns
     finally:

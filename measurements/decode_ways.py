@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
+import msgspec
 import numpy as np
 
+from cpu_decode import profile
 from measurements.decode_worker import LiveWorker, live_worker
 from measurements.llama_tools import Tools
 from transfer.config import Decode
@@ -56,6 +58,12 @@ class Setting(NamedTuple):
             pool_mib=0,
         )
 
+    def room_for(self, decode: Decode) -> Decode:
+        """``decode`` with enough cells for every sequence, where each has a part of its own."""
+        if profile.apply(decode).cell_layout == "unified":
+            return decode
+        return msgspec.structs.replace(decode, num_cells=self.max_sequences * (self.context_tokens + self.new_tokens))
+
 
 def steady_rate(streams: Sequence[Arrivals]) -> float:
     """Tokens/s of all streams while all of them run: from the last one's first arrival to the first one's last.
@@ -70,9 +78,11 @@ def steady_rate(streams: Sequence[Arrivals]) -> float:
 
 def ours(worker: LiveWorker, count: int, setting: Setting) -> float:
     """Tokens/s of ``count`` sequences in our worker, over its control socket; their KV is synthetic and lands first."""
-    streams = [worker.reserve(setting.context_tokens, setting.new_tokens, "kv") for _ in range(count)]
-    for stream in streams:
-        worker.land(stream)
+    streams = []
+    for _ in range(count):
+        streams.append(worker.reserve(setting.context_tokens, setting.new_tokens, "kv"))
+        # Before the next one: there need not be memory for all prompts to gather at once.
+        worker.land(streams[-1])
     for stream in streams:
         worker.start(stream)
     worker.take_until(streams)
@@ -82,7 +92,7 @@ def ours(worker: LiveWorker, count: int, setting: Setting) -> float:
 
 def measure_ours(setting: Setting, decode: Decode) -> Iterator[tuple[int, float]]:
     """Number of sequences and tokens/s, in a worker started for it."""
-    with live_worker(setting.gguf, decode) as worker:
+    with live_worker(setting.gguf, setting.room_for(decode)) as worker:
         ours(worker, 1, setting)
         for count in setting.sequences:
             yield count, ours(worker, count, setting)

@@ -85,6 +85,7 @@ class Decode(Section, frozen=True, kw_only=True):
     With ``cell_layout`` ``unified`` every sequence takes of ``num_cells`` what it needs, KV lands in them chunk by
     chunk, and prompts share cells. With ``streams`` each of ``max_sequences`` has an equal part to itself: steps over
     many sequences are faster, KV gathers in RAM (part of ``landing_mib``) and lands whole, and prefixes come from RAM.
+    ``flash_attention`` may be off there.
 
     At most ``max_queued`` requests wait for cells. A request is admitted when there are cells for its prompt and for
     ``promised_share`` of its ``max_tokens``; below 1, answers that outgrow that may have to wait in RAM for each other,
@@ -102,6 +103,7 @@ class Decode(Section, frozen=True, kw_only=True):
     num_cells: Count = 16384
     max_sequences: Annotated[int, msgspec.Meta(ge=1, le=255)] = 16
     cell_layout: CellLayout = "unified"
+    flash_attention: bool = True
     cell_type: CellType = "f16"
     threads: Annotated[int, msgspec.Meta(ge=0)] = 0
     prefill_batch_tokens: Count = 512

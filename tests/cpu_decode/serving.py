@@ -13,7 +13,7 @@ from typing import Any
 from cpu_decode.draft import DraftModel
 from cpu_decode.llama import Context, Model
 from cpu_decode.speculate import Guessing
-from cpu_decode.streams import context_of
+from cpu_decode.streams import open_context
 from cpu_decode.worker import Worker
 from tests.cpu_decode.worker_client import WorkerClient
 from transfer import keys
@@ -76,9 +76,7 @@ def serving(
         threads=1,
         **ours | settings,
     )
-    context = context_of(decode.cell_layout)(
-        model, num_cells=decode.num_cells, max_sequences=MAX_SEQUENCES, batch_tokens=512, threads=1, cell_type=cell_type
-    )
+    context = open_context(model, decode, batch_tokens=512, threads=1)
     guessing = Guessing(decode.speculate, decode.speculate_tokens, model=draft)
     with tempfile.TemporaryDirectory() as temporary:
         folder = keys_folder or Path(temporary)

@@ -1,4 +1,7 @@
-"""Many mixed requests with random aborts: nothing is left over. ``ISTHMUS_SOAK_REQUESTS=2000`` makes it a long one."""
+"""Many mixed requests with random aborts: nothing is left over. ``ISTHMUS_SOAK_REQUESTS`` says how many they are.
+
+A long one, for each layout of cells: ``ISTHMUS_SOAK_REQUESTS=2000 .venv/bin/pytest tests/cpu_decode/test_soak.py``.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import time
 
 import pytest
 
-from tests.cpu_decode.serving import MAX_SEQUENCES, Running, serving
+from tests.cpu_decode.serving import LAYOUTS, Running, serving
 from transfer.errors import CapacityError
 from transfer.messages import Failure, Sampling, Start, Ticket, Tokens
 
@@ -89,11 +92,13 @@ class Crowd:
         return len(self._tickets)
 
 
-@pytest.mark.parametrize("speculate", ["always", "auto"])
+@pytest.mark.parametrize(
+    ("layout", "speculate"), [("unified", "always"), ("unified", "auto"), ("streams", "always"), ("streams", "auto")]
+)
 @pytest.mark.timeout(max(280, 3 * REQUESTS))
-def test_nothing_is_left_of_many_requests(model, geometry, speculate):
+def test_nothing_is_left_of_many_requests(model, geometry, layout, speculate):
     threads = set(threading.enumerate())
-    with serving(model, geometry, "bf16", pool_mib=16, speculate=speculate) as running:
+    with serving(model, geometry, "bf16", pool_mib=16, speculate=speculate, **LAYOUTS[layout]) as running:
         crowd = Crowd(running, random.Random(20))
         while crowd.ended + crowd.aborted < REQUESTS // 2:
             if crowd.size < IN_FLIGHT and crowd.ask():
@@ -111,5 +116,5 @@ def test_nothing_is_left_of_many_requests(model, geometry, speculate):
             time.sleep(0.05)
         assert (status.running_sequences, status.landing_bytes) == (0, 0)
         assert status.retained_bytes <= 16 << 20
-        assert all(running.context.cached_tokens(seq_id) == 0 for seq_id in range(MAX_SEQUENCES + 1))
+        assert running.empty
     assert set(threading.enumerate()) <= threads
