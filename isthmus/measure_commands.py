@@ -128,7 +128,7 @@ def measure_decode(
     """The decode worker against llama.cpp's own programs and the memory's bandwidth, and what disturbs its tokens.
 
     llama-batched-bench and llama-server are built from the installed version's source first, once, in some minutes.
-    With --tune: tries threads, waiting, pages and cells, and writes the best to FILE, for `profile` in [decode].
+    With --tune: tries cells, threads, waiting and pages, and writes the best to FILE, for `profile` in [decode].
     """
     from measurements import decode
 

@@ -281,8 +281,11 @@ def table(summary: dict[str, Any]) -> Table:
     for key in ("vs_batched_bench", "vs_llama_server", "tuned_vs_llama_server_default"):
         shown.add_row(key, *(f"{summary[key][n]:.3f}" if n in summary[key] else "" for n in counts))
     shown.add_row("bandwidth_vs_stream", *(f"{summary['bandwidth_vs_stream_by_sequences'][n]:.3f}" for n in counts))
+    shape = summary["tuned"]
+    without = "" if shape.get("flash_attention", True) else ", no flash attention"
     shown.caption = (
-        f"p99 of gaps at {LOAD.sequences} sequences: x{summary['itl_p99_handoff_ratio']:.2f} while"
+        f"tuned: {shape.get('cell_layout', 'unified')} cells{without};"
+        f" p99 of gaps at {LOAD.sequences} sequences: x{summary['itl_p99_handoff_ratio']:.2f} while"
         f" {LOAD.handoff_tokens} tokens land, x{summary['itl_p99_prefill_ratio']:.2f} while they prefill here;"
         f" {summary['handoff_to_logits_ms']:.1f} ms from the last frame of {LOAD.short_tokens} tokens to logits"
         f" beyond a step; memory {summary['memory_overhead_fraction']:+.1%} of weights and cells"
