@@ -23,6 +23,7 @@ from transfer.config import Decode
 from transfer.errors import EngineError
 
 START_S = 300.0
+CALIBRATION_TOKENS = 256
 RUN_S = 1800.0
 # Threads at barriers wait the same way in all programs, unless a way is about defaults.
 WAIT_POLICY = {"GOMP_SPINCOUNT": "1000"}
@@ -62,7 +63,9 @@ class Setting(NamedTuple):
         """``decode`` with enough cells for every sequence, where each has a part of its own."""
         if profile.apply(decode).cell_layout == "unified":
             return decode
-        return msgspec.structs.replace(decode, num_cells=self.max_sequences * (self.context_tokens + self.new_tokens))
+        # What a worker times when it starts needs some, too.
+        cells = max(self.context_tokens + self.new_tokens, 2 * CALIBRATION_TOKENS)
+        return msgspec.structs.replace(decode, num_cells=self.max_sequences * cells)
 
 
 def steady_rate(streams: Sequence[Arrivals]) -> float:

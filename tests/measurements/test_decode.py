@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from cpu_decode import binding, numa, profile
@@ -158,6 +159,28 @@ def test_cells_suffice_for_both_parts(default_pair) -> None:
     assert few.max_sequences == 9
     many = decode.setting(default_pair.gguf, "32", 900, 64)
     assert (many.num_cells, many.max_sequences) == (32 * 964, 33)
+
+
+def test_streams_have_room_for_every_sequence(default_pair) -> None:
+    setting = decode.setting(default_pair.gguf, "1,16", 900, 64)
+    assert setting.room_for(setting.decode).num_cells == setting.num_cells
+    in_streams = setting.room_for(msgspec.structs.replace(setting.decode, cell_layout="streams"))
+    assert in_streams.num_cells == 17 * 964
+    assert list(decode_tune.shapes(default_pair.gguf)) == list(decode_tune.SHAPES)
+
+
+def test_the_summary_says_in_which_shape_the_tuned_worker_was(tmp_path: Path) -> None:
+    assert decode.summarize(samples())["tuned"] == {}
+    file = tmp_path / "profile.json"
+    profile.write(
+        file, Profile(decode=msgspec.structs.replace(TUNED, cell_layout="streams"), gguf="m.gguf", host={}, seen={})
+    )
+    setting = decode.setting(None, "1", 60, 24)
+    assert profile.apply(decode.tuned_decode(setting, str(file))).cell_layout == "streams"
+    tuned = {"profile": True, "cell_layout": "streams", "flash_attention": False}
+    summary = decode.summarize([*samples(), {"what": "tuned", **tuned}])
+    assert summary["tuned"] == tuned
+    assert "streams cells, no flash attention" in str(decode.table(summary).caption)
 
 
 def test_on_one_node_nothing_is_bound_and_on_several_the_first_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
