@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -50,6 +51,12 @@ def pair() -> dict[str, str]:
 
 ONE_EACH = {"gpu_prefill": ["gpu"], "cpu_decode": ["xeon"], "proxy": ["xeon"]}
 TWO_XEONS = {"gpu_prefill": ["gpu"], "cpu_decode": ["xeon", "xeon2"], "proxy": ["xeon2"], "monitoring": ["gpu"]}
+TWO_OF_BOTH = {
+    "gpu_prefill": ["gpu", "gpu.2"],
+    "cpu_decode": ["xeon", "xeon2"],
+    "proxy": ["xeon"],
+    "monitoring": ["xeon"],
+}
 
 
 def play(folder: Path, playbook: Path, groups: dict[str, list[str]], **variables: Any) -> str:
@@ -98,8 +105,9 @@ def test_the_codecs_of_the_inventory_are_ours() -> None:
     assert set(specs["argument_specs"]["main"]["options"]["isthmus_codec"]["choices"]) == {"auto", *CODECS}
 
 
-def test_a_right_inventory_is_not_refused(pair: dict[str, str], tmp_path: Path) -> None:
-    assert preflight(tmp_path, TWO_XEONS, **pair) == ""
+@pytest.mark.parametrize("groups", [TWO_XEONS, TWO_OF_BOTH])
+def test_a_right_inventory_is_not_refused(pair: dict[str, str], groups: dict[str, list[str]], tmp_path: Path) -> None:
+    assert preflight(tmp_path, groups, **pair) == ""
 
 
 def test_cluster_files_of_two_decode_hosts_are_what_the_nodes_read(pair: dict[str, str], tmp_path: Path) -> None:
@@ -139,6 +147,70 @@ def test_cluster_files_of_two_decode_hosts_are_what_the_nodes_read(pair: dict[st
     assert "tcp dport 8105" not in rules["xeon"]
     assert "ip saddr { gpu } tcp dport { 8103, 8113" in rules["xeon"]
     assert "ip saddr { xeon2 } tcp dport 8101 accept" in rules["gpu"]
+
+
+def test_two_prefill_hosts_are_known_to_all_and_each_has_its_own_key(pair: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "state/pair/hf").mkdir(parents=True)
+    (tmp_path / "state/pair/model.gguf").touch()
+    roles = str(ANSIBLE / "roles")
+    written = {"base/templates/isthmus.toml": "toml", "firewall/templates/isthmus.nft": "nft"}
+    written |= {"monitoring/templates/prometheus.yml": "yml"}
+    defaults = [{"ansible.builtin.include_vars": f"{roles}/{role}/defaults/main.yml"} for role in ("firewall", "keys")]
+    defaults += [{"ansible.builtin.include_vars": f"{roles}/monitoring/defaults/main.yml"}]
+    defaults += [{"ansible.builtin.set_fact": {"monitoring_dcgm_port": 9400}}]
+    make = yaml.safe_load((ANSIBLE / "roles/keys/tasks/main.yml").read_text())[0]
+    templates = [
+        {
+            "ansible.builtin.template": {
+                "src": f"{roles}/{source}.j2",
+                "dest": f"{{{{ inventory_dir }}}}/{{{{ inventory_hostname }}}}.{ending}",
+            },
+            "vars": {"base_node": "prefill", "base_numa": "off", "base_port_offset": 0},
+        }
+        for source, ending in written.items()
+    ]
+    keys = {
+        "content": "{{ [keys_own, keys_known] | to_json }}",
+        "dest": "{{ inventory_dir }}/{{ inventory_hostname }}.keys",
+    }
+    tasks = [
+        {"ansible.builtin.import_role": {"name": "isthmus"}},
+        *defaults,
+        make,
+        *templates,
+        {"ansible.builtin.copy": keys},
+    ]
+    playbook = tmp_path / "write.yml"
+    playbook.write_text(yaml.safe_dump([{"hosts": "all", "gather_facts": False, "tasks": tasks}]))
+    assert play(tmp_path, playbook, TWO_OF_BOTH, **pair, isthmus_state_dir=str(tmp_path / "state")) == ""
+
+    read = {host: load(tmp_path / f"{host}.toml") for host in ("gpu", "gpu.2", "xeon", "xeon2")}
+    assert {each.prefill.nodes for each in read.values()} == {("gpu:8101", "gpu.2:8101")}
+    assert [each.prefill.host for each in read.values()] == ["gpu", "gpu.2", "gpu", "gpu"]
+    rules = {host: (tmp_path / f"{host}.nft").read_text() for host in read}
+    for xeon in ("xeon", "xeon2"):
+        assert "ip saddr { gpu, gpu.2 } tcp dport { 8103, 8113" in rules[xeon]
+    for gpu in ("gpu", "gpu.2"):
+        assert "ip saddr { xeon } tcp dport 8101 accept" in rules[gpu]
+    jobs = {job["job_name"]: job for job in yaml.safe_load((tmp_path / "xeon.yml").read_text())["scrape_configs"]}
+    targets = {name: job["static_configs"][0]["targets"] for name, job in jobs.items()}
+    assert targets["vllm"] == ["gpu:8101", "gpu.2:8101"]
+    assert targets["dcgm"] == ["gpu:9400", "gpu.2:9400"]
+    assert len(targets["node"]) == 4
+    own, known = zip(*(json.loads((tmp_path / f"{host}.keys").read_text()) for host in read), strict=True)
+    assert own == (["prefill"], ["prefill-gpu-2"], ["decode", "proxy"], ["decode"])
+    assert known[:2] == (["decode", "prefill"], ["decode", "prefill-gpu-2"])
+    assert set(known[2]) == set(known[3]) == {"decode", "proxy", "prefill", "prefill-gpu-2"}
+    made = {path.name for path in (tmp_path / "keys").glob("*")}
+    assert {f"{name}{ending}" for name in known[2] for ending in (".key", ".key_secret")} == made
+
+
+def test_each_play_over_several_prefill_hosts_goes_one_by_one_where_it_must() -> None:
+    upgrade = yaml.safe_load((ANSIBLE / "upgrade.yml").read_text())
+    assert [each["serial"] for each in upgrade if each["hosts"] in ("gpu_prefill", "cpu_decode")] == [1, 1]
+    measure = yaml.safe_load((ANSIBLE / "measure.yml").read_text())
+    (link,) = (each for each in measure if "link" in each["name"])
+    assert (link["hosts"], link["serial"]) == ("gpu_prefill", 1)
 
 
 @pytest.mark.parametrize(
@@ -188,11 +260,13 @@ def test_a_lost_secret_is_refused(pair: dict[str, str], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "groups",
+    ("groups", "sentence"),
     [
-        {"gpu_prefill": ["one", "two"], "cpu_decode": ["xeon"], "proxy": ["xeon"]},
-        {"gpu_prefill": ["one"], "cpu_decode": ["xeon"], "proxy": ["xeon", "one"]},
+        ({"gpu_prefill": [], "cpu_decode": ["xeon"], "proxy": ["xeon"]}, "gpu_prefill is empty; put the hosts there"),
+        ({"gpu_prefill": ["one"], "cpu_decode": ["xeon"], "proxy": ["xeon", "one"]}, "put exactly one there"),
     ],
 )
-def test_groups_of_a_wrong_size_are_refused(pair: dict[str, str], groups: dict[str, list[str]], tmp_path: Path) -> None:
-    assert "put exactly one there" in preflight(tmp_path, groups, **pair)
+def test_groups_of_a_wrong_size_are_refused(
+    pair: dict[str, str], groups: dict[str, list[str]], sentence: str, tmp_path: Path
+) -> None:
+    assert sentence in preflight(tmp_path, groups, **pair)
