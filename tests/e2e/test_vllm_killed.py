@@ -9,8 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -39,9 +40,12 @@ class Doomed:
     http: httpx.Client
 
 
-@pytest.fixture
-def doomed(stack: Running, tmp_path) -> Iterator[Doomed]:
-    prefill = msgspec.structs.replace(stack.cluster.prefill, port=free_port())
+@contextmanager
+def own_vllm(stack: Running, tmp_path: Path, nodes: tuple[str, ...] = ()) -> Iterator[Doomed]:
+    """One for the body; its proxy knows ``nodes`` beside it."""
+    port = free_port()
+    own = f"127.0.0.1:{port}"
+    prefill = msgspec.structs.replace(stack.cluster.prefill, port=port, nodes=(own, *nodes))
     proxy = msgspec.structs.replace(stack.cluster.proxy, port=free_port(), registry_port=0)
     cluster = msgspec.structs.replace(stack.cluster, prefill=prefill, proxy=proxy)
     config = tmp_path / "isthmus.toml"
@@ -54,13 +58,19 @@ def doomed(stack: Running, tmp_path) -> Iterator[Doomed]:
         vllm = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
             with serving(app, proxy.port), httpx.Client(base_url=url, timeout=120, trust_env=False) as http:
-                wait_until(lambda: gateway.prefill.up and gateway.workers.up, START_S)
-                yield Doomed(vllm, f"http://127.0.0.1:{prefill.port}", gateway, http)
+                wait_until(lambda: all(node.up for node in gateway.prefill) and gateway.workers.up, START_S)
+                yield Doomed(vllm, f"http://{own}", gateway, http)
         finally:
             # With what watches it.
             with suppress(ProcessLookupError):
                 os.killpg(vllm.pid, signal.SIGKILL)
             vllm.wait()
+
+
+@pytest.fixture
+def doomed(stack: Running, tmp_path: Path) -> Iterator[Doomed]:
+    with own_vllm(stack, tmp_path) as doomed:
+        yield doomed
 
 
 def asked(gateway: Gateway, prompt: list[int], max_tokens: int = MAX_TOKENS) -> dict[str, Any]:
@@ -73,8 +83,8 @@ def asked(gateway: Gateway, prompt: list[int], max_tokens: int = MAX_TOKENS) -> 
     }
 
 
-def texts(http: httpx.Client, body: dict[str, Any]) -> Iterator[str]:
-    with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+def texts(http: httpx.Client, body: dict[str, Any], headers: dict[str, str] | None = None) -> Iterator[str]:
+    with http.stream("POST", "/v1/completions", json=body | {"stream": True}, headers=headers) as response:
         assert response.headers["x-isthmus-route"] == "gpu"
         for line in response.iter_lines():
             if line.startswith("data: {"):
