@@ -121,6 +121,7 @@ def measure(setting: Setting, programs: Tools, rounds: int, profile: str) -> Ite
     shape = cpu_decode.profile.apply(tuned)
     yield {
         "what": "tuned",
+        "round": 0,
         "profile": bool(profile),
         "cell_layout": shape.cell_layout,
         "flash_attention": shape.flash_attention,

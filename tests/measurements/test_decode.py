@@ -178,7 +178,7 @@ def test_the_summary_says_in_which_shape_the_tuned_worker_was(tmp_path: Path) ->
     setting = decode.setting(None, "1", 60, 24)
     assert profile.apply(decode.tuned_decode(setting, str(file))).cell_layout == "streams"
     tuned = {"profile": True, "cell_layout": "streams", "flash_attention": False}
-    summary = decode.summarize([*samples(), {"what": "tuned", **tuned}])
+    summary = decode.summarize([*samples(), {"what": "tuned", "round": 0, **tuned}])
     assert summary["tuned"] == tuned
     assert "streams cells, no flash attention" in str(decode.table(summary).caption)
 
