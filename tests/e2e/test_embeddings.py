@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,15 +12,15 @@ import openai
 import pytest
 
 from gpu_prefill.service import CPU_ENVIRONMENT, ENVIRONMENT
+from isthmus.children import Child, Children
+from isthmus.up import GRACE_S, START_DEADLINE_S
 from tests.conftest import ModelPair
-from tests.proxy.conftest import free_port, hf_dir, make_cluster, running, wait_until  # noqa: F401 - a fixture
+from tests.proxy.conftest import free_port, hf_dir, make_cluster, running  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.engines
 
 HIDDEN = 64
 MAX_TOKENS = 96
-# It compiles nothing, but imports for half a minute on a machine that has nothing else to do.
-START_S = 240.0
 
 
 @pytest.fixture(scope="module")
@@ -55,25 +53,21 @@ def engine(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
     """The address of `vllm serve --runner pooling`."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", f"--model={model}"]
+    variables = {**ENVIRONMENT, **CPU_ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    command = ["env", *(f"{name}={value}" for name, value in variables.items())]
+    command += [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", f"--model={model}"]
     command += ["--runner=pooling", "--served-model-name=embedder", f"--port={port}", "--host=127.0.0.1"]
     command += [f"--max-model-len={MAX_TOKENS}", "--enforce-eager", "--max-num-seqs=8"]
-    environment = {**os.environ, **ENVIRONMENT, **CPU_ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "1"}
-    log = tmp_path_factory.mktemp("logs") / "vllm.log"
-    with log.open("w") as said:
-        process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
-    try:
-        wait_until(lambda: process.poll() is not None or _answers(url), START_S)
-        assert process.poll() is None, log.read_text()[-3000:]
+    child = Child(name="embedder", command=command, is_healthy=lambda: _answers(url))
+    logs = tmp_path_factory.mktemp("logs")
+    with Children([child], logs, start_deadline_s=START_DEADLINE_S, grace_s=GRACE_S) as children:
+        children.start(lambda _views: None)
         yield url
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 def _answers(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/health", trust_env=False, timeout=2).is_success
+        return httpx.get(f"{url}/health", trust_env=False, timeout=0.5).is_success
     except httpx.HTTPError:
         return False
 

@@ -169,10 +169,12 @@ def test_a_codec_that_is_right_again_comes_back(guarded, monkeypatch, codec):
     tried(guarded)
     assert guarded.gateway.parity.alarms
     guarded.worker.script.predicts = {"kv": LIKELY, "local": LIKELY}
-    for good in range(GOOD_TO_RETURN):
-        assert guarded.gateway.parity.probations()[0]["good"] == good
+    tries = 0
+    while guarded.gateway.parity.probations():
         prompt = tried(guarded).prompt
         assert prompt == reserves(guarded)[-1].prompt
+        tries += 1
+    assert tries >= GOOD_TO_RETURN
     assert guarded.http.get("/health").json().keys().isdisjoint({"alarms", "probations"})
     (node,) = guarded.gateway.workers
     assert node.distrusted == {}
