@@ -15,6 +15,7 @@ import structlog
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from proxy import request_id
 from proxy.calls import reader
 from proxy.failures import describe
 from proxy.formats import DONE, ChatFormat, CompletionFormat, sse
@@ -29,7 +30,6 @@ from proxy.router import REASON_HEADER
 from transfer.errors import IsthmusError
 
 STALLED_CLIENT_S = 60.0
-REQUEST_ID_HEADER = "X-Request-Id"
 
 log = structlog.get_logger()
 
@@ -37,14 +37,17 @@ log = structlog.get_logger()
 class Answer(Response):
     """Serves ``call`` and closes its ledger entries, one for each prompt, however it ends.
 
-    ``spend`` is told how many tokens it took, prompts included.
+    ``spend`` is told how many tokens it took, prompts included. ``more_headers`` go with the answer.
     """
 
-    def __init__(self, gateway: Gateway, call: Call, spend: Callable[[int], None]) -> None:
+    def __init__(
+        self, gateway: Gateway, call: Call, spend: Callable[[int], None], more_headers: dict[str, str]
+    ) -> None:
         super().__init__()
         self._gateway = gateway
         self._call = call
         self._spend = spend
+        self._more_headers = more_headers
         self._parts = parts(call, gateway.model)
         self._accounts = [part.account for part in self._parts]
         self._entries: list[Entry] = []
@@ -135,7 +138,7 @@ class Answer(Response):
 
     async def _start(self, send: Send, status: int, headers: dict[str, str]) -> None:
         self._started = True
-        headers |= {REQUEST_ID_HEADER: self._call.request_id}
+        headers |= {request_id.HEADER: self._call.request_id, **self._more_headers}
         account = self._accounts[0]
         if account.route and account.reason:
             headers |= {ROUTE_HEADER: account.route, REASON_HEADER: account.reason}

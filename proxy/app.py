@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
-import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,8 +13,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from proxy import api_keys, embeddings, openapi, request_body, tokenization, views
-from proxy.answer import REQUEST_ID_HEADER, Answer
+from proxy import api_keys, embeddings, openapi, request_body, request_id, tokenization, views
+from proxy.answer import Answer
 from proxy.api_keys import ApiKey
 from proxy.dashboard import serve as dashboard
 from proxy.failures import describe, error_body
@@ -28,8 +26,6 @@ from proxy.router import CODEC_HEADER, parse_codec, parse_objectives, parse_rout
 from proxy.router import HEADER as ROUTE_HEADER
 from transfer.config import Cluster
 from transfer.errors import IsthmusError, RequestError
-
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 log = structlog.get_logger()
 
@@ -49,7 +45,7 @@ def create_app(cluster: Cluster) -> FastAPI:
                 watching.cancel()
 
     app = FastAPI(title="Isthmus", lifespan=lifespan)
-    app.add_middleware(Guard, keys=api_keys.load(cluster.proxy.api_keys_file))
+    app.add_middleware(Guard, keys=api_keys.load(cluster.proxy.api_keys_file), refused=gateway.metrics.refused)
     app.state.gateway = gateway
     rates = Rates(cluster.proxy.requests_per_minute, cluster.proxy.tokens_per_minute)
     _add_inference(app, gateway, rates)
@@ -69,7 +65,8 @@ def _add_inference(app: FastAPI, gateway: Gateway, rates: Rates) -> None:
         call = await _read_call(request, kind, gateway)
         guessed_tokens = call.body.guessed_prompt_tokens
         rates.spend(api_key, guessed_tokens)
-        return Answer(gateway, call, lambda tokens: rates.spend(api_key, tokens - guessed_tokens))
+        left = rates.headers(api_key)
+        return Answer(gateway, call, lambda tokens: rates.spend(api_key, tokens - guessed_tokens), left)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
@@ -99,38 +96,39 @@ def _add_inference(app: FastAPI, gateway: Gateway, rates: Rates) -> None:
 
 
 def _add_errors(app: FastAPI, gateway: Gateway) -> None:
+    def refusal(request: Request, error: Exception) -> JSONResponse:
+        failed = describe(error)
+        gateway.metrics.refused(failed.code)
+        return JSONResponse(failed.body, failed.status, failed.headers | _named(request))
+
     @app.exception_handler(IsthmusError)
     async def planned(request: Request, error: IsthmusError) -> JSONResponse:
-        failed = describe(error)
-        gateway.metrics.refused(failed.code)
-        request_id = request.headers.get(REQUEST_ID_HEADER, "")
-        echo = {REQUEST_ID_HEADER: request_id} if _REQUEST_ID.fullmatch(request_id) else {}
-        return JSONResponse(failed.body, failed.status, failed.headers | echo)
+        return refusal(request, error)
 
     @app.exception_handler(Exception)
-    async def unplanned(_request: Request, error: Exception) -> JSONResponse:
+    async def unplanned(request: Request, error: Exception) -> JSONResponse:
         log.error("request failed unexpectedly", exc_info=error)
-        failed = describe(error)
-        gateway.metrics.refused(failed.code)
-        return JSONResponse(failed.body, failed.status)
+        return refusal(request, error)
 
     @app.exception_handler(HTTPException)
     async def unknown_path(request: Request, error: HTTPException) -> JSONResponse:
         message = f"{request.method} {request.url.path}: {error.detail}"
         body = error_body(message, "invalid_request_error", None, str(error.detail).lower().replace(" ", "_"))
-        return JSONResponse(body, error.status_code, error.headers)
+        return JSONResponse(body, error.status_code, {**(error.headers or {}), **_named(request)})
 
     @app.exception_handler(RequestValidationError)
-    async def bad_query(_request: Request, error: RequestValidationError) -> JSONResponse:
+    async def bad_query(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        return JSONResponse(describe(RequestError(f"{first['loc'][-1]}: {first['msg']}", first["loc"][-1])).body, 400)
+        return refusal(request, RequestError(f"{first['loc'][-1]}: {first['msg']}", str(first["loc"][-1])))
+
+
+def _named(request: Request) -> dict[str, str]:
+    return {request_id.HEADER: request_id.of_refused(request.headers)}
 
 
 async def _read_call(request: Request, kind: type[B], gateway: Gateway) -> Call:
     """Everything the client says, checked; :class:`RequestError` names what is wrong."""
-    request_id = request.headers.get(REQUEST_ID_HEADER) or uuid.uuid4().hex
-    if not _REQUEST_ID.fullmatch(request_id):
-        raise RequestError("the request id is 1 to 64 letters, digits, or . _ : -", REQUEST_ID_HEADER)
+    name = request_id.of(request.headers)
     codec = parse_codec(request.headers.get(CODEC_HEADER))
     forced_route = parse_route(request.headers.get(ROUTE_HEADER))
     objectives = parse_objectives(request.headers)
@@ -138,4 +136,4 @@ async def _read_call(request: Request, kind: type[B], gateway: Gateway) -> Call:
     require_model(body.model, gateway.model)
     body.check()
     trace_context = {name: request.headers[name] for name in ("traceparent", "tracestate") if name in request.headers}
-    return Call(request_id, body, forced_route, codec, request.state.api_key, trace_context, objectives)
+    return Call(name, body, forced_route, codec, request.state.api_key, trace_context, objectives)

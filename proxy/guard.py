@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from proxy import request_id
 from proxy.api_keys import NOBODY, ApiKey, ApiKeys
 from proxy.failures import AuthenticationError, describe
 
@@ -15,11 +18,12 @@ _OPEN_FILES = "/static/"
 
 
 class Guard:
-    """ASGI middleware; whose key it is stands in ``scope["state"]["api_key"]``."""
+    """ASGI middleware; whose key it is stands in ``scope["state"]["api_key"]``; ``refused`` counts who has none."""
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys, refused: Callable[[str], None]) -> None:
         self._app = app
         self._keys = keys
+        self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request pass, or answer 401."""
@@ -27,7 +31,9 @@ class Guard:
             holder = self._holder(scope)
             if holder is None:
                 failed = describe(AuthenticationError("a valid API key is needed: Authorization: Bearer KEY"))
-                await JSONResponse(failed.body, failed.status, failed.headers)(scope, receive, send)
+                self._refused(failed.code)
+                headers = failed.headers | {request_id.HEADER: request_id.of_refused(Headers(scope=scope))}
+                await JSONResponse(failed.body, failed.status, headers)(scope, receive, send)
                 return
             scope.setdefault("state", {})["api_key"] = holder
         await self._app(scope, receive, send)

@@ -38,6 +38,17 @@ class Rates:
         if tokens and num_tokens > 0:
             self._limiter.hit(tokens, "tokens", key.name, cost=num_tokens)
 
+    def headers(self, key: ApiKey) -> dict[str, str]:
+        """What ``key`` has left of its minute, as OpenAI says it; nothing where it may ask for any number."""
+        found = {}
+        for what, limit in (("requests", self._requests(key)), ("tokens", self._tokens(key))):
+            if limit:
+                left = self._limiter.get_window_stats(limit, what, key.name)
+                found[f"X-RateLimit-Limit-{what.title()}"] = str(limit.amount)
+                found[f"X-RateLimit-Remaining-{what.title()}"] = str(left.remaining)
+                found[f"X-RateLimit-Reset-{what.title()}"] = f"{max(0, round(left.reset_time - time.time()))}s"
+        return found
+
     def _tokens(self, key: ApiKey) -> RateLimitItemPerMinute | None:
         return _item(key.limits.tokens_per_minute, self._default_tokens)
 

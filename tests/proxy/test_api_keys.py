@@ -56,8 +56,10 @@ def test_nobody_else_comes_in(stack: Stack, alice, header):
         response = stack.http.get(path, headers=headers)
         assert error_of(response, 401)["code"] == "invalid_api_key"
         assert response.headers["www-authenticate"] == "Bearer"
+        assert response.headers["x-request-id"]
     assert error_of(stack.chat(headers), 401)
     assert not stack.prefill.bodies
+    assert b'isthmus_requests_total{status="invalid_api_key"}' in stack.gateway.metrics.text()
     for path in OPEN_PATHS:
         assert stack.http.get(path, headers=headers).status_code == 200
 
@@ -197,7 +199,14 @@ def test_a_client_that_asks_too_much_is_told_when_to_come_back(hf_dir, tmp_path)
     cluster = make_cluster(hf_dir, api_keys_file=str(path), tokens_per_minute=20)
     with running(cluster) as stack:
         first, second = ({"Authorization": f"Bearer {key}"} for key in keys)
-        assert stack.chat(first).json()["usage"]["total_tokens"] > 20
+        answer = stack.chat(first)
+        assert answer.json()["usage"]["total_tokens"] > 20
+        # What it may ask for, and has left with its prompt guessed; requests are not limited.
+        left = {name: answer.headers.get(f"x-ratelimit-{name}") for name in ("limit-tokens", "remaining-tokens")}
+        assert left["limit-tokens"] == "20"
+        assert 0 < int(left["remaining-tokens"]) < 20
+        assert answer.headers["x-ratelimit-reset-tokens"].endswith("s")
+        assert "x-ratelimit-limit-requests" not in answer.headers
         refused = stack.chat(first)
         assert error_of(refused, 429)["code"] == "rate_limit_exceeded"
         assert 1 <= int(refused.headers["retry-after"]) <= 60

@@ -107,7 +107,15 @@ def test_a_wrong_header_is_named(stack, headers, name):
 
 
 def test_a_wrong_request_id_is_refused(stack):
-    assert error_of(stack.chat({"X-Request-Id": "a b"}), 400)["param"] == "X-Request-Id"
+    refused = stack.chat({"X-Request-Id": "a b"})
+    assert error_of(refused, 400)["param"] == "X-Request-Id"
+    assert refused.headers["x-request-id"] != "a b"
+
+
+@pytest.mark.parametrize("path", ["/v1/audio", "/v1/chat/completions", "/v1/models/none", "/ledger?last=0"])
+def test_every_refusal_has_an_id(stack, path):
+    assert stack.http.get(path, headers={"X-Request-Id": "mine"}).headers["x-request-id"] == "mine"
+    assert len(stack.http.get(path).headers["x-request-id"]) == 32
 
 
 @pytest.mark.parametrize("body", [b"{", b"", b"[]", b'"x"', b"\xff", b'{"model": "tiny", "messages": NaN}'])
