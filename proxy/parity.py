@@ -212,14 +212,19 @@ class ParityGuard:
             await asyncio.gather(task, return_exceptions=True)
 
     async def _kl(self, case: Case | Trial, node: DecodeNode) -> float | None:
-        """How far KV from the wire is from the worker's own; None if that could not be seen."""
-        by_wire: Top | None
+        """How far KV from the wire is from the worker's own; None if that could not be seen.
+
+        Any prefill node may be why a codec is off: it is tried over all that answer, and the worst one counts.
+        """
+        by_wire: list[Top | None]
         if isinstance(case, Trial):
-            by_wire = await prediction_by_wire(self._prefill.first, node, case.codec, case.tokens, case.tenant)
+            asked = [prefill for prefill in self._prefill if prefill.up]
+            by_wire = [await prediction_by_wire(each, node, case.codec, case.tokens, case.tenant) for each in asked]
         else:
-            by_wire = case.evidence.top
-        own = await own_prediction(node, case.tokens) if by_wire else None
-        return least_kl(dict(own), dict(by_wire)) if own and by_wire else None
+            by_wire = [case.evidence.top]
+        known = [dict(top) for top in by_wire if top]
+        own = await own_prediction(node, case.tokens) if known and len(known) == len(by_wire) else None
+        return max(least_kl(dict(own), top) for top in known) if own else None
 
     def _judge(self, case: Case, node: DecodeNode, kl: float) -> None:
         record = self._records.setdefault((node.name, case.codec), Record())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ import pytest
 from proxy import decode_node, parity, probation
 from proxy.ledger import Ledger
 from proxy.parity import FIRST_CHECKS, Record
+from proxy.prefill_node import PrefillNode
+from proxy.prefill_pool import PrefillPool
 from proxy.probation import GOOD_TO_RETURN, Probations
 from proxy.witness import TOP
 from tests.proxy.conftest import Stack, make_cluster, running, wait_until
@@ -183,6 +186,31 @@ def test_a_codec_that_is_right_again_comes_back(guarded, monkeypatch, codec):
     tenants = [each.tenant for each in reserves(guarded) if not each.request_id.startswith(("probe-", "parity-"))]
     assert tenants[-1] == "/1"
     assert set(tenants[:-1]) == {""}
+
+
+def test_a_codec_is_tried_over_all_prefill_nodes_that_answer_and_the_worst_counts(guarded, monkeypatch):
+    nodes = [PrefillNode(f"gpu:{number}", "tiny", 1) for number in (1, 2, 3)]
+    for node in nodes[:2]:
+        node.up = True
+    by_wire = {"gpu:1": LIKELY, "gpu:2": UNLIKELY}
+
+    async def over(prefill, *_: object):
+        return by_wire[prefill.name]
+
+    async def own(*_: object):
+        return LIKELY
+
+    monkeypatch.setattr(parity, "prediction_by_wire", over)
+    monkeypatch.setattr(parity, "own_prediction", own)
+    guard, worker = guarded.gateway.parity, guarded.gateway.workers.pinned
+    monkeypatch.setattr(guard, "_prefill", PrefillPool(nodes))
+    trial = parity.Trial("w", "q8", [1, 2, 3], "")
+    assert asyncio.run(guard._kl(trial, worker)) > 1
+    by_wire["gpu:2"] = LIKELY
+    assert asyncio.run(guard._kl(trial, worker)) < 0.01
+    # A node that shows nothing leaves it open.
+    by_wire["gpu:2"] = None
+    assert asyncio.run(guard._kl(trial, worker)) is None
 
 
 def test_a_try_gives_way_to_a_request_and_is_made_again(guarded, monkeypatch):
