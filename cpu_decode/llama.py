@@ -75,6 +75,8 @@ class Model:
         self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(self.vocab))
         self.end_tokens = [t for t in range(self.vocab_size) if llama_cpp.llama_vocab_is_eog(self.vocab, t)]
         self._piece = ctypes.create_string_buffer(_PIECE_BYTES)
+        self._contexts = 0
+        self._closed = False
 
     @property
     def rope_order(self) -> RopeOrder:
@@ -117,8 +119,23 @@ class Model:
         return list(tokens[:count])
 
     def close(self) -> None:
-        """Free the weights."""
-        llama_cpp.llama_model_free(self.handle)
+        """Free the weights, once no context computes with them any more."""
+        self._closed = True
+        self._free_if_unused()
+
+    def lend(self) -> None:
+        """A context has been made of it."""
+        self._contexts += 1
+
+    def take_back(self) -> None:
+        """A context has been freed."""
+        self._contexts -= 1
+        self._free_if_unused()
+
+    def _free_if_unused(self) -> None:
+        # An engine may still run when a test's time is over: freed under it, the weights take the process along.
+        if self._closed and not self._contexts:
+            llama_cpp.llama_model_free(self.handle)
 
 
 class Batch:
@@ -216,6 +233,7 @@ class Context:
             raise ConfigError(
                 f"llama.cpp cannot make a context of {num_cells} {cell_type} cells and {max_sequences} sequences"
             )
+        model.lend()
         # Rows travel rotated where cells are quantized (``transfer/rows.py``); anything else gives wrong tokens.
         rotates = (_rotations.get("k", False), _rotations.get("v", False))
         if rotates != (is_quantized(cell_type),) * 2:
@@ -311,6 +329,7 @@ class Context:
     def close(self) -> None:
         """Free the cells."""
         llama_cpp.llama_free(self.handle)
+        self.model.take_back()
 
 
 def pointer(buffer: npt.NDArray[np.uint8]) -> Any:

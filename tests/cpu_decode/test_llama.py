@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import llama_cpp
 import numpy as np
 import pytest
 
-from cpu_decode.llama import Batch, Context
+from cpu_decode.llama import Batch, Context, Model
 from cpu_decode.state import ChunkState, state_bytes
 from tests.cpu_decode.native_kv import chunk_of, elements_of, prefill
+from tests.isthmus import tiny_gguf
 from transfer.errors import EngineError
 from transfer.layout import CELL_ROWS
 
@@ -72,3 +74,19 @@ def test_pieces_join_to_text(model):
     # "Hello world" and a control token in SmolLM2's vocabulary.
     assert b"".join(map(model.piece, [19556, 905])) == b"Hello world"
     assert model.piece(model.end_tokens[0]) == b""
+
+
+def test_weights_stay_as_long_as_a_context_computes_with_them(tmp_path, monkeypatch):
+    freed = []
+    free = llama_cpp.llama_model_free
+    monkeypatch.setattr(llama_cpp, "llama_model_free", lambda handle: (freed.append(handle), free(handle)))
+    model = Model(tiny_gguf.write_tiny_gguf(tmp_path / "tiny.gguf"))
+    contexts = [
+        Context(model, num_cells=256, max_sequences=1, batch_tokens=32, threads=1, cell_type="f16") for _ in range(2)
+    ]
+    model.close()
+    contexts[0].close()
+    assert not freed
+    prefill(contexts[1], 0, [1, 2, 3])
+    contexts[1].close()
+    assert freed == [model.handle]
