@@ -17,7 +17,7 @@ from isthmus.up import GRACE_S, START_DEADLINE_S
 from tests.conftest import ModelPair
 from tests.proxy.conftest import free_port, hf_dir, make_cluster, running  # noqa: F401 - a fixture
 
-pytestmark = pytest.mark.engines
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 
 HIDDEN = 64
 MAX_TOKENS = 96
