@@ -20,6 +20,7 @@ from tests.dashboard.entries import varied
 from tests.proxy.conftest import Stack, make_cluster, running, wait_until
 from tests.proxy.fake_prefill import PrefillScript
 from tests.proxy.fake_worker import FakeWorker, Script
+from tests.proxy.test_prefill_pool import two_nodes
 from tests.proxy.workers import announce
 from transfer.energy import POWER_HEADER
 from transfer.messages import Announce, Status
@@ -321,6 +322,17 @@ def test_power_is_shown_where_it_is_known(stack: Stack, open_page: Open, monkeyp
     assert "4.5 J" in seen.page.inner_text("#workers")
     stack.prefill.health_headers = {}
     seen.until("!document.getElementById('cluster').textContent.includes(' W')")
+
+
+def test_each_prefill_node_has_a_card_and_an_entry_says_which_was_asked(hf_dir: Path, open_page: Open) -> None:
+    with two_nodes(hf_dir) as two:
+        seen = open_page(two.stack.url)
+        seen.until("document.querySelectorAll('[data-node=prefill]').length === 2")
+        assert all(f"http://{name}" in seen.page.inner_text("#cluster") for name in two.fakes)
+        assert two.stack.chat({"X-Isthmus-Route": "split", "X-Request-Id": "mine"}).status_code == 200
+        seen.page.click('[data-request-id="mine"] .head')
+        assert two.served()[0] in seen.page.inner_text("#entry")
+        assert seen.errors == []
 
 
 def test_the_measured_crossover_is_drawn(stack: Stack, open_page: Open, tmp_path: Path) -> None:

@@ -159,6 +159,17 @@ def test_power_is_named_only_where_it_is_known(stack: Stack) -> None:
     assert " W" not in shown
 
 
+def test_several_prefill_nodes_have_a_line_each(stack: Stack) -> None:
+    watched = full(stack)
+    assert watched.nodes is not None
+    (one,) = watched.nodes["prefill_nodes"].values()
+    down = one | {"up": False, "state": "down", "down_reason": "connection refused"}
+    watched.nodes["prefill_nodes"] = {"10.10.0.1:8101": one, "10.10.0.3:8101": down}
+    shown = text(watched, width=140)
+    assert "prefill 10.10.0.1:8101" in shown
+    assert "prefill 10.10.0.3:8101: connection refused" in shown
+
+
 @pytest.mark.parametrize(
     ("ns", "said"),
     [(None, "-"), (0, "0.0 ms"), (1_234_567, "1.2 ms"), (123e6, "123 ms"), (1.5e9, "1.50 s"), (61e9, "61.0 s")],
