@@ -42,7 +42,7 @@ class Guessing(NamedTuple):
     """
 
     mode: Literal["auto", "off", "always"] = "off"
-    most_tokens: int = 8
+    most_tokens: int = 15
     row_ns: Mapping[int, float] = {}
     model: DraftModel | None = None
 

@@ -120,7 +120,7 @@ class Decode(Section, frozen=True, kw_only=True):
     max_queued: Annotated[int, msgspec.Meta(ge=0)] = 64
     promised_share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     speculate: Literal["auto", "off", "always"] = "auto"
-    speculate_tokens: Annotated[int, msgspec.Meta(ge=1, le=64)] = 8
+    speculate_tokens: Annotated[int, msgspec.Meta(ge=1, le=64)] = 15
     draft_gguf: str = ""
     disk_pool_dir: str = ""
     disk_pool_mib: Annotated[int, msgspec.Meta(ge=0)] = 0

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpu_decode.speculate import FIRST_CHANCE, WORTHWHILE, Chance, allocate
+from cpu_decode.speculate import FIRST_CHANCE, TIMED_ROWS, WORTHWHILE, Chance, Guessing, allocate
 from cpu_decode.step_costs import StepCosts
+from transfer.config import Decode
 
 MS = 1_000_000
 
@@ -105,3 +106,9 @@ def test_what_a_draft_model_takes_is_part_of_the_cost() -> None:
     costs = StepCosts({1: 10.0, 2: 11.0})
     costs.observe(1, 1, 20)
     assert costs.ratio(1, 2, more_ns=10) == pytest.approx(1.1 + 0.5)
+
+
+def test_the_largest_batch_of_a_lone_sequence_is_one_that_is_timed():
+    # The cost of one between two sizes is taken for the larger one's: a guess more would look like many.
+    assert Decode().speculate_tokens + 1 == Guessing().most_tokens + 1 == 16
+    assert 16 in TIMED_ROWS
