@@ -14,7 +14,7 @@ from transfer.geometry import KVGeometry, fingerprint_norm
 
 # Width of the window (0: none unless the file names one) and how often a layer without one comes, where the file is
 # silent; other architectures' windows llama.cpp either ignores or we have not compared.
-_WINDOW_PERIOD = {"gemma2": (4096, 2), "gemma3": (0, 6)}
+_WINDOW_PERIOD = {"gemma2": (4096, 2), "gemma3": (0, 6), "gpt-oss": (0, 2)}
 _WINDOW_ROPE_THETA = {"gemma3": 10000.0}
 # Conversion stores these architectures' norms plus one.
 _NORM_OFFSET = {"gemma2": 1.0, "gemma3": 1.0}

@@ -76,11 +76,12 @@ def command(cluster: Cluster) -> tuple[list[str], dict[str, str]]:
         "--enable-prompt-tokens-details",
         "--disable-uvicorn-access-log",
         "--middleware=gpu_prefill.power.PowerHeader",
-        f"--kv-transfer-config={kv_transfer_config(cluster)}",
     ]
-    if read_geometry(Path(pair.hf_dir)).sliding_window:
-        # vLLM would drop blocks that have left the window, before they are sent or when they are hit again.
-        argv.append("--disable-hybrid-kv-cache-manager")
+    if prefill.export:
+        argv.append(f"--kv-transfer-config={kv_transfer_config(cluster)}")
+        if read_geometry(Path(pair.hf_dir)).sliding_window:
+            # vLLM would drop blocks that have left the window, before they are sent or when they are hit again.
+            argv.append("--disable-hybrid-kv-cache-manager")
     environment = os.environ | ENVIRONMENT
     if on_cpu:
         # Compiling takes over a minute at every start here and makes prefill a sixth faster: `--no-enforce-eager` in

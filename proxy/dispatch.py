@@ -27,6 +27,7 @@ MAX_ATTEMPTS = 3
 FULL_RETRY_S = 0.05
 # What a barred route lacks, in the place of a field's name.
 _CONTEXT = "so many tokens"
+_EXPORT = "anything while [prefill] export is false"
 
 log = structlog.get_logger()
 
@@ -146,6 +147,8 @@ class Dispatcher:
     def _open(self, job: Job) -> Open:
         """The routes that ``job`` may take."""
         barred = router.bar(job.sampling, echo=job.echo, prior_output=job.prior_output)
+        if not self._cluster.prefill.export:
+            barred["split"] = _EXPORT
         if job.avoid:
             late: dict[Route, str] = {"split": "time"} if job.deadline_ns <= time.monotonic_ns() else {}
             narrow: dict[Route, str] = {route: _CONTEXT for route in router.ROUTES if not self._fits(job, route)}

@@ -46,7 +46,8 @@ class Prefill(Section, frozen=True, kw_only=True):
 
     ``max_step_tokens`` is vLLM's ``max_num_batched_tokens``. ``sender_mib`` bounds the KV that waits for the wire: at
     half of it vLLM defers new requests, at all of it a transfer fails. Steps whose forward is held up by exporting for
-    longer than ``export_budget_ms`` are counted and logged.
+    longer than ``export_budget_ms`` are counted and logged. Without ``export`` any model will do, no KV leaves vLLM and
+    no request takes route ``split``.
     """
 
     host: str = "127.0.0.1"
@@ -57,6 +58,7 @@ class Prefill(Section, frozen=True, kw_only=True):
     kv_cache_gib: Count = 1
     gpu_memory_utilization: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.9
     prefix_caching: bool = True
+    export: bool = True
     sender_mib: Count = 1024
     export_budget_ms: Annotated[float, msgspec.Meta(gt=0)] = 50.0
     extra_args: tuple[str, ...] = ()

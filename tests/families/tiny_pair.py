@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 VOCABULARY, CONTEXT = 512, 1024
 HIDDEN, FEED_FORWARD, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 128, 256, 4, 4, 2, 32
 WINDOW = 48
+# All are used, each with its weight: between random ones bf16 would choose otherwise than fp32 now and then.
+EXPERTS = 4
 
 Array = npt.NDArray[np.float32]
 
@@ -34,7 +37,7 @@ class Family:
     norm_offset: float = 0.0
     sharpness: float = 0.5
     embedding_scale: float = 1.0
-    metadata: dict[str, int | float] = field(default_factory=dict)
+    metadata: dict[str, int | float | str] = field(default_factory=dict)
 
 
 _WINDOWS = {"sliding_window": WINDOW, "query_pre_attn_scalar": HEAD_DIM, "hidden_activation": "gelu_pytorch_tanh"}
@@ -77,6 +80,38 @@ FAMILIES = {
         embedding_scale=0.05,
         metadata={"attention.sliding_window": WINDOW, "attention.sliding_window_pattern": 3},
     ),
+    "gpt-oss": Family(
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        "gpt-oss",
+        {
+            "head_dim": HEAD_DIM,
+            "sliding_window": WINDOW,
+            "num_local_experts": EXPERTS,
+            "num_experts_per_tok": EXPERTS,
+            "pad_token_id": 0,
+            # llama.cpp rounds YaRN's ends, which the published GPT-OSS does not: that one is refused.
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": True,
+                "original_max_position_embeddings": 4096,
+            },
+        },
+        sharpness=-0.3,
+        metadata={
+            "attention.sliding_window": WINDOW,
+            "expert_count": EXPERTS,
+            "expert_used_count": EXPERTS,
+            "expert_feed_forward_length": FEED_FORWARD,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 32.0,
+            "rope.scaling.original_context_length": 4096,
+        },
+    ),
 }
 
 
@@ -110,7 +145,7 @@ def make(name: str, folder: Path, kv_heads: int = KV_HEADS) -> TinyPair:
     model = getattr(transformers, family.architecture)(config).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if "norm" in parameter_name:
+            if "norm" in parameter_name or "sinks" in parameter_name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
         # Predictions that a wrong key changes: sharp, and not just the last token again.
         model.model.norm.weight.add_(family.sharpness)
@@ -121,7 +156,8 @@ def make(name: str, folder: Path, kv_heads: int = KV_HEADS) -> TinyPair:
     model.save_pretrained(hf_dir)
     path = folder / f"{name}.gguf"
     _write_gguf(path, family, config, {key: value.float().numpy() for key, value in model.state_dict().items()})
-    return TinyPair(hf_dir, path, model.to(torch.float32))
+    # Read again: the model above has its rotary frequencies in bf16, too.
+    return TinyPair(hf_dir, path, type(model).from_pretrained(hf_dir, dtype=torch.float32).eval())
 
 
 def _write_gguf(path: Path, family: Family, config: Any, weights: dict[str, Array]) -> None:
@@ -140,12 +176,12 @@ def _write_gguf(path: Path, family: Family, config: Any, weights: dict[str, Arra
     if "rope.dimension_count" not in family.metadata:
         writer.add_rope_dimension_count(HEAD_DIM)
     for key, value in family.metadata.items():
-        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add = {float: writer.add_float32, int: writer.add_uint32, str: writer.add_string}[type(value)]
         add(f"{family.gguf_name}.{key}", value)
     _add_vocabulary(writer)
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family.gguf_name)
     names = gguf.get_tensor_name_map(arch, LAYERS)
-    for name, weight in weights.items():
+    for name, weight in _apart(weights):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         converted = weight
@@ -158,6 +194,23 @@ def _write_gguf(path: Path, family: Family, config: Any, weights: dict[str, Arra
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _apart(weights: dict[str, Array]) -> Iterator[tuple[str, Array]]:
+    """The tensors with GPT-OSS's experts as llama.cpp wants them: rows are outputs, gates apart from what they gate."""
+    for name, weight in weights.items():
+        if ".experts." not in name:
+            yield (f"{name}.weight" if name.endswith("sinks") else name), weight
+            continue
+        is_bias = name.endswith("_bias")
+        rows = weight if is_bias else weight.swapaxes(1, 2)
+        kind = "bias" if is_bias else "weight"
+        layer, _, projection = name.removesuffix("_bias").rpartition(".")
+        if projection == "gate_up_proj":
+            yield f"{layer}.gate_proj.{kind}", np.ascontiguousarray(rows[:, ::2])
+            yield f"{layer}.up_proj.{kind}", np.ascontiguousarray(rows[:, 1::2])
+        else:
+            yield f"{layer}.{projection}.{kind}", np.ascontiguousarray(rows)
 
 
 def _permute(weight: Array) -> Array:

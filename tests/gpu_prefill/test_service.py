@@ -90,6 +90,23 @@ def test_the_connector_learns_where_its_keys_are_and_no_secret(cluster: Cluster,
 
 
 @pytest.mark.usefixtures("build")
+@pytest.mark.usefixtures("build")
+def test_a_model_that_cannot_be_split_is_refused_unless_nothing_is_exported(tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "rope_theta": 150000.0}
+    published = LLAMA | {
+        "architectures": ["GptOssForCausalLM"],
+        "sliding_window": 128,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": yarn,
+    }
+    hf_dir = write_model(tmp_path / "gpt-oss", published)
+    cluster = Cluster(pair=Pair(name="gpt-oss", hf_dir=str(hf_dir), gguf=""), link=UNSEALED)
+    with pytest.raises(ConfigError, match=r"truncate = false .* \[prefill\] export = false"):
+        service.command(cluster)
+    argv, _ = service.command(with_prefill(cluster, Prefill(export=False)))
+    assert not any("kv" in word for word in argv)
+
+
 def test_an_operators_openmp_policy_wins(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     assert service.command(cluster)[1]["OMP_WAIT_POLICY"] == "active"
