@@ -205,15 +205,14 @@ class IsthmusConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             log.info("another rank exports the same kv")
             return
         self._share = share
-        sender_bytes = self._settings.sender_bytes * share.size // whole(geometry).size
         caches = in_layer_order(kv_caches, share.geometry(geometry))
         layers = as_layers(caches, scales_of(config, names), config.cache_config.cache_dtype)
         element, packing = element_of(layers), find_packing(layers)
         with unbound(packing):
-            staging = self._staging(layers[0].cache.device, sender_bytes)
+            staging = self._staging(layers[0].cache.device)
             sender = KVSender(
                 geometry,
-                max_backlog_bytes=sender_bytes,
+                max_backlog_bytes=self._sender_bytes,
                 frame_bytes=self._settings.frame_bytes,
                 share=share if share != whole(geometry) else None,
                 keys=keys.client(Path(self._settings.keys_dir), "prefill") if self._settings.keys_dir else None,
@@ -238,7 +237,12 @@ class IsthmusConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             element=element.name.lower(),
         )
 
-    def _staging(self, device: torch.device, host_bytes: int) -> Staging | None:
+    @property
+    def _sender_bytes(self) -> int:
+        """The part of what may wait that is this rank's."""
+        return self._settings.sender_bytes * self._share.size // whole(self._settings.geometry).size
+
+    def _staging(self, device: torch.device) -> Staging | None:
         """On a GPU, a way off it that nothing waits for; :class:`ConfigError` if it would not hold a step's KV."""
         if not is_staged(device):
             return None
@@ -251,7 +255,7 @@ class IsthmusConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 f" {settings.sender_bytes >> 20}, to twice that or more, or lower max_step_tokens"
             )
         streams = streams_of(device)
-        return Staging(streams, device, slot_bytes=settings.frame_bytes, host_bytes=host_bytes)
+        return Staging(streams, device, slot_bytes=settings.frame_bytes, host_bytes=self._sender_bytes)
 
     @contained(_nothing)
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
