@@ -193,12 +193,12 @@ class ParityGuard:
             kl = None
         if kl is None and case.tries < MAX_TRIES:
             return
-        # It may have given way to a newer one meanwhile.
-        self._waiting = deque(other for other in self._waiting if other is not case)
         if isinstance(case, Trial):
             self._tried(case, node, kl)
         elif kl is not None:
             self._judge(case, node, kl)
+        # It may have given way to a newer one meanwhile.
+        self._waiting = deque(other for other in self._waiting if other is not case)
 
     async def _undisturbed(self, work: Coroutine[Any, Any, V]) -> V | None:
         """What ``work`` returns; None if a request came before it was done."""
