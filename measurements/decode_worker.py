@@ -46,6 +46,8 @@ from transfer.sender import KVSender
 START_S = 300.0
 ANSWER_S = 600.0
 POLL_MS = 100
+# A worker drops the requests of whoever is silent for ten seconds.
+PING_S = 2.0
 LINK = Link(seal="none")
 
 T = TypeVar("T", Welcome, Ticket, Status)
@@ -73,6 +75,8 @@ class LiveWorker:
         self._socket.connect(f"tcp://127.0.0.1:{port}")
         self._streams: dict[str, Stream] = {}
         self._ids = itertools.count()
+        self._said_ns = 0
+        self._unasked = 0
         # Prompts never repeat, so that no prefix is reused.
         self._random = np.random.default_rng(time.monotonic_ns())
         self._send(Hello())
@@ -171,15 +175,24 @@ class LiveWorker:
             yield tokens, layers - 1, block[layers - 1 :]
 
     def _send(self, message: Message) -> None:
+        self._said_ns = time.monotonic_ns()
         self._socket.send(encode(message))
 
     def _receive(self, deadline_ns: int) -> FromWorker:
-        while not self._socket.poll(POLL_MS):
+        """The next message; meanwhile the worker hears that somebody listens, and its answers to that are dropped."""
+        while True:
+            if time.monotonic_ns() - self._said_ns > PING_S * 1e9:
+                self._send(Ping())
+                self._unasked += 1
+            if self._socket.poll(POLL_MS):
+                message = decode_from_worker(self._socket.recv())
+                if not self._unasked or not isinstance(message, Status):
+                    return message
+                self._unasked -= 1
             if not self.process.is_running() or self.process.status() == psutil.STATUS_ZOMBIE:
                 raise EngineError("the decode worker that is measured has died")
             if time.monotonic_ns() > deadline_ns:
                 raise LinkError("the decode worker that is measured has fallen silent")
-        return decode_from_worker(self._socket.recv())
 
     def _wait_for(self, kind: type[T], seconds: float) -> T:
         deadline_ns = time.monotonic_ns() + int(seconds * 1e9)
