@@ -205,7 +205,7 @@ class Batching:
     def _settle(self, sequence: Sequence) -> bool:
         """Where cells take KV whole, they get what has gathered; False if they do not, and the request has failed."""
         try:
-            if self._copies.settle(sequence):
+            if self._copies.settle(sequence) or sequence.landing is not None:
                 self._emit(Settled(sequence.request_id))
         except EngineError as error:
             self.fail(sequence.request_id, error)

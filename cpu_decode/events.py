@@ -70,7 +70,7 @@ class Injected:
 
 
 class Settled:
-    """KV that has gathered for a request, because its cells take it whole, is in them."""
+    """All KV that came for a request is in its cells, and in no memory on the way any more. May be said twice."""
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id

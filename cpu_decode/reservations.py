@@ -244,7 +244,7 @@ class Reservations:
                     self.admission.release(request.seq_ids.pop(event.choice))
             case Settled():
                 if request is not None:
-                    self._gathered(request)
+                    self._give_landing_memory_back(request)
             case Restored():
                 self.prefixes.used(event.plan)
             case Copied():
@@ -334,15 +334,14 @@ class Reservations:
         request = self._requests.pop(request_id)
         self.prefixes.kept(request.keeping)
         self._release(list(request.seq_ids.values()))
-        self.pool.unreserve(request.reserved_buffers)
-        self._gathered(request)
+        self._give_landing_memory_back(request)
         if request.landing is not None:
             self._receiver.cancel(request.ticket, "the request has ended")
             request.landing.release()
 
-    def _gathered(self, request: Admitted) -> None:
-        self.pool.unreserve(request.gathering_buffers)
-        request.gathering_buffers = 0
+    def _give_landing_memory_back(self, request: Admitted) -> None:
+        self.pool.unreserve(request.reserved_buffers + request.gathering_buffers)
+        request.reserved_buffers = request.gathering_buffers = 0
 
     def _release(self, seq_ids: list[int]) -> None:
         for seq_id in seq_ids:

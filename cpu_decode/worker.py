@@ -20,7 +20,7 @@ from cpu_decode.announce import Announcer
 from cpu_decode.binding import MemoryWatch
 from cpu_decode.clients import Clients
 from cpu_decode.engine import Engine
-from cpu_decode.events import ChoiceFreed, Event, Released
+from cpu_decode.events import ChoiceFreed, Event, Released, Settled
 from cpu_decode.llama import Context, Model
 from cpu_decode.pool.below import Fetched
 from cpu_decode.reservations import Reservations
@@ -246,7 +246,7 @@ class Worker:
                         self._answer(arriving.client, arriving.reserve)
                 case _:
                     self._promised.handle(event)
-                    self._may_move |= isinstance(event, Released | ChoiceFreed)
+                    self._may_move |= isinstance(event, Released | ChoiceFreed | Settled)
 
     # What clients say.
 

@@ -86,6 +86,8 @@ def ours(worker: LiveWorker, count: int, setting: Setting) -> float:
         streams.append(worker.reserve(setting.context_tokens, setting.new_tokens, "kv"))
         # Before the next one: there need not be memory for all prompts to gather at once.
         worker.land(streams[-1])
+    # Else the first would be done before the last begins.
+    worker.await_landing()
     for stream in streams:
         worker.start(stream)
     worker.take_until(streams)

@@ -128,6 +128,15 @@ class LiveWorker:
         self._sender.submit(stream.ticket.ticket, tokens, first, elements, Element.BF16, 0)
         self._sender.finish(stream.ticket.ticket, stream.num_tokens)
 
+    def await_landing(self) -> None:
+        """Wait until the worker has all KV that was sent; raises :class:`LinkError` if it does not come to that."""
+        deadline_ns = time.monotonic_ns() + int(ANSWER_S * 1e9)
+        while self._sender.backlog_bytes:
+            if time.monotonic_ns() > deadline_ns:
+                raise LinkError("KV has not landed in the decode worker that is measured")
+            self.status()
+            time.sleep(0.02)
+
     def start(self, stream: Stream, first_token: int | None = None) -> None:
         """Let it join the batch."""
         self._send(Start(request_id=stream.ticket.request_id, first_token=first_token))

@@ -9,7 +9,7 @@ import pytest
 
 from tests.cpu_decode.asking import PROMPT, gather
 from tests.cpu_decode.serving import MAX_SEQUENCES, Running, serving
-from tests.cpu_decode.test_worker import eventually, prompt_of
+from tests.cpu_decode.test_worker import eventually, prompt_of, send_kv
 from tests.cpu_decode.worker_client import WorkerClient
 from transfer.errors import CapacityError, RequestError
 from transfer.messages import Abort, Failure, Queued, Reserve, Sampling, Ticket
@@ -169,5 +169,24 @@ def test_landing_buffers_are_waited_for_like_cells(model, geometry):
         tight.client.abort(first)
         second = about(tight.client, "kv")
         assert isinstance(second, Ticket)
+        tight.client.abort(second)
+        eventually(lambda: tight.client.status().used_cells == 0)
+
+
+# Streams of 256 cells: 200 tokens gather beside two chunks, and no second prompt does.
+@pytest.mark.parametrize("room", [{"landing_mib": 4}, {"cell_layout": "streams", "num_cells": 2560, "landing_mib": 12}])
+def test_landing_memory_is_free_as_soon_as_the_kv_is_in_cells(model, geometry, context, room):
+    prompt = prompt_of(200)
+    with serving(model, geometry, "bf16", max_queued=2, **room) as tight:
+        first = tight.client.reserve(prompt, SMALL, "kv")
+        waits = Reserve(request_id="kv", prompt=prompt, sampling=SMALL, source="kv")
+        assert isinstance(ask(tight, waits), Queued)
+        # It does not even have to start.
+        token = send_kv(tight, context, first, prompt)
+        second = about(tight.client, "kv")
+        assert isinstance(second, Ticket)
+        assert tight.client.status().landing_bytes == 0
+        tight.client.start(first, token)
+        assert len(tight.client.collect(first)[0]) == SMALL.max_tokens
         tight.client.abort(second)
         eventually(lambda: tight.client.status().used_cells == 0)
