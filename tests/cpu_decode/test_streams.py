@@ -1,4 +1,4 @@
-"""Streams of cells hold what a unified cache would, byte for byte, and give the same logits with bf16 cells."""
+"""Streams of cells hold what a unified cache would, byte for byte, and give the same logits but for f16 cells."""
 
 from __future__ import annotations
 
@@ -20,23 +20,40 @@ from tests.cpu_decode.serving import serving
 from tests.cpu_decode.test_worker import eventually
 from transfer.config import Decode, Link
 from transfer.errors import ConfigError, EngineError, RequestError
+from transfer.layout import CellType
 from transfer.messages import Sampling
 
 PROMPT = [(11 * i + 5) % 40_000 for i in range(200)]
 STREAMS = 3
 
 
-@pytest.fixture(params=[True, False], ids=["flash attention", "transposed V"])
-def streams(request, model: Model) -> Iterator[StreamContext]:
+@pytest.fixture(
+    params=[("bf16", True), ("bf16", False), ("q8_0", True)], ids=["flash attention", "transposed V", "q8_0 cells"]
+)
+def shape(request) -> tuple[CellType, bool]:
+    return request.param
+
+
+@pytest.fixture
+def streams(shape, model: Model) -> Iterator[StreamContext]:
+    cell_type, flash_attention = shape
     context = StreamContext(
         model,
         num_cells=STREAMS * 300,
         max_sequences=STREAMS,
         batch_tokens=256,
         threads=1,
-        cell_type="bf16",
-        flash_attention=request.param,
+        cell_type=cell_type,
+        flash_attention=flash_attention,
     )
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def unified(shape, model: Model) -> Iterator[Context]:
+    """Cells of the same type, shared by all sequences."""
+    context = Context(model, num_cells=1024, max_sequences=2, batch_tokens=256, threads=1, cell_type=shape[0])
     yield context
     context.close()
 
@@ -59,10 +76,10 @@ def blob_of(state: np.ndarray) -> StateBlob:
 
 
 @pytest.mark.parametrize("seq_id", range(STREAMS))
-def test_states_go_from_one_kind_of_context_to_the_other(context: Context, streams, seq_id):
-    logits = prefill(context, 1, PROMPT)
+def test_states_go_from_one_kind_of_context_to_the_other(unified, streams, seq_id):
+    logits = prefill(unified, 1, PROMPT)
     theirs = prefill(streams, seq_id, PROMPT)
-    state = context.state(1)
+    state = unified.state(1)
     if streams.flash_attention:
         assert np.array_equal(theirs, logits)
         assert same(streams.state(seq_id), state)
@@ -73,16 +90,17 @@ def test_states_go_from_one_kind_of_context_to_the_other(context: Context, strea
     assert same(streams.state(other), state)
 
 
-def test_a_sequence_that_came_in_pieces_is_the_same_whole(context: Context, streams, geometry):
-    prefill(context, 0, PROMPT)
-    state = context.state(0)
-    elements = elements_of(state, geometry, len(PROMPT))
+def test_a_sequence_that_came_in_pieces_is_the_same_whole(shape, unified, streams, geometry):
+    cell_type, _ = shape
+    prefill(unified, 0, PROMPT)
+    state = unified.state(0)
+    elements = elements_of(state, geometry, len(PROMPT), cell_type)
     first = cut(blob_of(state), range(70))
     whole = streams.whole(first, len(PROMPT))
-    assert whole.buffer.size == state_bytes(geometry, len(PROMPT), "bf16") + 4 * (STREAMS - 1)
+    assert whole.buffer.size == state_bytes(geometry, len(PROMPT), cell_type) + 4 * (STREAMS - 1)
     whole.add(first)
     for start in (70, 134):
-        whole.add(chunk_of(geometry, elements, start, start + 64))
+        whole.add(chunk_of(geometry, elements, start, start + 64, cell_type))
     # Two tokens never came.
     assert whole.num_tokens == 198
     streams.put(whole, 2)
@@ -109,9 +127,9 @@ def test_parts_are_saved_and_copies_are_shared(streams):
     assert same(streams.state(0), cut(blob_of(state), range(150)).buffer)
 
 
-def test_what_a_stream_cannot_take_leaves_no_cell_behind(context: Context, streams):
-    prefill(context, 0, PROMPT)
-    state = context.state(0)
+def test_what_a_stream_cannot_take_leaves_no_cell_behind(unified, streams):
+    prefill(unified, 0, PROMPT)
+    state = unified.state(0)
     with pytest.raises(EngineError, match="a stream takes a sequence whole"):
         streams.inject(cut(blob_of(state), range(64, 128)), 0)
     # The type of the first plane's rows.
