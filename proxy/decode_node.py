@@ -327,7 +327,8 @@ class DecodeNode:
             socket.close(linger=0)
 
     async def _read(self, socket: zmq.asyncio.Socket) -> None:
-        await self.send(Hello())
+        # Waits where the connection is refused already: the monitor says why.
+        await socket.send(encode(Hello()))
         while True:
             message = decode_from_worker(await socket.recv())
             self._heard_ns = time.monotonic_ns()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import zmq
+import zmq.asyncio
 
 from proxy.decode_node import DecodeNode
 from transfer import keys
@@ -60,6 +62,27 @@ def test_a_refusal_is_told_from_a_worker_that_is_away(
             said = asyncio.run(reason_of_failure(DecodeNode(f"tcp://127.0.0.1:{port}", client)))
             assert reason in said
             assert not router.poll(0)
+    finally:
+        doorkeeper.close()
+
+
+def test_a_refusal_that_is_there_before_the_first_word_is_told_as_well(
+    folder: Path, context: zmq.Context[zmq.Socket[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = DecodeNode._read
+
+    async def late(self: DecodeNode, socket: zmq.asyncio.Socket) -> None:
+        # Nothing else may run in this loop meanwhile.
+        time.sleep(0.5)
+        await read(self, socket)
+
+    monkeypatch.setattr(DecodeNode, "_read", late)
+    doorkeeper = Doorkeeper(context, keys.server(folder))
+    try:
+        with context.socket(zmq.ROUTER) as router:
+            keys.secure_server(router, keys.server(folder), "proxy")
+            port = router.bind_to_random_port("tcp://127.0.0.1")
+            assert "handshake" in asyncio.run(reason_of_failure(DecodeNode(f"tcp://127.0.0.1:{port}")))
     finally:
         doorkeeper.close()
 
