@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -66,13 +67,19 @@ def test_a_shadow_shares_nothing_and_makes_as_many_tokens(shadowed):
     assert {entry["route"] for entry in shadowed.entries() if entry["shadow_of"]} == {"gpu", "cpu"}
 
 
-def test_a_real_request_ends_it(shadowed):
+def test_a_real_request_ends_it(shadowed, monkeypatch):
+    monkeypatch.setattr(shadow, "QUIET_S", 60)
     shadowed.complete(prompt="ho!")
     shadowed.worker.script.silent_after_start = shadowed.prefill.script.endless = True
+    monkeypatch.setattr(shadow, "QUIET_S", 0.1)
     wait_until(lambda: shadowed.gateway.shadows.running)
     wait_until(lambda: shadowed.worker.open or shadowed.prefill.open)
-    shadowed.worker.script.silent_after_start = shadowed.prefill.script.endless = False
-    assert shadowed.complete().status_code == 200
+    with ThreadPoolExecutor(1) as pool:
+        real = pool.submit(shadowed.complete, {"X-Isthmus-Route": "gpu"})
+        # Not before: the shadow would come to its own end.
+        wait_until(lambda: any(entry["shadow_of"] for entry in shadowed.entries()))
+        shadowed.worker.script.silent_after_start = shadowed.prefill.script.endless = False
+        assert real.result().status_code == 200
     statuses = {entry["request_id"]: entry["status"] for entry in shadowed.entries()}
     assert next(status for name, status in statuses.items() if name.endswith("-shadow")) == "cancelled"
     shadowed.gateway.shadows._share = 0.0
