@@ -68,9 +68,9 @@ def test_choices_share_the_workers_context(stack):
     assert stack.chat({"X-Isthmus-Route": "gpu"}, n=3, max_tokens=100).status_code == 200
 
 
-def test_choices_have_a_stream_each_where_cells_are_divided(stack):
+def test_choices_have_a_stream_each_where_cells_are_divided(stack, monkeypatch):
     (node,) = stack.gateway.workers
-    node.welcome = msgspec.structs.replace(node.welcome, sequence_cells=150)
+    monkeypatch.setattr(node, "welcome", msgspec.structs.replace(node.welcome, sequence_cells=150))
     stack.chat({"X-Isthmus-Route": "cpu"}, n=2)
     prompt_tokens = stack.chat({"X-Isthmus-Route": "cpu"}).json()["usage"]["prompt_tokens"]
     limits = [reserve.sampling.max_tokens for reserve in stack.worker.heard(Reserve)]
