@@ -30,6 +30,18 @@ def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
         yield context
 
 
+@pytest.fixture
+def sealed(folder: Path, context: zmq.Context[zmq.Socket[bytes]]) -> Iterator[tuple[zmq.Socket[bytes], str]]:
+    """A worker's socket that lets proxies of ``folder`` in, and its address."""
+    doorkeeper = Doorkeeper(context, keys.server(folder))
+    try:
+        with context.socket(zmq.ROUTER) as router:
+            keys.secure_server(router, keys.server(folder), "proxy")
+            yield router, f"tcp://127.0.0.1:{router.bind_to_random_port('tcp://127.0.0.1')}"
+    finally:
+        doorkeeper.close()
+
+
 async def reason_of_failure(node: DecodeNode) -> str:
     """Why the node's first session ended."""
     before = node.down_reason
@@ -48,26 +60,19 @@ async def reason_of_failure(node: DecodeNode) -> str:
     ("role", "reason"), [("prefill", "does not let this proxy's key in"), ("proxy", "handshake"), (None, "handshake")]
 )
 def test_a_refusal_is_told_from_a_worker_that_is_away(
-    role: keys.Role | None, reason: str, folder: Path, context: zmq.Context[zmq.Socket[bytes]]
+    role: keys.Role | None, reason: str, folder: Path, sealed: tuple[zmq.Socket[bytes], str]
 ) -> None:
     """A key that is not allowed; another server's key; no keys."""
+    router, endpoint = sealed
     client = keys.client(folder, role) if role else None
     if client is not None and role == "proxy":
         client = client._replace(server=zmq.curve_keypair()[0])
-    doorkeeper = Doorkeeper(context, keys.server(folder))
-    try:
-        with context.socket(zmq.ROUTER) as router:
-            keys.secure_server(router, keys.server(folder), "proxy")
-            port = router.bind_to_random_port("tcp://127.0.0.1")
-            said = asyncio.run(reason_of_failure(DecodeNode(f"tcp://127.0.0.1:{port}", client)))
-            assert reason in said
-            assert not router.poll(0)
-    finally:
-        doorkeeper.close()
+    assert reason in asyncio.run(reason_of_failure(DecodeNode(endpoint, client)))
+    assert not router.poll(0)
 
 
 def test_a_refusal_that_is_there_before_the_first_word_is_told_as_well(
-    folder: Path, context: zmq.Context[zmq.Socket[bytes]], monkeypatch: pytest.MonkeyPatch
+    sealed: tuple[zmq.Socket[bytes], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = DecodeNode._read
 
@@ -77,14 +82,7 @@ def test_a_refusal_that_is_there_before_the_first_word_is_told_as_well(
         await read(self, socket)
 
     monkeypatch.setattr(DecodeNode, "_read", late)
-    doorkeeper = Doorkeeper(context, keys.server(folder))
-    try:
-        with context.socket(zmq.ROUTER) as router:
-            keys.secure_server(router, keys.server(folder), "proxy")
-            port = router.bind_to_random_port("tcp://127.0.0.1")
-            assert "handshake" in asyncio.run(reason_of_failure(DecodeNode(f"tcp://127.0.0.1:{port}")))
-    finally:
-        doorkeeper.close()
+    assert "handshake" in asyncio.run(reason_of_failure(DecodeNode(sealed[1])))
 
 
 def test_a_worker_without_keys_is_not_spoken_to(folder: Path, context: zmq.Context[zmq.Socket[bytes]]) -> None:
