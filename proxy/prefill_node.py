@@ -11,10 +11,12 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
+from functools import cached_property
+from http import HTTPStatus
 from typing import Any, NamedTuple
 
-import httpx
+import aiohttp
 import msgspec
 import structlog
 
@@ -28,6 +30,8 @@ HEARTBEAT_S = 1.0
 SILENCE_S = 3.0
 STREAM_SILENCE_S = 300.0
 _CONNECT_S = 3.0
+# Less than the 5 s after which uvicorn, vLLM's server, closes a connection: none is used that is just being closed.
+_KEEP_ALIVE_S = 3.0
 _GREEDY_BELOW = 1e-5  # vLLM's _SAMPLING_EPS
 # Fields of Sampling that vLLM spells alike and means alike.
 _SAME_FIELDS = (
@@ -46,6 +50,7 @@ _SAME_FIELDS = (
     "ignore_eos",
     "logprobs",
 )
+_DATA, _DONE = b"data: ", b"data: [DONE]"
 _FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 # As vLLM says them: for each token of a prompt but the first the likeliest ones in its place, by their ids.
@@ -145,13 +150,7 @@ class PrefillNode:
         self.down_reason = "not connected yet"
         self.power: Power | None = None
         self._model = model
-        # One connection is kept for the heartbeat. The link is ours: no proxy from the environment.
-        self._http = httpx.AsyncClient(
-            base_url=self.url,
-            limits=httpx.Limits(max_connections=max_connections + 1),
-            timeout=httpx.Timeout(STREAM_SILENCE_S, connect=_CONNECT_S),
-            trust_env=False,
-        )
+        self._max_connections = max_connections
 
     @property
     def state(self) -> str:
@@ -160,24 +159,37 @@ class PrefillNode:
             return "down"
         return "failing" if self.breaker.failing(time.monotonic_ns()) else "up"
 
+    @cached_property
+    def _http(self) -> aiohttp.ClientSession:
+        """Made in the event loop that it is used in. The link is ours: no proxy from the environment, no cookies."""
+        return aiohttp.ClientSession(
+            self.url,
+            # One connection is kept for the heartbeat.
+            connector=aiohttp.TCPConnector(limit=self._max_connections + 1, keepalive_timeout=_KEEP_ALIVE_S),
+            timeout=aiohttp.ClientTimeout(sock_connect=_CONNECT_S, sock_read=STREAM_SILENCE_S),
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+
     async def run(self) -> None:
         """Poll ``/health`` until cancelled."""
         heard_ns = time.monotonic_ns()
+        timeout = aiohttp.ClientTimeout(SILENCE_S)
         try:
             while True:
                 try:
-                    answer = (await self._http.get("/health", timeout=SILENCE_S)).raise_for_status()
-                except httpx.HTTPError as error:
-                    refused = isinstance(error, httpx.ConnectError)
+                    async with self._http.get("/health", timeout=timeout, raise_for_status=True) as answer:
+                        power = answer.headers.get(POWER_HEADER)
+                except (aiohttp.ClientError, TimeoutError) as error:
+                    refused = isinstance(error, aiohttp.ClientConnectorError)
                     if refused or time.monotonic_ns() - heard_ns > SILENCE_S * 1e9:
                         self._mark(up=False, reason=_say(error))
                 else:
                     heard_ns = time.monotonic_ns()
-                    self.power = _power(answer.headers.get(POWER_HEADER))
+                    self.power = _power(power)
                     self._mark(up=True)
                 await asyncio.sleep(HEARTBEAT_S)
         finally:
-            await self._http.aclose()
+            await self._http.close()
 
     async def prefill(
         self,
@@ -206,7 +218,7 @@ class PrefillNode:
         try:
             async with asyncio.timeout(timeout_s):
                 async with self._post(request_id, body) as response:
-                    completion = _parse(await response.aread())
+                    completion = _parse(await response.read())
         except TimeoutError:
             raise LinkError(f"the prefill node at {self.url} took longer than {timeout_s:.3g} s") from None
         if not completion.choices or not completion.choices[0].token_ids:
@@ -227,7 +239,7 @@ class PrefillNode:
         """Log probabilities of the prompt's tokens, with ``num_top`` alternatives each. Errors as above."""
         body = self._body(prompt, Sampling(max_tokens=1, temperature=0.0), tenant) | {"prompt_logprobs": num_top}
         async with self._post(request_id, body) as response:
-            completion = _parse(await response.aread())
+            completion = _parse(await response.read())
         if not completion.choices or completion.choices[0].prompt_logprobs is None:
             raise EngineError("vLLM answered without prompt_logprobs")
         return completion.choices[0].prompt_logprobs
@@ -258,11 +270,9 @@ class PrefillNode:
             "return_token_ids": not echo,
         }
         open_choices = choices // copies
-        async with self._post(request_id, body) as response:
-            async for line in response.aiter_lines():
-                if not line.startswith("data: ") or line == "data: [DONE]":
-                    continue
-                chunk = _parse(line.removeprefix("data: ").encode())
+        async with self._post(request_id, body) as response, aclosing(_events(response)) as events:
+            async for data in events:
+                chunk = _parse(data)
                 for choice in chunk.choices:
                     open_choices -= choice.finish_reason is not None
                     delta = _delta(choice, sampling)
@@ -274,15 +284,15 @@ class PrefillNode:
         raise EngineError("vLLM's stream ended before its answer did")
 
     @asynccontextmanager
-    async def _post(self, request_id: str, body: dict[str, Any]) -> AsyncGenerator[httpx.Response, None]:
+    async def _post(self, request_id: str, body: dict[str, Any]) -> AsyncGenerator[aiohttp.ClientResponse, None]:
         headers = {"X-Request-Id": request_id, "Content-Type": "application/json"}
         content = msgspec.json.encode(body)
         try:
-            async with self._http.stream("POST", "/v1/completions", content=content, headers=headers) as response:
-                if response.status_code != httpx.codes.OK:
-                    raise _refusal(response.status_code, await response.aread())
+            async with self._http.post("/v1/completions", data=content, headers=headers) as response:
+                if response.status != HTTPStatus.OK:
+                    raise _refusal(response.status, await response.read())
                 yield response
-        except httpx.HTTPError as error:
+        except (aiohttp.ClientError, TimeoutError) as error:
             raise LinkError(f"the prefill node at {self.url} failed: {_say(error)}") from None
 
     def _body(self, prompt: list[int], sampling: Sampling, tenant: str) -> dict[str, Any]:
@@ -308,6 +318,18 @@ class PrefillNode:
             self.power = None
 
 
+async def _events(response: aiohttp.ClientResponse) -> AsyncGenerator[bytearray, None]:
+    """The data of server-sent events, of one line each, of any length, up to the one that ends the stream."""
+    begun = bytearray()
+    async for data in response.content.iter_any():
+        begun += data
+        *lines, begun = begun.split(b"\n")
+        for line in lines:
+            event = line.rstrip(b"\r")
+            if event.startswith(_DATA) and event != _DONE:
+                yield event[len(_DATA) :]
+
+
 def _structured_outputs(sampling: Sampling) -> dict[str, Any] | None:
     """What the answer must match, as far as vLLM is asked for it."""
     if sampling.json_schema:
@@ -315,7 +337,7 @@ def _structured_outputs(sampling: Sampling) -> dict[str, Any] | None:
     return {"regex": sampling.regex} if sampling.regex else None
 
 
-def _parse(data: bytes) -> _Completion:
+def _parse(data: bytes | bytearray) -> _Completion:
     try:
         completion = msgspec.json.decode(data, type=_Completion)
     except msgspec.DecodeError as error:
@@ -335,7 +357,7 @@ def _refusal(status: int, data: bytes) -> EngineError | RequestError:
 
 def _failure(code: int | str | None, message: str) -> EngineError | RequestError:
     """VLLM numbers errors as HTTP does, inside a stream too."""
-    if code == httpx.codes.BAD_REQUEST:
+    if code == HTTPStatus.BAD_REQUEST:
         return RequestError(f"vLLM refuses the request: {message}")
     return EngineError(f"vLLM failed: {message}")
 
@@ -381,8 +403,9 @@ def _export_error(params: _TransferParams | None) -> str | None:
     return None if export.complete else f"only {export.exported_tokens} tokens of KV were exported"
 
 
-def _say(error: httpx.HTTPError) -> str:
-    return str(error) or type(error).__name__
+def _say(error: aiohttp.ClientError | TimeoutError) -> str:
+    cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+    return str(cause) or type(error).__name__
 
 
 def _power(header: str | None) -> Power | None:
