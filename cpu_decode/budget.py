@@ -5,7 +5,7 @@ from __future__ import annotations
 # A step with prefill in it may take this many times as long as one without.
 MAX_SLOWDOWN = 1.75
 # Fewer would starve the prompt, whatever the machine.
-MIN_TOKENS = 8
+MIN_TOKENS = 4
 # Share of the newest sample in a running mean.
 WEIGHT = 0.2
 
