@@ -15,7 +15,7 @@ from transfer import codecs
 from transfer.errors import CapacityError, IsthmusError, ProtocolError
 from transfer.frames import Header
 from transfer.geometry import KVGeometry
-from transfer.layout import CellType, Elements
+from transfer.layout import CellType, Elements, plane_elements
 from transfer.shares import Share, whole
 from transfer.stages import SenderReport
 
@@ -182,22 +182,23 @@ class LandingPlace:
     def _decode(self, header: Header, payload: memoryview, chunk: OpenChunk, share: Share) -> None:
         """Write a frame's heads into the rows of its layers."""
         planes = chunk.state.planes(header.first_layer, header.num_layers)
-        element = codecs.CELL_ELEMENT[self._cell_type]
+        codec, element = codecs.by_wire_id(header.codec), codecs.CELL_ELEMENT[self._cell_type]
         all_heads = self._geometry.num_kv_heads
         if share.num_kv_heads == all_heads:
-            self._codec.decode(payload, header.element, element, planes, chunk.tokens)
+            codec.decode(payload, header.element, element, planes, chunk.tokens)
             return
         places = [_heads(plane, len(chunk.tokens), all_heads, share.kv_heads) for plane in planes]
         # Codecs write whole planes, and rows of some heads are not contiguous.
         decoded = [np.empty(place.size, np.uint16) for place in places]
-        self._codec.decode(payload, header.element, element, decoded, chunk.tokens)
+        codec.decode(payload, header.element, element, decoded, chunk.tokens)
         for place, rows in zip(places, decoded, strict=True):
             place[:] = rows.reshape(place.shape)
 
     def _due(self, progress: Progress, header: Header) -> Filling:
         """What ``header`` continues, or begins."""
-        if header.codec != self._codec.wire_id:
-            raise ProtocolError(f"frame uses codec {header.codec}, the ticket says {self._codec.wire_id}")
+        codec = self._codec.of_frame(plane_elements(progress.share.geometry(self._geometry), header.num_tokens))
+        if header.codec != codec.wire_id:
+            raise ProtocolError(f"frame uses codec {header.codec} where {codec.wire_id} was due")
         tokens = range(header.start_token, header.start_token + header.num_tokens)
         begun, layers = progress.filling, progress.share.layers
         at = next((at for at, each in enumerate(begun) if each.chunk.tokens.start == tokens.start), len(begun))

@@ -31,11 +31,11 @@ _CELLS: dict[str, CellType] = {
 }
 
 
-def encodes(codec: str, head_dim: int, heads: int) -> bool:
-    """Whether rows of such heads can be encoded here by the codec called ``codec``; the others need a host."""
+def encodes(codec: str, head_dim: int, num_heads: int) -> bool:
+    """Whether planes of ``num_heads``, of all tokens together, are encoded here by ``codec``; others need a host."""
     if codec == "raw":
         return True
-    divisor, size = (ROTATED_ELEMENTS, head_dim) if codec.startswith("rows_") else (BLOCK, head_dim * heads)
+    divisor, size = (ROTATED_ELEMENTS, head_dim) if codec.startswith("rows_") else (BLOCK, head_dim * num_heads)
     return codec in _CELLS and size % divisor == 0
 
 

@@ -217,7 +217,7 @@ class Exporter:
         _, heads, block_size, width = caches[0].cache.shape
         dim, interleave_dims = width // 2, self._interleave_dims_of(job)
         wanted = self._open[job.ticket].codec
-        codec = wanted if encodes(wanted, dim, heads) else "raw"
+        codec = wanted if encodes(wanted, dim, heads * len(tokens)) else "raw"
         places = self._places.get((job.ticket, tokens.start))
         if places is None:
             block_ids = _kernel_block_ids(job.block_ids, self._kernel_blocks)

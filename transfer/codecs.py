@@ -16,7 +16,8 @@ name      id  payload for N elements                                            
 ``q8``    3   fp16 scale of every 32 elements; then N int8 codes. scale = amax / 127,    8.5
               code = round half away(x / scale): llama.cpp's ``quantize_row_q8_0_ref``
               (ggml/src/ggml-quants.c), stored as two planes. Every plane must divide by
-              32: a chunk may be of any length where heads * head_dim does.
+              32: a chunk may be of any length where heads * head_dim does. Where a
+              rank's heads do not, its frames of other lengths go by ``raw``.
 ``zstd``  4   as ``lz4``, but L bytes are one Zstandard frame (RFC 8878) that declares   10 to 11, bf16
               its content size, N, and a window of 256 KiB at most. Lossless.
 ``k8v4``  5   for each plane of n elements: K as ``q8``; V: fp16 scale of every 32, then   6.5, K and V
@@ -86,6 +87,13 @@ class Codec(NamedTuple):
         head_dims = (geometry.head_dim_k, geometry.head_dim_v) if geometry else ()
         heads = geometry.num_kv_heads if geometry else 1
         return cell_type in self.lands_in and not any(heads * dim % self.row_elements for dim in head_dims)
+
+    def of_frame(self, planes: Sequence[int]) -> Codec:
+        """What a frame with ``planes`` of so many elements travels by on a ticket for this codec.
+
+        ``raw`` if one would end inside a block: a rank's heads may make such rows where the whole model's do not.
+        """
+        return CODECS["raw"] if any(count % self.row_elements for count in planes) else self
 
 
 def _count(outs: Sequence[Elements]) -> int:

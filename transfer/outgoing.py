@@ -198,17 +198,18 @@ class Outgoing:
     def _data_frame(self, part: Part) -> Unsealed:
         began = time.monotonic_ns()
         elements = part.elements.reshape(-1)
+        slab = Slab(self._geometry, len(part.elements), part.tokens)
+        codec = self._codec.of_frame(slab.planes)
         if part.encoded:
             payload: Payload = elements.view(np.uint8).data
         else:
-            slab = Slab(self._geometry, len(part.elements), part.tokens)
-            payload = self._codec.encode(elements, part.element, slab)
+            payload = codec.encode(elements, part.element, slab)
         self._encode_ns += time.monotonic_ns() - began
         header = Header(
             kind=Kind.DATA,
             ticket=self._key,
             sequence=self.next_sequence,
-            codec=self._codec.wire_id,
+            codec=codec.wire_id,
             element=part.element,
             start_token=part.tokens.start,
             num_tokens=len(part.tokens),

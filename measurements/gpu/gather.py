@@ -116,7 +116,7 @@ def _wrong_bytes(
     element = Element.F16 if str(caches[0].cache.dtype).removeprefix("torch.") == "float16" else Element.BF16
     wrong = 0
     for codec in names:
-        if not encodes(codec, shape.dim, shape.heads):
+        if not encodes(codec, shape.dim, shape.heads * len(tokens)):
             continue
         found = staged(codec, caches, block_ids, tokens, rope_dims).cpu().numpy()
         refused = bool(found[-VERDICT_BYTES:].any())

@@ -32,7 +32,7 @@ RNG = np.random.default_rng(0)
 
 
 class Scene:
-    def __init__(self, credit_chunks: int = 3) -> None:
+    def __init__(self, credit_chunks: int = 3, codec: str = "raw") -> None:
         self.pool = LandingPool(GEOMETRY, "bf16", chunk_tokens=4, max_bytes=3 * state_bytes(GEOMETRY, 4, "bf16"))
         self.chunks: list[ChunkState] = []
         self.ended: list[object] = []
@@ -40,7 +40,7 @@ class Scene:
         self.place = LandingPlace(
             GEOMETRY,
             "bf16",
-            "raw",
+            codec,
             self.pool,
             num_tokens=TOKENS,
             chunk_tokens=4,
@@ -104,6 +104,17 @@ def test_a_group_of_another_chunk_size_is_refused():
 def test_another_codec_than_the_tickets_is_refused():
     with pytest.raises(ProtocolError, match="codec 3"):
         Scene().frame(0, 4, 0, 4, codec=3)
+
+
+def test_raw_is_due_exactly_where_a_plane_ends_inside_a_block():
+    with pytest.raises(ProtocolError, match="codec 1 where 3 was due"):
+        Scene(codec="q8").frame(0, 4, 0, 4)
+    scene = Scene(codec="q8")
+    # V rows of three tokens are 48 elements.
+    with pytest.raises(ProtocolError, match="codec 3 where 1 was due"):
+        scene.frame(0, 3, 0, 4, codec=3)
+    scene.frame(0, 3, 0, 4)
+    assert [(c.start_token, c.num_tokens) for c in scene.chunks] == [(0, 3)]
 
 
 def test_a_chunk_without_a_credit_is_refused():

@@ -8,11 +8,14 @@ import pytest
 
 from cpu_decode.landing import LandingPlace, LandingPool
 from cpu_decode.state import ChunkState, state_bytes
+from tests.cpu_decode.native_kv import elements_of
+from tests.e2e.transplant import as_fp32
 from tests.transfer.kv_plane import GEOMETRY as SMALL
 from tests.transfer.kv_plane import Worker, make_ticket
-from transfer.codecs import CODECS
+from transfer.codecs import CODECS, landing_codecs
 from transfer.errors import LinkError
 from transfer.frames import Element
+from transfer.geometry import KVGeometry
 from transfer.sender import KVSender
 from transfer.shares import Share, whole
 
@@ -39,10 +42,11 @@ SPLITS = {
 class Place:
     """A ticket's landing place behind a receiver, whose chunks are injected as soon as they are complete."""
 
-    def __init__(self, codec: str, cell_type: str) -> None:
-        self.worker = Worker(geometry=GEOMETRY, frame_bytes=FRAME_BYTES)
+    def __init__(self, codec: str, cell_type: str, geometry: KVGeometry = GEOMETRY) -> None:
+        self.geometry = geometry
+        self.worker = Worker(geometry=geometry, frame_bytes=FRAME_BYTES)
         self.pool = LandingPool(
-            GEOMETRY, cell_type, CHUNK_TOKENS, CREDIT_CHUNKS * state_bytes(GEOMETRY, CHUNK_TOKENS, cell_type)
+            geometry, cell_type, CHUNK_TOKENS, CREDIT_CHUNKS * state_bytes(geometry, CHUNK_TOKENS, cell_type)
         )
         self.pool.reserve(CREDIT_CHUNKS)
         self.ticket = msgspec.structs.replace(
@@ -52,7 +56,7 @@ class Place:
         self.reports: list[object] = []
         self.errors: list[Exception] = []
         self.landing = LandingPlace(
-            GEOMETRY,
+            geometry,
             cell_type,
             codec,
             self.pool,
@@ -76,10 +80,10 @@ class Place:
     def send(self, held: Share, kv: np.ndarray, *, until: int = TOKENS) -> KVSender:
         """What one rank does: ``kv`` is uint16 ``[layers, 2, tokens, heads, dim]`` of the whole model."""
         sender = KVSender(
-            GEOMETRY,
+            self.geometry,
             max_backlog_bytes=1 << 22,
             frame_bytes=FRAME_BYTES,
-            share=None if held == whole(GEOMETRY) else held,
+            share=None if held == whole(self.geometry) else held,
         )
         self.senders.append(sender)
         sender.open(self.ticket)
@@ -152,6 +156,32 @@ def test_what_ranks_send_lands_as_if_one_had_sent_it(place, kv, split):
     assert report.kv_raw_bytes == kv.nbytes
     assert place.worker.run_until(lambda: all(sender.backlog_bytes == 0 for sender in place.senders))
     assert all(sender.take_failed() == {} for sender in place.senders)
+
+
+@pytest.mark.parametrize("codec", ["q8", "k8v4"])
+def test_ranks_whose_rows_end_inside_a_block_send_odd_chunks_as_they_are(codec):
+    # Offered for 160 elements a token; each rank has 80 of them.
+    geometry = msgspec.structs.replace(GEOMETRY, num_kv_heads=2, head_dim_k=80, head_dim_v=80)
+    assert codec in landing_codecs("bf16", geometry)
+    kv = np.random.default_rng(1).integers(0x3E00, 0x4000, (LAYERS, 2, TOKENS, 2, 80), dtype=np.uint16)
+    place = Place(codec, "bf16", geometry)
+    try:
+        for head in range(2):
+            place.send(share((head, 1)), kv)
+        place.run_until_over()
+        assert not place.errors
+        landed = [
+            elements_of(np.frombuffer(state, np.uint8), geometry, min(CHUNK_TOKENS, TOKENS - start)).reshape(
+                LAYERS, 2, -1, 2, 80
+            )
+            for start, state in zip(range(0, TOKENS, CHUNK_TOKENS), place.states, strict=True)
+        ]
+        assert np.array_equal(landed[-1], kv[:, :, -(TOKENS % CHUNK_TOKENS) :])
+        found, sent = (as_fp32(each, "bf16") for each in (np.concatenate(landed, axis=2), kv))
+        assert 0 < np.abs(found - sent).max() < 0.16 * np.abs(sent).max()
+        assert place.pool.in_use == 0
+    finally:
+        place.close()
 
 
 def test_no_chunk_is_complete_before_the_last_rank_has_filled_it(place, kv):

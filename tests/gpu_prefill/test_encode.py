@@ -67,7 +67,7 @@ def of_bits(bits: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     seed=st.integers(0, 1 << 32),
 )
 def test_encodes_what_the_sender_would(codec, dtype, heads, dim, tokens, layers, span, zeros, seed):
-    if not encodes(codec, dim, heads):
+    if not encodes(codec, dim, heads * tokens):
         return
     rng = np.random.default_rng(seed)
     shape = (layers, 2, tokens, heads, dim)
@@ -121,7 +121,7 @@ def test_f32_rows_are_quantized_without_a_detour():
     assert encoded("q8", rows) == (scales.tobytes() + codes.tobytes(), False)
 
 
-def test_encodes_only_rows_of_whole_blocks():
+def test_encodes_only_planes_of_whole_blocks():
     assert encodes("raw", 80, 1)
     assert encodes("q8", 80, 2)
     assert not encodes("q8", 80, 1)

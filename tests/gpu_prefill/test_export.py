@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -215,6 +216,20 @@ def test_codecs_of_the_device_are_made_there_and_the_others_are_not(staged: Reco
     staged.opened.clear()
     run(exporter, StepPlan(opened=[with_codec("kvz2")], jobs=[job(ONE.ticket, 0, 60, (3, 1, 4, 2))]))
     assert np.array_equal(np.concatenate([chunk for _, chunk in staged.chunks[ONE.ticket]]), whole)
+
+
+def test_chunks_that_end_inside_a_block_leave_the_device_as_they_are(layers: list[Any]) -> None:
+    # A rank's only head: a token is half a block.
+    layers = [Layer(layer.cache[:, :1]) for layer in layers]
+    staged = RecordingSender(msgspec.structs.replace(GEOMETRY, num_kv_heads=1))
+    staged.staged = True
+    exporter = exporter_of(staged, layers)
+    run(exporter, StepPlan(opened=[with_codec("q8")], jobs=[job(ONE.ticket, 0, 45, (3, 1, 4), 20)]))
+    encoded = [(tokens, first) for tokens, first, _ in staged.payloads[ONE.ticket]]
+    assert encoded == [(range(20), 0), (range(20, 40), 0), (range(20), 1), (range(20, 40), 1)]
+    ((start, rows),) = staged.chunks[ONE.ticket]
+    assert start == 40
+    assert np.array_equal(rows, gather(layers, "strided", [3, 1, 4], 40, 45))
 
 
 def test_what_a_codec_of_the_device_refuses_fails_that_transfer_only(

@@ -463,6 +463,12 @@ def test_a_codec_is_given_only_for_cells_that_it_lands_in(name, cells):
             for_cells(name, cells)
 
 
+@pytest.mark.parametrize(("name", "odd"), [("q8", "raw"), ("k8v4", "raw"), ("lz4", "lz4"), ("rows_q8_0", "rows_q8_0")])
+def test_a_frame_that_ends_inside_a_block_goes_by_raw(name, odd):
+    assert CODECS[name].of_frame((64, 96, 64, 96)) is CODECS[name]
+    assert CODECS[name].of_frame((64, 80, 64, 80)) is CODECS[odd]
+
+
 @pytest.mark.parametrize(("num_kv_heads", "fits"), [(1, False), (2, True), (3, False)])
 def test_codecs_of_blocks_are_not_offered_where_a_token_may_end_inside_one(num_kv_heads, fits):
     geometry = msgspec.structs.replace(GEOMETRY, num_kv_heads=num_kv_heads, head_dim_k=80, head_dim_v=80)
