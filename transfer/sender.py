@@ -141,7 +141,11 @@ class KVSender:
         return failed
 
     def close(self, timeout_s: float = 2.0) -> None:
-        """Stop the thread and close the sockets; what ZeroMQ holds gets a second to leave."""
+        """Stop the thread and close the sockets; what ZeroMQ holds gets a second to leave.
+
+        Workers hear of prompts that were computed here and have not landed: nobody else would tell them. Of the others
+        whoever asked for them hears, and may have the worker compute the rest.
+        """
         self._inbox.put(None)
         os.eventfd_write(self._wake, 1)
         self._thread.join(timeout_s)
@@ -163,6 +167,8 @@ class KVSender:
                 log.exception("sender turn failed, its transfers with it")
                 for transfer in list(self._transfers.values()):
                     self._forget(transfer, reason=f"sender failed: {error}")
+        for transfer in [t for t in self._transfers.values() if t.end_token is not None]:
+            self._fail(transfer, "the prefill node ended")
         for link in self._links.values():
             link.close(CLOSE_LINGER_MS)
 

@@ -269,6 +269,25 @@ def test_close_with_transfers_under_way_returns():
     assert not [thread for thread in threading.enumerate() if thread.name == "isthmus-sender"]
 
 
+def test_close_tells_the_worker_of_prompts_that_were_computed_and_of_no_others(worker):
+    sender = KVSender(GEOMETRY, max_backlog_bytes=1 << 20, frame_bytes=FRAME_BYTES)
+    try:
+        computed, begun = make_ticket(worker.endpoint), make_ticket(worker.endpoint)
+        landed, landing = (worker.expect(ticket, grants=False) for ticket in (computed, begun))
+        send(sender, computed, make_chunks(5 * CHUNK_TOKENS))
+        sender.open(begun)
+        ((tokens, elements),) = make_chunks(CHUNK_TOKENS)
+        sender.submit(begun.ticket, tokens, 0, elements, Element.BF16, 1)
+        assert worker.run_until(lambda: (landed.complete_chunks, landing.complete_chunks) == (2, 1))
+    finally:
+        sender.close()
+    assert worker.run_until(lambda: landed.over)
+    assert isinstance(landed.error, LinkError)
+    assert "aborted the transfer: the prefill node ended" in str(landed.error)
+    assert not worker.run_until(lambda: landing.over, patience_s=0.1)
+    assert worker.receiver.open_tickets == 1
+
+
 @pytest.fixture
 def faulty(worker):
     """Makes links to the worker that are not to be trusted."""
