@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-# A step with prefill in it may take this many times as long as one without.
+# A step with prefill in it may take this many times as long as one without, or as long as nobody minds: 25 tokens a
+# second are more than anybody reads.
 MAX_SLOWDOWN = 1.75
+STEP_NS = 40_000_000
 # Fewer would starve the prompt, whatever the machine.
 MIN_TOKENS = 4
 # Share of the newest sample in a running mean.
@@ -39,7 +41,8 @@ class PrefillBudget:
         """Tokens that the next step may prefill beside ``decoding`` sequences."""
         if not decoding:
             return self._max_tokens
-        extra_ns = (MAX_SLOWDOWN - 1) * self._base_ns(decoding)
+        base_ns = self._base_ns(decoding)
+        extra_ns = max(MAX_SLOWDOWN * base_ns, STEP_NS) - base_ns if base_ns else 0.0
         affordable = int(extra_ns / self._token_ns) if self._token_ns else 0
         return min(max(affordable, MIN_TOKENS), self._max_tokens)
 

@@ -23,7 +23,8 @@ from transfer.errors import EngineError
 Sample = dict[str, Any]
 Text = Literal["copied", "new"]
 
-BLOCK_TOKENS, BLOCKS = 96, 4
+# Prompts are prefilled one after the other, and all must be there before the first answer ends.
+BLOCK_TOKENS, BLOCKS = 48, 4
 NEW_TOKENS = 160
 COUNTS = (1, 4)
 REPEATS = 2

@@ -9,7 +9,7 @@ from typing import Any
 
 import simpy
 
-from cpu_decode.budget import MAX_SLOWDOWN, MIN_TOKENS
+from cpu_decode.budget import MAX_SLOWDOWN, MIN_TOKENS, STEP_NS
 from measurements.profiles import Device, ModelShape
 from measurements.roofline import Chunk, kv_bytes_per_token, kv_capacity_tokens, step_seconds
 
@@ -221,7 +221,8 @@ class Engine:
         base_s = step_seconds(self.device, self.model, contexts, [])
         with_many_s = step_seconds(self.device, self.model, contexts, [Chunk(0, self.device.step_tokens)])
         token_s = (with_many_s - base_s) / self.device.step_tokens
-        affordable = int((MAX_SLOWDOWN - 1) * base_s / token_s) if token_s > 0 else self.device.step_tokens
+        extra_s = max(MAX_SLOWDOWN * base_s, STEP_NS / 1e9) - base_s
+        affordable = int(extra_s / token_s) if token_s > 0 else self.device.step_tokens
         return min(max(affordable, MIN_TOKENS), self.device.step_tokens)
 
     def _make_room(self) -> None:
