@@ -101,8 +101,8 @@ def test_each_figure_with_a_target_passes_or_misses() -> None:
 def test_copied_prompts_repeat_a_block_and_new_ones_do_not() -> None:
     copied, new = (decode_speculation.prompt(text, 3) for text in ("copied", "new"))
     assert len(copied) == len(new)
-    assert copied == copied[:96] * 4
-    assert new[:96] != new[96:192]
+    assert copied == copied[:48] * 4
+    assert new[:48] != new[48:96]
 
 
 def test_a_step_reads_the_weights_once_and_every_sequences_cells() -> None:
