@@ -20,8 +20,6 @@ from proxy.router import Route
 _MAX_MIXES = 32
 # A mix that takes longer by this share is as good.
 _AS_GOOD = 0.10
-# Steps towards how many sequences decode at once.
-_APPROACHES = 6
 
 
 class Load(NamedTuple):
@@ -77,29 +75,18 @@ def _with_split(load: Load, at_vllm: int, split: int) -> float:
     """Nanoseconds that all of them take together; the others' KV comes from vLLM."""
     if not split:
         return _at_vllm_ns(load, at_vllm, at_vllm, alone=True)
-    decode_ns = load.steps * _step_ns(load, load.worker, _decoding_at_once(load, split))
-    # They prefill one after the other, on average behind half of the others.
+    decode_ns = load.steps * _step_ns(load, load.worker, split / load.workers)
+    # They prefill one after the other. Where vLLM does nothing else, half of them stand before a request, and the other
+    # half slows its decoding.
     queued_ns = load.prefill_ns * (split + 1) / 2
     if at_vllm:
         prefill_ns = (1 + load.prefill_crowding) * (load.prefill_ns * at_vllm + queued_ns)
         slowed_ns = load.worker.crowding * decode_ns
     else:
-        # Where vLLM does nothing else, some prefill while others decode: each slows the other for so long.
-        beside_ns = min(decode_ns, queued_ns - load.prefill_ns)
-        prefill_ns = queued_ns + load.prefill_crowding * beside_ns
-        slowed_ns = load.worker.crowding * beside_ns
+        prefill_ns = queued_ns
+        slowed_ns = load.worker.crowding * min(decode_ns, queued_ns - load.prefill_ns)
     split_ns = load.latency_ns + prefill_ns + load.exposed_ns + decode_ns + slowed_ns
     return _at_vllm_ns(load, at_vllm, at_vllm + split, alone=False) + split * split_ns
-
-
-def _decoding_at_once(load: Load, split: int) -> float:
-    """How many of ``split`` requests a worker decodes at a time: those whose prefills end while one decodes."""
-    apart_ns = (1 + load.prefill_crowding) * load.prefill_ns * load.workers
-    most = count = split / load.workers
-    for _ in range(_APPROACHES if apart_ns else 0):
-        decode_ns = (1 + load.worker.crowding) * load.steps * _step_ns(load, load.worker, count)
-        count = min(most, decode_ns / apart_ns)
-    return count
 
 
 def _with_local(load: Load, at_vllm: int, local: int) -> float:

@@ -187,20 +187,6 @@ def test_where_engines_slow_each_other_all_go_where_together_they_take_least(at_
     assert decide(chat(busy(AT_VLLM, at_vllm), busy(AT_WORKER, at_worker), arriving=arriving)).route == route
 
 
-def test_few_decode_at_a_time_where_prefills_take_longer():
-    """Costs as learned on two cores, where 16 long prompts with short answers took 3.0 s split and 3.5 s at vLLM."""
-    at_vllm = {
-        "prefill": Cost((731_900, 115_300_000), SEEN, crowding=0.75),
-        "step": Cost((36_290_000, 0, 12_040), SEEN, crowding=0.5),
-    }
-    at_worker = {
-        "prefill": Cost((3_539_000, 0, 0), SEEN, crowding=2.0),
-        "step": Cost((34_490_000, 0, 35_440), SEEN, crowding=1.0),
-        "codecs": (CodecFacts("raw", cost(0, 59)),),
-    }
-    assert decide(chat(at_vllm, at_worker, prompt_tokens=256, answer_tokens=8, arriving=15)).route == "split"
-
-
 def test_machines_of_their_own_are_both_used():
     at_vllm = {"prefill": cost(1, 20), "step": cost(22, 0.9, 0)}
     at_worker = {"prefill": cost(5, 30, 0), "step": cost(4, 4, 0)}
