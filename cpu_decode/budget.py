@@ -7,7 +7,7 @@ from __future__ import annotations
 MAX_SLOWDOWN = 1.75
 STEP_NS = 40_000_000
 # Fewer would starve the prompt, whatever the machine.
-MIN_TOKENS = 4
+MIN_TOKENS = 2
 # Share of the newest sample in a running mean.
 WEIGHT = 0.2
 

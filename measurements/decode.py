@@ -239,15 +239,14 @@ def tuned_shape(sample: Sample) -> dict[str, Any]:
 
 
 def p99_ratio(samples: Sequence[Sample], what: str) -> float:
-    """p99 of the gaps under disturbance over that of quiet ones, within a round; median of the rounds."""
-    ratios = []
-    for turn in sorted({s["round"] for s in samples}):
-        quiet, disturbed = (
-            p99([g for s in _gaps(samples, what, during) if s["round"] == turn for g in s["gaps_ms"]])
-            for during in ("quiet", "disturbed")
-        )
-        ratios.append(disturbed / quiet)
-    return statistics.median(ratios)
+    """p99 of the gaps under disturbance over that of the quiet ones just before; median of all such pairs."""
+    gaps = {
+        (s["round"], s["repeat"], during): p99(s["gaps_ms"])
+        for during in ("quiet", "disturbed")
+        for s in _gaps(samples, what, during)
+    }
+    pairs = {(turn, repeat) for turn, repeat, _ in gaps}
+    return statistics.median(gaps[(*pair, "disturbed")] / gaps[(*pair, "quiet")] for pair in pairs)
 
 
 def p99(values: Sequence[float]) -> float:

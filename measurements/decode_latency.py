@@ -19,7 +19,7 @@ class Load(NamedTuple):
     """What decodes, and what disturbs it.
 
     ``sequences`` decode; ``handoffs`` times ``handoff_tokens`` tokens land, each after ``quiet_steps`` steps without;
-    then as many tokens prefill. The time to logits is that of ``short_tokens``.
+    then as many tokens prefill. The time to logits is that of ``short_tokens``, so many times.
     """
 
     sequences: int = 8
@@ -27,6 +27,7 @@ class Load(NamedTuple):
     handoffs: int = 5
     quiet_steps: int = 40
     short_tokens: int = 1000
+    short_handoffs: int = 15
 
     @property
     def decoding_tokens(self) -> int:
@@ -76,7 +77,7 @@ def local_prefill(worker: LiveWorker, setting: Setting, load: Load) -> Iterator[
 def to_logits(worker: LiveWorker, load: Load) -> Iterator[Sample]:
     """From sending a short handoff's last frame to the first token here, beyond a step of that sequence."""
     # The first finds its way and its code; it does not count.
-    for turn in range(load.handoffs + 1):
+    for turn in range(load.short_handoffs + 1):
         stream = worker.reserve(load.short_tokens, SHORT_STEPS, "kv")
         worker.start(stream)
         worker.land(stream, hold_back=True)

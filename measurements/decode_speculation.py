@@ -7,8 +7,10 @@ where a row more costs less of a step, for reading the weights takes more of it.
 from __future__ import annotations
 
 import ctypes
+import itertools
+import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -27,48 +29,60 @@ Text = Literal["copied", "new"]
 BLOCK_TOKENS, BLOCKS = 48, 4
 NEW_TOKENS = 160
 COUNTS = (1, 4)
-REPEATS = 2
+REPEATS = 3
+MODES = ("off", "auto")
+TEXTS: tuple[Text, ...] = ("copied", "new")
 _FTYPE_BF16 = 32  # enum llama_ftype
 
 
 def measure(setting: Setting, turn: int) -> Iterator[Sample]:
-    """Tokens/s by weights, kind of text, number of sequences and ``speculate``; the order shifts by one each turn."""
+    """Tokens/s by weights, kind of text, number of sequences and ``speculate``.
+
+    Both workers are up, and take turns: between one start and the next a host may have changed its pace.
+    """
     with bf16_weights(setting.gguf) as bf16:
         for weights, gguf in (("file", setting.gguf), ("bf16", bf16)):
-            modes = ("off", "auto") if turn % 2 == 0 else ("auto", "off")
-            for mode in modes:
-                decode = msgspec.structs.replace(setting.decode, speculate=mode)
-                with live_worker(gguf, decode) as worker:
-                    for text in ("copied", "new"):
-                        for count in COUNTS:
-                            yield {
-                                "what": "speculation",
-                                "round": turn,
-                                "weights": weights,
-                                "text": text,
-                                "speculate": mode,
-                                "sequences": count,
-                                **rate(worker, text, count),
-                            }
+            off, auto = (msgspec.structs.replace(setting.decode, speculate=mode) for mode in MODES)
+            with live_worker(gguf, off) as plain, live_worker(gguf, auto) as guessing:
+                for text, count in itertools.product(TEXTS, COUNTS):
+                    for mode, found in _in_turns((plain, guessing), text, count, turn).items():
+                        yield {
+                            "what": "speculation",
+                            "round": turn,
+                            "weights": weights,
+                            "text": text,
+                            "speculate": mode,
+                            "sequences": count,
+                            **found,
+                        }
 
 
-def rate(worker: LiveWorker, text: Text, count: int) -> dict[str, float]:
-    """Tokens/s of ``count`` sequences, the best of some, and how much was guessed and came true."""
-    before = worker.status()
-    rates = []
+def _in_turns(workers: Sequence[LiveWorker], text: Text, count: int, turn: int) -> dict[str, Sample]:
+    """By mode: tokens/s of ``count`` sequences, the median of some, and how much was guessed and came true."""
+    by_mode = dict(zip(MODES, workers, strict=True))
+    before = {mode: worker.status() for mode, worker in by_mode.items()}
+    rates: dict[str, list[float]] = {mode: [] for mode in MODES}
     for repeat in range(REPEATS):
-        streams = [worker.reserve_prompt(prompt(text, repeat * count + k), NEW_TOKENS) for k in range(count)]
-        for stream in streams:
-            worker.start(stream)
-        worker.take_until(streams)
-        worker.idle()
-        rates.append(steady_rate([list(zip(s.times_ns, s.counts, strict=True)) for s in streams]))
-    after = worker.status()
-    return {
-        "tokens_per_s": max(rates),
-        "drafted_tokens": after.drafted_tokens - before.drafted_tokens,
-        "accepted_tokens": after.accepted_tokens - before.accepted_tokens,
-    }
+        for mode in MODES if (turn + repeat) % 2 == 0 else reversed(MODES):
+            rates[mode].append(_rate(by_mode[mode], text, count, repeat * count))
+    found = {}
+    for mode, worker in by_mode.items():
+        after = worker.status()
+        found[mode] = {
+            "tokens_per_s": statistics.median(rates[mode]),
+            "drafted_tokens": after.drafted_tokens - before[mode].drafted_tokens,
+            "accepted_tokens": after.accepted_tokens - before[mode].accepted_tokens,
+        }
+    return found
+
+
+def _rate(worker: LiveWorker, text: Text, count: int, seed: int) -> float:
+    streams = [worker.reserve_prompt(prompt(text, seed + k), NEW_TOKENS) for k in range(count)]
+    for stream in streams:
+        worker.start(stream)
+    worker.take_until(streams)
+    worker.idle()
+    return steady_rate([list(zip(s.times_ns, s.counts, strict=True)) for s in streams])
 
 
 def prompt(text: Text, seed: int) -> list[int]:

@@ -34,7 +34,7 @@ def samples() -> list[dict[str, Any]]:
         made.append({"what": "handoff_to_logits", "round": turn, "ms": 3.0 + turn, "step_ms": 10.0})
         for what, worst in (("handoff", 11.0), ("prefill", 20.0)):
             for during, ms in (("quiet", 10.0), ("disturbed", worst)):
-                made.append({"what": f"itl_{what}", "round": turn, "during": during, "gaps_ms": [ms] * 50})
+                made.append({"what": f"itl_{what}", "round": turn, "repeat": 0, "during": during, "gaps_ms": [ms] * 50})
         for weights, gain in (("file", 1.0), ("bf16", 1.5 + turn / 10)):
             for speculate, rate in (("off", 100.0), ("auto", 100.0 * gain)):
                 made.append(
