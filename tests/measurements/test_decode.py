@@ -255,7 +255,7 @@ def test_a_real_worker_is_measured(default_pair) -> None:
     rates = dict(measure_ours(setting, setting.decode))
     assert list(rates) == [1, 2]
     assert all(rate > 0 for rate in rates.values())
-    load = Load(sequences=2, handoff_tokens=100, handoffs=1, quiet_steps=20, short_tokens=60)
+    load = Load(sequences=2, handoff_tokens=100, handoffs=1, quiet_steps=20, short_tokens=60, short_handoffs=1)
     taken = list(decode.latency(setting, load, 7))
     assert {sample["round"] for sample in taken} == {7}
     assert [sample["what"] for sample in taken] == [
