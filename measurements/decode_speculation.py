@@ -10,8 +10,8 @@ import ctypes
 import itertools
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,10 +42,15 @@ def measure(setting: Setting, turn: int) -> Iterator[Sample]:
     """
     with bf16_weights(setting.gguf) as bf16:
         for weights, gguf in (("file", setting.gguf), ("bf16", bf16)):
-            off, auto = (msgspec.structs.replace(setting.decode, speculate=mode) for mode in MODES)
-            with live_worker(gguf, off) as plain, live_worker(gguf, auto) as guessing:
+            with ExitStack() as exits:
+                workers = {
+                    mode: exits.enter_context(
+                        live_worker(gguf, msgspec.structs.replace(setting.decode, speculate=mode))
+                    )
+                    for mode in MODES
+                }
                 for text, count in itertools.product(TEXTS, COUNTS):
-                    for mode, found in _in_turns((plain, guessing), text, count, turn).items():
+                    for mode, found in _in_turns(workers, text, count, turn).items():
                         yield {
                             "what": "speculation",
                             "round": turn,
@@ -57,16 +62,15 @@ def measure(setting: Setting, turn: int) -> Iterator[Sample]:
                         }
 
 
-def _in_turns(workers: Sequence[LiveWorker], text: Text, count: int, turn: int) -> dict[str, Sample]:
+def _in_turns(workers: Mapping[str, LiveWorker], text: Text, count: int, turn: int) -> dict[str, Sample]:
     """By mode: tokens/s of ``count`` sequences, the median of some, and how much was guessed and came true."""
-    by_mode = dict(zip(MODES, workers, strict=True))
-    before = {mode: worker.status() for mode, worker in by_mode.items()}
+    before = {mode: worker.status() for mode, worker in workers.items()}
     rates: dict[str, list[float]] = {mode: [] for mode in MODES}
     for repeat in range(REPEATS):
         for mode in MODES if (turn + repeat) % 2 == 0 else reversed(MODES):
-            rates[mode].append(_rate(by_mode[mode], text, count, repeat * count))
+            rates[mode].append(_rate(workers[mode], text, count, repeat * count))
     found = {}
-    for mode, worker in by_mode.items():
+    for mode, worker in workers.items():
         after = worker.status()
         found[mode] = {
             "tokens_per_s": statistics.median(rates[mode]),
