@@ -121,7 +121,7 @@ def word(ratio: float, low: float, high: float) -> Word:
 class Overall(NamedTuple):
     """The geometric mean of a workload's ratios over its loads, bounded with 95%, and the verdict.
 
-    ``depends``: at one load splitting clearly wins, at another it clearly loses; their mean says nothing then.
+    ``depends``: splitting wins at one load and loses at another; their mean says nothing then.
     ``repeats`` is the share of further measurements like this one that would come to the same verdict.
     """
 
@@ -134,27 +134,32 @@ class Overall(NamedTuple):
 
 def overall(found: Sequence[tuple[Advantage, Draws]]) -> Overall:
     """One answer for a workload. Loads were measured one after another, so their draws are independent."""
-    ratio = float(np.exp(np.mean([np.log(each.ratio) for each, _ in found])))
-    draws = np.exp(np.mean([np.log(drawn) for _, drawn in found], axis=0))
+    logs, drawn = np.log([[each.ratio] for each, _ in found]), np.log([draws for _, draws in found])
+    ratio, draws = float(np.exp(logs.mean())), np.exp(drawn.mean(axis=0))
     low, high = _interval(draws)
-    said = _verdict(word(ratio, low, high), [each.word for each, _ in found])
+    noise = _noise(logs, drawn)
+    (depends,) = _depends(logs, noise)
+    said: Verdict = "depends" if depends else word(ratio, low, high)
     # What another measurement finds is spread around this one as the draws are around their median.
-    others = [
-        _again(ratio, low, high, draws),
-        *(_again(each.ratio, each.low, each.high, drawn) for each, drawn in found),
-    ]
-    repeats = np.mean([_verdict(mean, words) == said for mean, *words in zip(*others, strict=True)])
+    others = _depends(logs + drawn - np.median(drawn, axis=1, keepdims=True), noise)
+    means = [word(ratio * moved, low * moved, high * moved) for moved in draws / float(np.median(draws))]
+    repeats = np.mean([("depends" if turns else mean) == said for turns, mean in zip(others, means, strict=True)])
     return Overall(ratio, low, high, said, float(repeats))
 
 
-def _verdict(mean: Word, words: Sequence[Word]) -> Verdict:
-    return "depends" if {"split", "whole"} <= set(words) else mean
+def _noise(logs: Draws, drawn: Draws) -> Draws:
+    """By how much a load may be ahead of another by chance, 95%: ``[loads, loads]``, in logarithms."""
+    between = logs - logs.T
+    return between - np.array([[np.percentile(one - other, _INTERVAL[0]) for other in drawn] for one in drawn])
 
 
-def _again(ratio: float, low: float, high: float, draws: Draws) -> list[Word]:
-    """The words that as many other measurements would say."""
-    moved = draws / float(np.median(draws))
-    return [word(ratio * each, low * each, high * each) for each in moved]
+def _depends(logs: Draws, noise: Draws) -> npt.NDArray[np.bool_]:
+    """Of measurements ``[loads, measurements]``: whether splitting wins by 5% at one load and loses by 5% at another,
+    and the two are further apart than by chance.
+    """
+    worth, best, worst = float(np.log(WORTH)), logs.max(axis=0), logs.min(axis=0)
+    apart = best - worst > noise[logs.argmax(axis=0), logs.argmin(axis=0)]
+    return (best >= worth) & (worst <= -worth) & apart
 
 
 class Crossing(NamedTuple):

@@ -45,7 +45,7 @@ class Profile(NamedTuple):
     idle_seconds: float
 
 
-QUICK = Profile(2, 1, 30, 32, 2, 200, 8.0)
+QUICK = Profile(5, 1, 12, 32, 2, 200, 8.0)
 FULL = Profile(5, 3, 100, 64, 4, 200, 20.0)
 
 # Tokens in and out of a request: one whose time to first token is mostly overhead, and one that is mostly tokens.

@@ -124,6 +124,22 @@ def test_where_splitting_wins_at_one_load_and_loses_at_another_it_depends() -> N
     assert (whole.word, whole.repeats) == ("depends", 1)
 
 
+def test_each_load_alone_may_be_in_doubt_where_the_turn_is_not() -> None:
+    chosen = np.random.default_rng(0)
+
+    def noisy(ratio: float, spread: float) -> tuple[Advantage, numbers.Draws]:
+        draws = np.exp(chosen.normal(np.log(ratio), spread, numbers.DRAWS))
+        low, high = np.percentile(draws, [2.5, 97.5])
+        return Advantage("split raw", "gpu", ratio, low, high, numbers.word(ratio, low, high)), draws
+
+    one, other = noisy(1.12, 0.07), noisy(0.89, 0.07)
+    assert (one[0].word, other[0].word) == ("even", "even")
+    assert numbers.overall([one, other]).word == "depends"
+    # Not where the two differ by noise, nor where one of them is about equal.
+    assert numbers.overall([noisy(1.12, 0.12), noisy(0.89, 0.12)]).word == "even"
+    assert numbers.overall([noisy(1.03, 0.01), noisy(0.7, 0.01)]).word == "whole"
+
+
 def test_how_often_another_measurement_would_say_the_same() -> None:
     chosen = np.random.default_rng(0)
     drawn = {spread: np.exp(chosen.normal(np.log(1.2), spread, numbers.DRAWS)) for spread in (0.01, 0.09)}
