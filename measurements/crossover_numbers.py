@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, permutations
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -157,9 +157,13 @@ def _depends(logs: Draws, noise: Draws) -> npt.NDArray[np.bool_]:
     """Of measurements ``[loads, measurements]``: whether splitting wins by 5% at one load and loses by 5% at another,
     and the two are further apart than by chance.
     """
-    worth, best, worst = float(np.log(WORTH)), logs.max(axis=0), logs.min(axis=0)
-    apart = best - worst > noise[logs.argmax(axis=0), logs.argmin(axis=0)]
-    return (best >= worth) & (worst <= -worth) & apart
+    worth = float(np.log(WORTH))
+    pairs = permutations(range(len(logs)), 2)
+    turns = [
+        (logs[one] >= worth) & (logs[other] <= -worth) & (logs[one] - logs[other] > noise[one, other])
+        for one, other in pairs
+    ]
+    return np.any(turns, axis=0) if turns else np.zeros(logs.shape[1], np.bool_)
 
 
 class Crossing(NamedTuple):
