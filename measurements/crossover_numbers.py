@@ -149,8 +149,9 @@ def overall(found: Sequence[tuple[Advantage, Draws]]) -> Overall:
 
 def _noise(logs: Draws, drawn: Draws) -> Draws:
     """By how much a load may be ahead of another by chance, 95%: ``[loads, loads]``, in logarithms."""
-    between = logs - logs.T
-    return between - np.array([[np.percentile(one - other, _INTERVAL[0]) for other in drawn] for one in drawn])
+    lowest = np.array([[np.percentile(one - other, _INTERVAL[0]) for other in drawn] for one in drawn])
+    noise: Draws = logs - logs.T - lowest
+    return noise
 
 
 def _depends(logs: Draws, noise: Draws) -> npt.NDArray[np.bool_]:
