@@ -182,7 +182,7 @@ class LandingPlace:
     def _decode(self, header: Header, payload: memoryview, chunk: OpenChunk, share: Share) -> None:
         """Write a frame's heads into the rows of its layers."""
         planes = chunk.state.planes(header.first_layer, header.num_layers)
-        codec, element = codecs.by_wire_id(header.codec), codecs.CELL_ELEMENT[self._cell_type]
+        codec, element = self._codec_of(header, share), codecs.CELL_ELEMENT[self._cell_type]
         all_heads = self._geometry.num_kv_heads
         if share.num_kv_heads == all_heads:
             codec.decode(payload, header.element, element, planes, chunk.tokens)
@@ -194,9 +194,13 @@ class LandingPlace:
         for place, rows in zip(places, decoded, strict=True):
             place[:] = rows.reshape(place.shape)
 
+    def _codec_of(self, header: Header, share: Share) -> codecs.Codec:
+        """What a frame of the ticket travels by: see :meth:`~transfer.codecs.Codec.of_frame`."""
+        return self._codec.of_frame(plane_elements(share.geometry(self._geometry), header.num_tokens))
+
     def _due(self, progress: Progress, header: Header) -> Filling:
         """What ``header`` continues, or begins."""
-        codec = self._codec.of_frame(plane_elements(progress.share.geometry(self._geometry), header.num_tokens))
+        codec = self._codec_of(header, progress.share)
         if header.codec != codec.wire_id:
             raise ProtocolError(f"frame uses codec {header.codec} where {codec.wire_id} was due")
         tokens = range(header.start_token, header.start_token + header.num_tokens)

@@ -223,7 +223,8 @@ def test_a_transfer_that_fails_leaves_nothing_behind(running, context, geometry)
     with pytest.raises(LinkError, match="preempted"):
         running.client.collect(given_up)
     poisoned = running.client.reserve(kv.prompt, GREEDY, "kv")
-    kv.elements[0, 150 * ROW] = 0x7F80
+    # In the last chunk: nothing is submitted after it, when the worker may have cancelled already.
+    kv.elements[0, 195 * ROW] = 0x7F80
     kv.send(running, poisoned)
     with pytest.raises(CodecError):
         running.client.collect(poisoned)

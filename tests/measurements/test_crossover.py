@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -110,7 +111,8 @@ def test_a_whole_run(world: World, plan: Plan, where: Where, tmp_path: Path, cap
     assert len({ask.seed for ask in world.asked}) == len(world.asked)
     assert "split q8" in (tmp_path / "c.svg").read_text()
     printed = capsys.readouterr().out
-    assert "short chat: split: x2.0" in printed
+    # Times depend on drawn seeds by up to 2%.
+    assert re.search(r"short chat: split: x(1\.9[6-9]|2\.0[0-4]) ", printed)
     assert "no crossover, splitting is ahead at every point measured" in printed
 
 
