@@ -143,9 +143,12 @@ class LandingPlace:
         began = time.monotonic_ns()
         self._first_frame_ns = self._first_frame_ns or began
         progress = self._progress.setdefault(share, Progress(share, self._start_token))
+        codec = self._codec.of_frame(plane_elements(share.geometry(self._geometry), header.num_tokens))
+        if header.codec != codec.wire_id:
+            raise ProtocolError(f"frame uses codec {header.codec} where {codec.wire_id} was due")
         filling = self._due(progress, header)
         chunk = filling.chunk
-        self._decode(header, payload, chunk, share)
+        self._decode(codec, header, payload, chunk, share)
         filling.next_layer += header.num_layers
         if filling.next_layer == share.layers.stop:
             progress.filling.remove(filling)
@@ -179,10 +182,10 @@ class LandingPlace:
         for progress in self._progress.values():
             progress.filling.clear()
 
-    def _decode(self, header: Header, payload: memoryview, chunk: OpenChunk, share: Share) -> None:
+    def _decode(self, codec: codecs.Codec, header: Header, payload: memoryview, chunk: OpenChunk, share: Share) -> None:
         """Write a frame's heads into the rows of its layers."""
         planes = chunk.state.planes(header.first_layer, header.num_layers)
-        codec, element = self._codec_of(header, share), codecs.CELL_ELEMENT[self._cell_type]
+        element = codecs.CELL_ELEMENT[self._cell_type]
         all_heads = self._geometry.num_kv_heads
         if share.num_kv_heads == all_heads:
             codec.decode(payload, header.element, element, planes, chunk.tokens)
@@ -194,15 +197,8 @@ class LandingPlace:
         for place, rows in zip(places, decoded, strict=True):
             place[:] = rows.reshape(place.shape)
 
-    def _codec_of(self, header: Header, share: Share) -> codecs.Codec:
-        """What a frame of the ticket travels by: see :meth:`~transfer.codecs.Codec.of_frame`."""
-        return self._codec.of_frame(plane_elements(share.geometry(self._geometry), header.num_tokens))
-
     def _due(self, progress: Progress, header: Header) -> Filling:
         """What ``header`` continues, or begins."""
-        codec = self._codec_of(header, progress.share)
-        if header.codec != codec.wire_id:
-            raise ProtocolError(f"frame uses codec {header.codec} where {codec.wire_id} was due")
         tokens = range(header.start_token, header.start_token + header.num_tokens)
         begun, layers = progress.filling, progress.share.layers
         at = next((at for at, each in enumerate(begun) if each.chunk.tokens.start == tokens.start), len(begun))

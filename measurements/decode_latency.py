@@ -84,7 +84,7 @@ def to_logits(worker: LiveWorker, load: Load) -> Iterator[Sample]:
         worker.land(stream, hold_back=True)
         # Everything but that frame is injected by then.
         worker.take_for(0.5)
-        # A hypervisor gives away processors that have nothing to do, and brings them back tens of milliseconds late.
+        # A hypervisor may give away processors that have nothing to do, and bring them back late.
         worker.keep_awake(AWAKE_S)
         began = time.monotonic_ns()
         worker.land_rest(stream)
