@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import cpu_decode.profile
 from measurements import bandwidth, decode_latency, decode_speculation, decode_tune, result, targets
 from measurements.decode_latency import Load
 from measurements.decode_targets import verdicts
-from measurements.decode_ways import Setting, measure_batched_bench, measure_ours, measure_server
+from measurements.decode_ways import Rate, Setting, bench_rate, server_rate, worker_rate
 from measurements.decode_worker import live_worker
 from measurements.llama_tools import Tools, tools
 from transfer.config import Decode
@@ -31,6 +32,9 @@ BENCH, SERVER, DEFAULT = "llama-batched-bench", "llama-server", "llama-server, d
 # The step loops are compared with tuning off, as llama.cpp's programs have none of it.
 LOAD = Load()
 MAX_SEQUENCES = 200
+# How often each way decodes so many sequences in a round.
+TURNS = 3
+Ways = dict[str, Callable[[], AbstractContextManager[Rate]]]
 
 
 class Plan(NamedTuple):
@@ -114,7 +118,7 @@ def run(json: Path | None, plot: Path | None, rounds: int, setting: Setting, pro
 
 
 def measure(setting: Setting, programs: Tools, rounds: int, profile: str) -> Iterator[Sample]:
-    """All samples: throughput by every way in turn, the order shifted by one each round; then latency and memory."""
+    """All samples: throughput by every way in turns; then latency, memory and guessing."""
     few = setting._replace(
         sequences=tuple(n for n in setting.sequences if n >= LOAD.sequences) or setting.sequences[-1:]
     )
@@ -127,27 +131,46 @@ def measure(setting: Setting, programs: Tools, rounds: int, profile: str) -> Ite
         "cell_layout": shape.cell_layout,
         "flash_attention": shape.flash_attention,
     }
-    ways = {
-        OURS: lambda: measure_ours(setting, msgspec.structs.replace(setting.decode, **PLAIN)),
-        BENCH: lambda: measure_batched_bench(setting, programs),
-        SERVER: lambda: measure_server(setting, programs),
-        TUNED: lambda: measure_ours(few, tuned),
-        DEFAULT: lambda: measure_server(few, programs, defaults=True),
+    plain = msgspec.structs.replace(setting.decode, **PLAIN)
+    alike: Ways = {
+        BENCH: lambda: bench_rate(setting, programs),
+        OURS: lambda: worker_rate(setting, plain),
+        SERVER: lambda: server_rate(setting, programs),
     }
-    names = list(ways)
+    best: Ways = {
+        TUNED: lambda: worker_rate(few, tuned),
+        DEFAULT: lambda: server_rate(few, programs, defaults=True),
+    }
     for turn in range(rounds):
-        shift = turn % len(names)
         yield {
             "what": "bandwidth",
             "round": turn,
             "triad_gb_per_s": bandwidth.triad_gb_per_s(setting.threads),
             "read_gb_per_s": bandwidth.read_gb_per_s(setting.threads),
         }
-        for name in names[shift:] + names[:shift]:
-            for count, rate in ways[name]():
-                yield {"what": "rate", "way": name, "round": turn, "sequences": count, "tokens_per_s": rate}
+        for sample in itertools.chain(rates(setting, alike), rates(few, best)):
+            yield sample | {"round": turn}
         yield from latency(setting, LOAD, turn)
         yield from decode_speculation.measure(setting, turn)
+
+
+def rates(setting: Setting, ways: Ways) -> Iterator[Sample]:
+    """Throughput by each way, which are all up: for each number of sequences in turns, one computing at a time.
+
+    But for llama-batched-bench, which says a rate once, just before.
+    """
+    with ExitStack() as up:
+        found = {way: up.enter_context(start()) for way, start in ways.items()}
+        for count, repeat in itertools.product(setting.sequences, range(TURNS)):
+            for way, rate in found.items():
+                if way != BENCH or not repeat:
+                    yield {
+                        "what": "rate",
+                        "way": way,
+                        "repeat": repeat,
+                        "sequences": count,
+                        "tokens_per_s": rate(count),
+                    }
 
 
 def tuned_decode(setting: Setting, profile: str) -> Decode:
@@ -178,20 +201,26 @@ def latency(setting: Setting, load: Load, turn: int) -> Iterator[Sample]:
 
 
 def summarize(samples: list[Sample]) -> dict[str, Any]:
-    """Plain numbers; ratios are taken within a round and their medians reported."""
-    rates: dict[tuple[str, int, int], float] = {
-        (s["way"], s["sequences"], s["round"]): s["tokens_per_s"] for s in samples if s["what"] == "rate"
-    }
+    """Plain numbers; ratios are taken between neighbours in time and their medians reported."""
+    # By way, number of sequences and round: a rate for each turn.
+    found: dict[tuple[str, int, int], list[float]] = {}
+    for s in samples:
+        if s["what"] == "rate":
+            found.setdefault((s["way"], s["sequences"], s["round"]), []).append(s["tokens_per_s"])
     rounds = sorted({s["round"] for s in samples})
-    ways = list(dict.fromkeys(way for way, _, _ in rates))
-    counts = {way: sorted({count for name, count, _ in rates if name == way}) for way in ways}
+    ways = list(dict.fromkeys(way for way, _, _ in found))
+    counts = {way: sorted({count for name, count, _ in found if name == way}) for way in ways}
 
     def median(way: str, count: int) -> float:
-        return statistics.median(rates[way, count, turn] for turn in rounds)
+        return statistics.median(rate for turn in rounds for rate in found[way, count, turn])
 
     def ratios(one: str, other: str) -> dict[str, float]:
         return {
-            str(count): statistics.median(rates[one, count, turn] / rates[other, count, turn] for turn in rounds)
+            str(count): statistics.median(
+                ours / theirs
+                for turn in rounds
+                for ours, theirs in zip(found[one, count, turn], itertools.cycle(found[other, count, turn]))
+            )
             for count in counts[one]
             if count in counts[other]
         }
@@ -203,7 +232,9 @@ def summarize(samples: list[Sample]) -> dict[str, Any]:
         n: memory["weights_bytes"] + n * memory["context_tokens"] * memory["cell_bytes"] for n in counts[OURS]
     }
     achieved = {
-        str(n): statistics.median(rates[OURS, n, turn] / n * step_bytes[n] / 1e9 / reads[turn] for turn in rounds)
+        str(n): statistics.median(
+            statistics.median(found[OURS, n, turn]) / n * step_bytes[n] / 1e9 / reads[turn] for turn in rounds
+        )
         for n in counts[OURS]
     }
     return {

@@ -16,7 +16,7 @@ from cpu_decode import profile
 from cpu_decode.geometry import read_geometry
 from cpu_decode.profile import Profile, Tuned
 from measurements import result
-from measurements.decode_ways import Setting, measure_batched_bench, measure_ours, ours
+from measurements.decode_ways import Setting, bench_rate, ours, worker_rate
 from measurements.decode_worker import live_worker
 from measurements.llama_tools import Tools, tools
 
@@ -25,7 +25,10 @@ T = TypeVar("T")
 WORTHWHILE = 1.02
 # Many sequences, some, one, and a prompt count alike.
 COUNTS = (1, 8, 16)
+PREFILL = "prefill"
 Changes = dict[str, Any]
+# By what was measured: over the first candidate in the same round.
+Ratios = dict[str, float]
 # How cells can be laid out, and what then computes attention.
 SHAPES: dict[str, Changes] = {
     "unified": {"cell_layout": "unified", "flash_attention": True},
@@ -51,11 +54,15 @@ def run(setting: Setting, path: Path, rounds: int) -> None:
     host = result.environment()
     tuned = Tuned(threads=setting.threads, batch_threads=setting.threads, spin_count=1000, huge_pages=True, mmap=True)
     seen: dict[str, float] = {}
-    for axis in [shapes(setting.gguf), *axes(setting.threads, len(os.sched_getaffinity(0)))]:
+    cells = shapes(setting.gguf)
+    for axis in [cells, *axes(setting.threads, len(os.sched_getaffinity(0)))]:
         candidates = [msgspec.structs.replace(tuned, **changes) for changes in axis.values()]
-        scores = compare(setting, candidates, rounds, console)
+        ratios = compare(setting, candidates, rounds, console)
+        scores = [statistics.geometric_mean(each.values()) for each in ratios]
         seen |= dict(zip(axis, scores, strict=True))
         tuned = pick(candidates, scores)
+        if axis is cells:
+            seen |= gain_of_switching(ratios, candidates.index(tuned))
     batches = row_ns(setting, tuned)
     seen |= {f"{rows} rows over one": ns / batches[1] for rows, ns in batches.items()}
     seen |= look(setting, programs, console)
@@ -88,36 +95,44 @@ def fastest_shape(setting: Setting) -> Changes:
     Unified cells, which do more, stay unless another is clearly better.
     """
     found = shapes(setting.gguf)
-    rates = [
-        statistics.geometric_mean(
-            rate for _, rate in measure_ours(setting, msgspec.structs.replace(setting.decode, **changes))
-        )
-        for changes in found.values()
-    ]
+    rates = []
+    for changes in found.values():
+        with worker_rate(setting, msgspec.structs.replace(setting.decode, **changes)) as rate:
+            rates.append(statistics.geometric_mean(map(rate, setting.sequences)))
     return pick(list(found.values()), [rate / rates[0] for rate in rates])
 
 
-def compare(setting: Setting, candidates: Sequence[Tuned], rounds: int, console: Console) -> list[float]:
-    """Score of each: the geometric mean of its ratios to the first candidate within a round, medians of the rounds."""
-    ratios: list[list[float]] = [[] for _ in candidates]
+def compare(setting: Setting, candidates: Sequence[Tuned], rounds: int, console: Console) -> list[Ratios]:
+    """How fast each is, in prefill and by number of sequences: medians over the rounds."""
+    taken: list[list[Ratios]] = [[] for _ in candidates]
     for _ in range(rounds):
-        speeds = [list(speed(setting, candidate)) for candidate in candidates]
-        for index, measured in enumerate(speeds):
-            ratios[index].append(
-                statistics.geometric_mean(value / first for value, first in zip(measured, speeds[0], strict=True))
-            )
-            console.print(f"{candidates[index]}: {ratios[index][-1]:.3f}", highlight=False)
-    return [statistics.median(each) for each in ratios]
+        speeds = [dict(speed(setting, candidate)) for candidate in candidates]
+        for candidate, measured, earlier in zip(candidates, speeds, taken, strict=True):
+            earlier.append({what: value / speeds[0][what] for what, value in measured.items()})
+            console.print(f"{candidate}: {statistics.geometric_mean(earlier[-1].values()):.3f}", highlight=False)
+    return [{what: statistics.median(each[what] for each in earlier) for what in earlier[0]} for earlier in taken]
 
 
-def speed(setting: Setting, candidate: Tuned) -> Iterator[float]:
+def speed(setting: Setting, candidate: Tuned) -> Iterator[tuple[str, float]]:
     """Tokens/s of decoding at each of ``COUNTS``, and of prefill."""
     decode = msgspec.structs.replace(setting.decode, **msgspec.structs.asdict(candidate))
     with live_worker(setting.gguf, setting.room_for(decode)) as worker:
-        yield worker.status().prefill_tokens_per_s
+        yield PREFILL, worker.status().prefill_tokens_per_s
         ours(worker, 1, setting)
         for count in [count for count in COUNTS if count <= setting.sequences[-1]]:
-            yield ours(worker, count, setting)
+            yield f"{count} sequences", ours(worker, count, setting)
+
+
+def gain_of_switching(ratios: Sequence[Ratios], chosen: int) -> dict[str, float]:
+    """How much faster the best shape for a number of sequences is there than the chosen one, which is for all.
+
+    Near 1 everywhere: a worker that changed its shape with its load would gain nothing.
+    """
+    return {
+        f"best cells for {what} over the chosen": max(each[what] for each in ratios) / chosen_ratio
+        for what, chosen_ratio in ratios[chosen].items()
+        if what != PREFILL
+    }
 
 
 def pick(candidates: Sequence[T], scores: Sequence[float]) -> T:
@@ -148,10 +163,10 @@ def row_ns(setting: Setting, tuned: Tuned) -> dict[int, float]:
 def look(setting: Setting, programs: Tools, console: Console) -> dict[str, float]:
     """Tokens/s of llama-batched-bench under settings that no profile chooses, at the fewest and most sequences."""
     setting = setting._replace(sequences=tuple(dict.fromkeys((setting.sequences[0], setting.sequences[-1]))))
-    seen = {}
+    seen: dict[str, float] = {}
     for name, flags in VARIANTS.items():
-        for count, rate in measure_batched_bench(setting, programs, flags):
-            seen[f"{name}, {count} sequences, tokens/s"] = rate
+        with bench_rate(setting, programs, flags) as rate:
+            seen |= {f"{name}, {count} sequences, tokens/s": rate(count) for count in setting.sequences}
         console.print(f"looked at: {name}", highlight=False)
     return seen
 

@@ -1,13 +1,19 @@
-"""Decode throughput three ways: our worker, ``llama-batched-bench``, ``llama-server``; same file, threads and flags."""
+"""Decode throughput three ways: our worker, ``llama-batched-bench``, ``llama-server``; same file, threads and flags.
+
+Each way is a context manager that starts its program and gives a function from a number of sequences to tokens/s. Those
+numbers must ascend. Between two calls the program does nothing, so that several can be up and compared in turns.
+"""
 
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +23,7 @@ import msgspec
 import numpy as np
 
 from cpu_decode import profile
+from isthmus.children import die_with_parent
 from measurements.decode_worker import LiveWorker, live_worker
 from measurements.llama_tools import Tools
 from transfer.config import Decode
@@ -29,6 +36,8 @@ RUN_S = 1800.0
 WAIT_POLICY = {"GOMP_SPINCOUNT": "1000"}
 
 Arrivals = list[tuple[int, int]]
+# Tokens/s of so many sequences.
+Rate = Callable[[int], float]
 
 
 class Setting(NamedTuple):
@@ -95,18 +104,20 @@ def ours(worker: LiveWorker, count: int, setting: Setting) -> float:
     return steady_rate([list(zip(s.times_ns, s.counts, strict=True)) for s in streams])
 
 
-def measure_ours(setting: Setting, decode: Decode) -> Iterator[tuple[int, float]]:
-    """Number of sequences and tokens/s, in a worker started for it."""
+@contextmanager
+def worker_rate(setting: Setting, decode: Decode) -> Iterator[Rate]:
+    """Of a worker of ours with ``decode``."""
     with live_worker(setting.gguf, setting.room_for(decode)) as worker:
         ours(worker, 1, setting)
-        for count in setting.sequences:
-            yield count, ours(worker, count, setting)
+        yield lambda count: ours(worker, count, setting)
 
 
-def measure_batched_bench(setting: Setting, tools: Tools, more: Sequence[str] = ()) -> Iterator[tuple[int, float]]:
-    """The same as ``llama-batched-bench`` says it; prompts are prefilled, which takes most of its time.
+@contextmanager
+def bench_rate(setting: Setting, tools: Tools, more: Sequence[str] = ()) -> Iterator[Rate]:
+    """Of ``llama-batched-bench``, as it says it, once for each of the setting's numbers of sequences.
 
-    Flags in ``more`` take the place of ours.
+    It goes from one to the next by itself, and its prompts are prefilled, which takes most of its time: it is stopped
+    where it has said one rate. Flags in ``more`` take the place of ours.
     """
     command = [
         str(tools.batched_bench),
@@ -115,18 +126,39 @@ def measure_batched_bench(setting: Setting, tools: Tools, more: Sequence[str] = 
         *("-npl", ",".join(map(str, setting.sequences)), "--output-format", "jsonl"),
         *more,
     ]
-    done = subprocess.run(  # noqa: S603 ours
-        command, capture_output=True, text=True, check=False, timeout=RUN_S, env=tools.environment | WAIT_POLICY
-    )
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or len(rows) != len(setting.sequences):
-        raise EngineError(f"llama-batched-bench failed: {done.stderr[-1000:]}")
-    for row in rows:
-        yield row["pl"], row["speed_tg"]
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(  # noqa: S603 ours
+            command,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+            env=tools.environment | WAIT_POLICY,
+            preexec_fn=die_with_parent,
+        )
+        process.send_signal(signal.SIGSTOP)
+        too_late = threading.Timer(RUN_S, process.kill)
+        too_late.start()
+
+        def rate(count: int) -> float:
+            process.send_signal(signal.SIGCONT)
+            for line in process.stdout or ():
+                if line.startswith("{") and (row := json.loads(line))["pl"] == count:
+                    process.send_signal(signal.SIGSTOP)
+                    return float(row["speed_tg"])
+            said.seek(0)
+            raise EngineError(f"llama-batched-bench failed: {said.read()[-1000:]}")
+
+        try:
+            yield rate
+        finally:
+            too_late.cancel()
+            process.kill()
+            process.communicate()
 
 
-def measure_server(setting: Setting, tools: Tools, *, defaults: bool = False) -> Iterator[tuple[int, float]]:
-    """The same over HTTP from ``llama-server``, with our flags, or with its defaults and as many slots as are needed.
+@contextmanager
+def server_rate(setting: Setting, tools: Tools, *, defaults: bool = False) -> Iterator[Rate]:
+    """Of ``llama-server`` over HTTP with our flags, or with its defaults and as many slots as are needed.
 
     Prompts are in its slots' caches before the clock starts.
     """
@@ -136,10 +168,14 @@ def measure_server(setting: Setting, tools: Tools, *, defaults: bool = False) ->
     environment = tools.environment | ({} if defaults else WAIT_POLICY)
     with _server([str(tools.server), *flags, "-np", str(slots)], environment) as url:
         warm = 0
-        for count in setting.sequences:
+
+        def rate(count: int) -> float:
+            nonlocal warm
             _ask_all(url, prompts[warm:count], range(warm, count), 1)
             warm = max(warm, count)
-            yield count, steady_rate(_ask_all(url, prompts[:count], range(count), setting.new_tokens))
+            return steady_rate(_ask_all(url, prompts[:count], range(count), setting.new_tokens))
+
+        yield rate
 
 
 def _flags(setting: Setting) -> list[str]:

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
@@ -13,7 +18,7 @@ from measurements.decode_latency import Load, gaps_ns
 from measurements.decode_plot import draw
 from measurements.decode_targets import verdicts
 from measurements.decode_tune import axes, pick
-from measurements.decode_ways import Setting, measure_ours, steady_rate
+from measurements.decode_ways import Rate, Setting, bench_rate, steady_rate, worker_rate
 from measurements.decode_worker import Stream
 from transfer.config import Decode
 from transfer.errors import ConfigError, EngineError
@@ -30,7 +35,17 @@ def samples() -> list[dict[str, Any]]:
         for way in (decode.OURS, decode.BENCH, decode.SERVER, decode.TUNED, decode.DEFAULT):
             for count in (1, 8) if way not in (decode.TUNED, decode.DEFAULT) else (8,):
                 rate = speed * count if way == decode.OURS else 100.0 * count
-                made.append({"what": "rate", "way": way, "round": turn, "sequences": count, "tokens_per_s": rate})
+                made.extend(
+                    {
+                        "what": "rate",
+                        "way": way,
+                        "round": turn,
+                        "repeat": repeat,
+                        "sequences": count,
+                        "tokens_per_s": rate,
+                    }
+                    for repeat in range(1 if way == decode.BENCH else 3)
+                )
         made.append({"what": "handoff_to_logits", "round": turn, "ms": 3.0 + turn, "step_ms": 10.0})
         for what, worst in (("handoff", 11.0), ("prefill", 20.0)):
             for during, ms in (("quiet", 10.0), ("disturbed", worst)):
@@ -71,6 +86,79 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert summary["itl_p99_prefill_ratio"] == pytest.approx(2.0)
     assert summary["handoff_to_logits_ms"] == pytest.approx(3.5)
     assert summary["memory_overhead_fraction"] == pytest.approx(0.045)
+
+
+def test_ratios_are_between_neighbours_in_time() -> None:
+    """The machine gets twice as fast from turn to turn; in each, ours is a tenth faster."""
+    uneven = samples()
+    for sample in uneven:
+        if sample["what"] == "rate" and sample["way"] != decode.BENCH:
+            pace = 100.0 * 2 ** sample["repeat"] * (3 if sample["round"] else 1)
+            sample["tokens_per_s"] = 1.1 * pace if sample["way"] == decode.OURS else pace
+    summary = decode.summarize(uneven)
+    assert summary["vs_llama_server"]["8"] == pytest.approx(1.1)
+    # Of 110, 220, 440 and three times as much.
+    assert summary["tokens_per_s"][decode.OURS]["8"] == pytest.approx(385)
+
+
+def test_ways_take_turns_and_the_bench_says_its_rate_once() -> None:
+    asked: list[tuple[str, int]] = []
+
+    def way(name: str):
+        @contextmanager
+        def up() -> Iterator[Rate]:
+            yield lambda count: asked.append((name, count)) or float(count)
+
+        return up
+
+    setting = decode.setting(None, "1,4", 60, 24)
+    taken = list(decode.rates(setting, {name: way(name) for name in (decode.BENCH, decode.OURS, decode.SERVER)}))
+    assert asked == [(s["way"], s["sequences"]) for s in taken]
+    of_one = [(decode.OURS, 1), (decode.SERVER, 1)]
+    assert asked[:7] == [(decode.BENCH, 1), *3 * of_one]
+    assert asked[7] == (decode.BENCH, 4)
+
+
+class Said(NamedTuple):
+    """As much of llama.cpp's programs as is run."""
+
+    batched_bench: Path
+    environment: dict[str, str]
+
+
+def bench(folder: Path, script: str) -> Said:
+    program = folder / "bench"
+    program.write_text(f"#!{sys.executable}\nimport pathlib, sys, time\n{script}")
+    program.chmod(0o755)
+    return Said(program, {})
+
+
+def test_the_bench_stands_still_where_it_has_said_a_rate(tmp_path: Path) -> None:
+    programs = bench(
+        tmp_path,
+        f"""
+for count in (1, 4):
+    print("noise")
+    print('{{"pl": %d, "speed_tg": %d.5}}' % (count, count), flush=True)
+    time.sleep(0.2)
+    pathlib.Path({str(tmp_path)!r}, f"done {{count}}").touch()
+""",
+    )
+    with bench_rate(decode.setting(None, "1,4", 60, 24), programs) as rate:
+        assert rate(1) == 1.5
+        time.sleep(0.5)
+        assert not (tmp_path / "done 1").exists()
+        assert rate(4) == 4.5
+        assert (tmp_path / "done 1").exists()
+
+
+def test_a_bench_that_fails_says_why(tmp_path: Path) -> None:
+    programs = bench(tmp_path, "sys.exit('no memory for cells')")
+    with (
+        bench_rate(decode.setting(None, "1", 60, 24), programs) as rate,
+        pytest.raises(EngineError, match="llama-batched-bench failed: no memory for cells"),
+    ):
+        rate(1)
 
 
 def test_guessing_is_compared_within_a_round() -> None:
@@ -235,6 +323,14 @@ def test_tuning_keeps_what_is_hardly_worse() -> None:
     assert pick(others, [1.0, 1.021]) == others[1]
 
 
+def test_tuning_says_what_another_shape_for_each_load_would_gain() -> None:
+    unified = {"prefill": 1.0, "1 sequences": 1.0, "16 sequences": 1.0}
+    streams = {"prefill": 0.5, "1 sequences": 0.8, "16 sequences": 1.6}
+    names = ["best cells for 1 sequences over the chosen", "best cells for 16 sequences over the chosen"]
+    for chosen, gains in ((0, [1.0, 1.6]), (1, [1.25, 1.0])):
+        assert decode_tune.gain_of_switching([unified, streams], chosen) == dict(zip(names, gains, strict=True))
+
+
 def test_tuning_starts_every_axis_with_what_holds() -> None:
     assert [list(axis) for axis in axes(14, 28) if "threads 14" in axis] == [["threads 14", "threads 28", "threads 7"]]
     assert {"threads 1": {"threads": 1}} in axes(1, 1)
@@ -252,9 +348,9 @@ def test_a_real_worker_is_measured(default_pair) -> None:
         num_cells=1024,
         max_sequences=3,
     )
-    rates = dict(measure_ours(setting, setting.decode))
-    assert list(rates) == [1, 2]
-    assert all(rate > 0 for rate in rates.values())
+    taken = list(decode.rates(setting, {decode.OURS: lambda: worker_rate(setting, setting.decode)}))
+    assert [(sample["sequences"], sample["repeat"]) for sample in taken] == list(product((1, 2), range(decode.TURNS)))
+    assert all(sample["tokens_per_s"] > 0 for sample in taken)
     load = Load(sequences=2, handoff_tokens=100, handoffs=1, quiet_steps=20, short_tokens=60, short_handoffs=1)
     taken = list(decode.latency(setting, load, 7))
     assert {sample["round"] for sample in taken} == {7}
