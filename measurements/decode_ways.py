@@ -66,6 +66,8 @@ class Setting(NamedTuple):
             prefill_batch_tokens=self.ubatch_tokens,
             numa="off",
             pool_mib=0,
+            # What follows synthetic KV goes in circles, and is guessed more easily than any text.
+            speculate="off",
         )
 
     def room_for(self, decode: Decode) -> Decode:
