@@ -12,6 +12,7 @@ from transfer.config import Decode
 from transfer.keys import ServerKeys, secure_server
 from transfer.listen import bind
 from transfer.messages import MAX_MESSAGE_BYTES, FromWorker, encode
+from transfer.readiness import is_ready
 
 log = structlog.get_logger()
 
@@ -42,10 +43,9 @@ class Clients:
     def heard(self) -> Iterator[tuple[bytes, list[bytes]]]:
         """Who has said something, and the parts of it: what waits now, at most ``MESSAGES_PER_TURN``."""
         for _ in range(MESSAGES_PER_TURN):
-            try:
-                client, *parts = self.socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
+            if not is_ready(self.socket, zmq.POLLIN):
                 return
+            client, *parts = self.socket.recv_multipart(zmq.NOBLOCK)
             self._heard_ns[client] = time.monotonic_ns()
             yield client, parts
 

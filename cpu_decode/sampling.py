@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import llama_cpp
 import numpy as np
+import numpy.typing as npt
 
 from cpu_decode.grammar import Grammar
 from cpu_decode.llama import Context, Model
@@ -26,6 +27,8 @@ from cpu_decode.logprobs import token_logprob
 from cpu_decode.nucleus import Nucleus, apply
 from transfer.errors import RequestError
 from transfer.messages import Reserve, Sampling, TokenLogprob
+
+Logits = npt.NDArray[np.float32]
 
 _RANDOM_SEED = 0xFFFFFFFF  # LLAMA_DEFAULT_SEED: llama.cpp draws one
 _GREEDY_BELOW = 1e-5  # vLLM's _SAMPLING_EPS
@@ -85,13 +88,13 @@ class Sampler:
         forbids = self._grammar is not None or self._output_tokens < self._min_tokens
         if not forbids and self._num_top is None:
             self._output_tokens += 1
-            return Sampled(self._pick(context, row), None)
+            return Sampled(self._pick(context, row, context.live_logits(row)), None)
         logits = context.live_logits(row)
         # Other choices may sample from the same row.
         raw = logits.copy() if forbids else logits
         if forbids:
             logits[self._forbidden(logits.size)] = -np.inf
-        token = self._pick(context, row)
+        token = self._pick(context, row, logits)
         self._output_tokens += 1
         if self._grammar:
             self._grammar.accept(token)
@@ -114,22 +117,20 @@ class Sampler:
     def _chains(self) -> tuple[object, ...]:
         return (self._chain,) if self._before is None else (self._before, self._chain)
 
-    def _pick(self, context: Context, row: int) -> int:
+    def _pick(self, context: Context, row: int, logits: Logits) -> int:
         if not self._biased.size:
-            return self._choose(context, row)
-        logits = context.live_logits(row)
+            return self._choose(context, row, logits)
         kept = logits[self._biased]
         logits[self._biased] = kept + self._bias
-        token = self._choose(context, row)
+        token = self._choose(context, row, logits)
         logits[self._biased] = kept
         return token
 
-    def _choose(self, context: Context, row: int) -> int:
+    def _choose(self, context: Context, row: int, logits: Logits) -> int:
         if self._argmax:
-            return int(context.live_logits(row).argmax())
+            return int(logits.argmax())
         if self._nucleus is None:
             return int(llama_cpp.llama_sampler_sample(self._chain, context.handle, row))
-        logits = context.live_logits(row)
         if self._before is not None:
             candidates = context.candidates
             candidates["logit"] = logits
