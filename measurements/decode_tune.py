@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,8 +18,8 @@ from cpu_decode import profile
 from cpu_decode.geometry import read_geometry
 from cpu_decode.profile import Profile, Tuned
 from measurements import result
-from measurements.decode_ways import Setting, bench_rate, ours, worker_rate
-from measurements.decode_worker import live_worker
+from measurements.decode_ways import Rate, Setting, bench_rate, ours, worker_rate
+from measurements.decode_worker import LiveWorker, live_worker
 from measurements.llama_tools import Tools, tools
 
 T = TypeVar("T")
@@ -25,6 +27,7 @@ T = TypeVar("T")
 WORTHWHILE = 1.02
 # Many sequences, some, one, and a prompt count alike.
 COUNTS = (1, 8, 16)
+SHAPE_ROUNDS = 3
 PREFILL = "prefill"
 Changes = dict[str, Any]
 # By what was measured: over the first candidate in the same round.
@@ -90,37 +93,51 @@ def axes(cores: int, processors: int) -> list[dict[str, Changes]]:
 
 
 def fastest_shape(setting: Setting) -> Changes:
-    """The shape that decodes fastest at the setting's numbers of sequences, each tried once.
+    """The shape that decodes fastest at the setting's numbers of sequences.
 
     Unified cells, which do more, stay unless another is clearly better.
     """
-    found = shapes(setting.gguf)
-    rates = []
-    for changes in found.values():
-        with worker_rate(setting, msgspec.structs.replace(setting.decode, **changes)) as rate:
-            rates.append(statistics.geometric_mean(map(rate, setting.sequences)))
-    return pick(list(found.values()), [rate / rates[0] for rate in rates])
+    found = list(shapes(setting.gguf).values())
+    with ExitStack() as up:
+        decodes = [msgspec.structs.replace(setting.decode, **changes) for changes in found]
+        rates = [up.enter_context(worker_rate(setting, decode)) for decode in decodes]
+        ratios = in_turns(rates, setting.sequences, SHAPE_ROUNDS)
+    return pick(found, [statistics.geometric_mean(each.values()) for each in ratios])
 
 
 def compare(setting: Setting, candidates: Sequence[Tuned], rounds: int, console: Console) -> list[Ratios]:
-    """How fast each is, in prefill and by number of sequences: medians over the rounds."""
-    taken: list[list[Ratios]] = [[] for _ in candidates]
-    for _ in range(rounds):
-        speeds = [dict(speed(setting, candidate)) for candidate in candidates]
-        for candidate, measured, earlier in zip(candidates, speeds, taken, strict=True):
-            earlier.append({what: value / speeds[0][what] for what, value in measured.items()})
-            console.print(f"{candidate}: {statistics.geometric_mean(earlier[-1].values()):.3f}", highlight=False)
-    return [{what: statistics.median(each[what] for each in earlier) for what in earlier[0]} for earlier in taken]
+    """How fast each is over the first, in prefill and by number of sequences."""
+    with ExitStack() as up:
+        workers = [up.enter_context(started(setting, candidate)) for candidate in candidates]
+        prefill = [worker.status().prefill_tokens_per_s for worker in workers]
+        counts = [count for count in COUNTS if count <= setting.sequences[-1]]
+        ratios = in_turns([partial(ours, worker, setting=setting) for worker in workers], counts, rounds)
+    for candidate, each, tokens_per_s in zip(candidates, ratios, prefill, strict=True):
+        each[PREFILL] = tokens_per_s / prefill[0]
+        console.print(f"{candidate}: {statistics.geometric_mean(each.values()):.3f}", highlight=False)
+    return ratios
 
 
-def speed(setting: Setting, candidate: Tuned) -> Iterator[tuple[str, float]]:
-    """Tokens/s of decoding at each of ``COUNTS``, and of prefill."""
+@contextmanager
+def started(setting: Setting, candidate: Tuned) -> Iterator[LiveWorker]:
+    """A worker with those settings that has decoded before."""
     decode = msgspec.structs.replace(setting.decode, **msgspec.structs.asdict(candidate))
     with live_worker(setting.gguf, setting.room_for(decode)) as worker:
-        yield PREFILL, worker.status().prefill_tokens_per_s
         ours(worker, 1, setting)
-        for count in [count for count in COUNTS if count <= setting.sequences[-1]]:
-            yield f"{count} sequences", ours(worker, count, setting)
+        yield worker
+
+
+def in_turns(rates: Sequence[Rate], counts: Sequence[int], rounds: int) -> list[Ratios]:
+    """Of each, over the first one, by number of sequences: medians of neighbours in time.
+
+    All are up and take turns: between one start and the next a host may have changed its pace.
+    """
+    ratios: list[Ratios] = [{} for _ in rates]
+    for count in counts:
+        taken = [[rate(count) for rate in rates] for _ in range(rounds)]
+        for index, each in enumerate(ratios):
+            each[f"{count} sequences"] = statistics.median(turn[index] / turn[0] for turn in taken)
+    return ratios
 
 
 def gain_of_switching(ratios: Sequence[Ratios], chosen: int) -> dict[str, float]:

@@ -11,7 +11,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from functools import cached_property
 from http import HTTPStatus
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ HEARTBEAT_S = 1.0
 SILENCE_S = 3.0
 STREAM_SILENCE_S = 300.0
 _CONNECT_S = 3.0
+_REST_S = 0.05
 # Less than the 5 s after which uvicorn, vLLM's server, closes a connection: none is used that is just being closed.
 _KEEP_ALIVE_S = 3.0
 _GREEDY_BELOW = 1e-5  # vLLM's _SAMPLING_EPS
@@ -279,6 +280,7 @@ class PrefillNode:
                     for copy in range(copies):
                         yield delta._replace(choice=delta.choice + copy)
                 if chunk.usage and not chunk.choices and not open_choices:
+                    await _read_rest(events)
                     yield Counts(copies * chunk.usage.completion_tokens, chunk.usage.cached_tokens)
                     return
         raise EngineError("vLLM's stream ended before its answer did")
@@ -328,6 +330,14 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncGenerator[bytearray,
             event = line.rstrip(b"\r")
             if event.startswith(_DATA) and event != _DONE:
                 yield event[len(_DATA) :]
+
+
+async def _read_rest(events: AsyncGenerator[bytearray, None]) -> None:
+    """Read what is left of a complete answer, if it comes at once: a connection read to its end serves again."""
+    with suppress(TimeoutError, aiohttp.ClientError):
+        async with asyncio.timeout(_REST_S):
+            async for _ in events:
+                pass
 
 
 def _structured_outputs(sampling: Sampling) -> dict[str, Any] | None:

@@ -323,6 +323,13 @@ def test_tuning_keeps_what_is_hardly_worse() -> None:
     assert pick(others, [1.0, 1.021]) == others[1]
 
 
+def test_candidates_are_compared_with_their_neighbours_in_time() -> None:
+    """A machine that gets slower all the time; the second candidate is half as fast with one sequence."""
+    paces = iter(1000.0 / turn for turn in range(1, 7) for _ in range(2))
+    ratios = decode_tune.in_turns([lambda _: next(paces), lambda count: next(paces) / (2 / count)], (1, 2), 3)
+    assert ratios == [{"1 sequences": 1.0, "2 sequences": 1.0}, {"1 sequences": 0.5, "2 sequences": 1.0}]
+
+
 def test_tuning_says_what_another_shape_for_each_load_would_gain() -> None:
     unified = {"prefill": 1.0, "1 sequences": 1.0, "16 sequences": 1.0}
     streams = {"prefill": 0.5, "1 sequences": 0.8, "16 sequences": 1.6}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 
 import pytest
@@ -60,6 +62,42 @@ def test_events_may_be_long_and_cut_anywhere(separator: str, piece_bytes: int):
     assert first == Delta(LONG, None, 0, (7,))
     assert second == Delta(" end", "length", 0, (8,))
     assert counts == Counts(2, 0)
+
+
+def chunk(data: bytes) -> bytes:
+    return f"{len(data):x}\r\n".encode() + data + b"\r\n"
+
+
+@pytest.mark.parametrize(("ended", "connections"), [(True, 1), (False, 2)], ids=["to its end", "left open"])
+def test_a_connection_serves_again_where_a_stream_ends(ended: bool, connections: int):
+    asked = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError):
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+                if length := re.search(r"content-length: (\d+)", head):
+                    await reader.readexactly(int(length[1]))
+                    asked.add(writer)
+                writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+                writer.write(chunk(answer("\n\n")) + (b"0\r\n\r\n" if ended else b""))
+        writer.close()
+
+    async def ask_twice() -> list[list[Delta | Counts]]:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            host, port = server.sockets[0].getsockname()
+            node = PrefillNode(f"{host}:{port}", "tiny", 1)
+            heartbeat = asyncio.create_task(node.run())
+            try:
+                return [[each async for each in node.stream("r", [1, 2, 3], Sampling(max_tokens=2))] for _ in range(2)]
+            finally:
+                heartbeat.cancel()
+                await asyncio.gather(heartbeat, return_exceptions=True)
+
+    first, second = asyncio.run(ask_twice())
+    assert first == second
+    assert first[-1] == Counts(2, 0)
+    assert len(asked) == connections
 
 
 def test_a_stream_that_ends_early_is_no_answer():
