@@ -60,7 +60,9 @@ def run(setting: Setting, path: Path, rounds: int) -> None:
     cells = shapes(setting.gguf)
     for axis in [cells, *axes(setting.threads, len(os.sched_getaffinity(0)))]:
         candidates = [msgspec.structs.replace(tuned, **changes) for changes in axis.values()]
-        ratios = compare(setting, candidates, rounds, console)
+        # A shape for each load is thought of, so that they are looked at one by one.
+        counts = setting.sequences if axis is cells else [n for n in COUNTS if n <= setting.sequences[-1]]
+        ratios = compare(setting, candidates, counts, rounds, console)
         scores = [statistics.geometric_mean(each.values()) for each in ratios]
         seen |= dict(zip(axis, scores, strict=True))
         tuned = pick(candidates, scores)
@@ -105,12 +107,13 @@ def fastest_shape(setting: Setting) -> Changes:
     return pick(found, [statistics.geometric_mean(each.values()) for each in ratios])
 
 
-def compare(setting: Setting, candidates: Sequence[Tuned], rounds: int, console: Console) -> list[Ratios]:
+def compare(
+    setting: Setting, candidates: Sequence[Tuned], counts: Sequence[int], rounds: int, console: Console
+) -> list[Ratios]:
     """How fast each is over the first, in prefill and by number of sequences."""
     with ExitStack() as up:
         workers = [up.enter_context(started(setting, candidate)) for candidate in candidates]
         prefill = [worker.status().prefill_tokens_per_s for worker in workers]
-        counts = [count for count in COUNTS if count <= setting.sequences[-1]]
         ratios = in_turns([partial(ours, worker, setting=setting) for worker in workers], counts, rounds)
     for candidate, each, tokens_per_s in zip(candidates, ratios, prefill, strict=True):
         each[PREFILL] = tokens_per_s / prefill[0]
