@@ -11,7 +11,7 @@ import simpy
 
 from measurements.profiles import CodecCost, Setup
 from measurements.roofline import wire_seconds
-from measurements.simulate_engine import Cores, Engine, NoRoomError
+from measurements.simulate_engine import Cores, Engine, NoRoomError, Process
 from measurements.simulate_router import route
 from measurements.workloads import Ask, Workload, asks
 
@@ -46,7 +46,7 @@ class Cluster:
         self.env = env
         self.setup = setup
         self.codec = codec
-        shared = Cores(env) if setup.shared_cores else None
+        self._shared = shared = Cores(env) if setup.shared_cores else None
         self.gpus = [Engine(env, setup.gpu, setup.model, shared or Cores(env)) for _ in range(setup.gpu.nodes)]
         self.cpus = [Engine(env, setup.cpu, setup.model, shared or Cores(env)) for _ in range(setup.cpu.nodes)]
         self.wire = simpy.Resource(env, capacity=1)
@@ -79,12 +79,19 @@ class Cluster:
         self._decoding[engine] -= 1
         return first_s
 
+    def _hand_over(self, seconds: float) -> Process:
+        """What a handoff adds is work, of encoding, frames and injection: it takes cores that the engines share."""
+        if self._shared:
+            yield from self._shared.compute(seconds)
+        else:
+            yield self.env.timeout(seconds)
+
     def _split(self, ask: Ask, worker: Engine) -> Generator[simpy.Event, Any, float]:
         """Reserve, prefill, send while prefill runs, decode: ARCHITECTURE.md, the life of a split request."""
         self._decoding[worker] += 1
         reserved = worker.submit(ask.prompt_tokens, ask.output_tokens - 1, shared=ask.shared_tokens, landing=True)
         yield reserved.admitted
-        yield self.env.timeout(self.setup.link.handoff_ms / 1e3)
+        yield from self._hand_over(self.setup.link.handoff_ms / 1e3)
         missing = ask.prompt_tokens - reserved.borrowed
         sending: list[simpy.Event] = []
 

@@ -20,7 +20,7 @@ from measurements.roofline import (
     weight_bytes,
     wire_seconds,
 )
-from measurements.simulate import ARCHITECTURES, ROUNDS, Architecture, Run, simulate
+from measurements.simulate import ARCHITECTURES, ROUNDS, Architecture, Cluster, Run, simulate
 from measurements.simulate_engine import Cores, Engine, NoRoomError
 from measurements.workloads import WORKLOADS, Workload, asks
 
@@ -121,6 +121,22 @@ def test_room_for_kv_is_what_the_weights_leave() -> None:
     room = 0.01 * 2**30 - 1e6
     assert kv_capacity_tokens(SETUP.gpu, MODEL) == int(room / kv_bytes_per_token(MODEL))
     assert kv_capacity_tokens(device("vllm", memory_gib=0.0001), MODEL) == 0
+
+
+@pytest.mark.parametrize(("shared", "handed_over_s", "stepped_s"), [(False, 0.5, 1.0), (True, 1.0, 1.5)])
+def test_a_handoff_is_work_for_cores_that_engines_share(shared: bool, handed_over_s: float, stepped_s: float) -> None:
+    env = simpy.Environment()
+    cluster = Cluster(env, msgspec.structs.replace(SETUP, shared_cores=shared), RAW)
+    ended: dict[str, float] = {}
+
+    def until(what: str, work: Generator[simpy.Event]) -> Generator[simpy.Event]:
+        yield from work
+        ended[what] = env.now
+
+    env.process(until("handoff", cluster._hand_over(0.5)))
+    env.process(until("step", cluster.cpus[0]._cores.compute(1.0)))
+    env.run()
+    assert ended == {"handoff": pytest.approx(handed_over_s), "step": pytest.approx(stepped_s)}
 
 
 def test_one_request_takes_its_prefill_and_its_steps() -> None:
