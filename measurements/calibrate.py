@@ -15,6 +15,8 @@ from transfer.errors import ConfigError
 
 # The shape of the default pair, which `measure prefill` and `measure decode` are about unless told otherwise.
 MEASURED_MODEL = "smollm2-135m"
+# As `measure decode` calls it.
+OUR_WORKER = "isthmus"
 _REWEIGHTINGS = 60
 # Relative; smaller ones would let single points decide.
 _NO_ERROR = 1e-4
@@ -85,8 +87,7 @@ def with_engines(setup: Setup, folder: Path) -> Setup:
         setup = msgspec.structs.replace(setup, gpu=prefill_set(setup.gpu, setup.model, seen))
     if (envelope := envelope_of(folder / "decode.json", "decode")) is not None:
         context = next(s["context_tokens"] for s in envelope["samples"] if s.get("what") == "memory")
-        # The first way is our worker's.
-        rates = next(iter(envelope["summary"]["tokens_per_s"].values()))
+        rates = envelope["summary"]["tokens_per_s"][OUR_WORKER]
         steps = [StepTime(int(count), context, int(count) / rate) for count, rate in rates.items()]
         setup = msgspec.structs.replace(setup, cpu=decode_set(setup.cpu, setup.model, steps))
     return setup

@@ -17,6 +17,7 @@ from rich.table import Table
 
 import cpu_decode.profile
 from measurements import bandwidth, decode_latency, decode_speculation, decode_tune, result, targets
+from measurements.calibrate import OUR_WORKER
 from measurements.decode_latency import Load
 from measurements.decode_targets import verdicts
 from measurements.decode_ways import Rate, Setting, bench_rate, server_rate, worker_rate
@@ -27,7 +28,7 @@ from transfer.errors import ConfigError
 
 Sample = dict[str, Any]
 
-OURS, TUNED = "isthmus", "isthmus, tuned"
+OURS, TUNED = OUR_WORKER, f"{OUR_WORKER}, tuned"
 BENCH, SERVER, DEFAULT = "llama-batched-bench", "llama-server", "llama-server, defaults"
 # The step loops are compared with tuning off, as llama.cpp's programs have none of it.
 LOAD = Load()

@@ -145,7 +145,8 @@ def test_the_command_reads_a_result(truth: Setup, plan: Plan, tmp_path: Path) ->
 def test_results_of_the_components_set_the_engines(truth: Setup, tmp_path: Path) -> None:
     rates = {str(n): {"vLLM alone": n / prefill_seconds(truth.gpu, MODEL, n)} for n in (128, 900)}
     steps = {str(n): n / step_seconds(truth.cpu, MODEL, [900] * n, []) for n in (1, 8)}
-    for measure, summary in (("prefill", {"tokens_per_s": rates}), ("decode", {"tokens_per_s": {"isthmus": steps}})):
+    ways = {"llama-batched-bench": {"1": 1.0, "8": 2.0}, "isthmus": steps}
+    for measure, summary in (("prefill", {"tokens_per_s": rates}), ("decode", {"tokens_per_s": ways})):
         samples = [{"what": "memory", "context_tokens": 900}]
         envelope = {"schema": "isthmus.measure/1", "measure": measure, "samples": samples, "summary": summary}
         (tmp_path / f"{measure}.json").write_text(json.dumps(envelope))
