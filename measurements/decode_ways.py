@@ -138,22 +138,24 @@ def bench_rate(setting: Setting, tools: Tools, more: Sequence[str] = ()) -> Iter
             preexec_fn=die_with_parent,
         )
         process.send_signal(signal.SIGSTOP)
-        too_late = threading.Timer(RUN_S, process.kill)
-        too_late.start()
 
         def rate(count: int) -> float:
+            too_late = threading.Timer(RUN_S, process.kill)
+            too_late.start()
             process.send_signal(signal.SIGCONT)
-            for line in process.stdout or ():
-                if line.startswith("{") and (row := json.loads(line))["pl"] == count:
-                    process.send_signal(signal.SIGSTOP)
-                    return float(row["speed_tg"])
+            try:
+                for line in process.stdout or ():
+                    if line.startswith("{") and (row := json.loads(line))["pl"] == count:
+                        process.send_signal(signal.SIGSTOP)
+                        return float(row["speed_tg"])
+            finally:
+                too_late.cancel()
             said.seek(0)
             raise EngineError(f"llama-batched-bench failed: {said.read()[-1000:]}")
 
         try:
             yield rate
         finally:
-            too_late.cancel()
             process.kill()
             process.communicate()
 
