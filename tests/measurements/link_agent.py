@@ -21,7 +21,8 @@ def serving(folder):
     try:
         yield agent, endpoint
     finally:
-        if thread.is_alive():
+        # Once it has been told to leave, nobody answers, though its thread may not have ended yet.
+        if thread.is_alive() and not agent._left:
             with ordering(endpoint) as ask:
                 ask(encode(Leave()))
         thread.join(20)
