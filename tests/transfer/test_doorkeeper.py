@@ -187,7 +187,8 @@ def test_a_flood_of_refusals_is_logged_about_once_a_second(proxy_door: Echo, fol
         for _ in range(8):
             assert not answered(proxy_door.port, unknown(folder), 50)
         assert answered(proxy_door.port, keys.client(folder, "proxy"), ANSWER_MS)
-    assert proxy_door.doorkeeper.refused == 8
+    # A client may try again before it is closed.
+    assert 8 <= proxy_door.doorkeeper.refused <= 16
     assert len(logs) < 8
 
 
