@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,8 +18,7 @@ from cpu_decode import profile
 from cpu_decode.geometry import read_geometry
 from cpu_decode.profile import Profile, Tuned
 from measurements import result
-from measurements.decode_ways import Rate, Setting, bench_rate, ours, worker_rate
-from measurements.decode_worker import LiveWorker, live_worker
+from measurements.decode_ways import Rate, Setting, bench_rate, ours, warm_worker, worker_rate
 from measurements.llama_tools import Tools, tools
 
 T = TypeVar("T")
@@ -112,22 +111,14 @@ def compare(
 ) -> list[Ratios]:
     """How fast each is over the first, in prefill and by number of sequences."""
     with ExitStack() as up:
-        workers = [up.enter_context(started(setting, candidate)) for candidate in candidates]
+        decodes = [msgspec.structs.replace(setting.decode, **msgspec.structs.asdict(each)) for each in candidates]
+        workers = [up.enter_context(warm_worker(setting, decode)) for decode in decodes]
         prefill = [worker.status().prefill_tokens_per_s for worker in workers]
         ratios = in_turns([partial(ours, worker, setting=setting) for worker in workers], counts, rounds)
     for candidate, each, tokens_per_s in zip(candidates, ratios, prefill, strict=True):
         each[PREFILL] = tokens_per_s / prefill[0]
         console.print(f"{candidate}: {statistics.geometric_mean(each.values()):.3f}", highlight=False)
     return ratios
-
-
-@contextmanager
-def started(setting: Setting, candidate: Tuned) -> Iterator[LiveWorker]:
-    """A worker with those settings that has decoded before."""
-    decode = msgspec.structs.replace(setting.decode, **msgspec.structs.asdict(candidate))
-    with live_worker(setting.gguf, setting.room_for(decode)) as worker:
-        ours(worker, 1, setting)
-        yield worker
 
 
 def in_turns(rates: Sequence[Rate], counts: Sequence[int], rounds: int) -> list[Ratios]:

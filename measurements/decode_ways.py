@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,9 +110,16 @@ def ours(worker: LiveWorker, count: int, setting: Setting) -> float:
 @contextmanager
 def worker_rate(setting: Setting, decode: Decode) -> Iterator[Rate]:
     """Of a worker of ours with ``decode``."""
+    with warm_worker(setting, decode) as worker:
+        yield partial(ours, worker, setting=setting)
+
+
+@contextmanager
+def warm_worker(setting: Setting, decode: Decode) -> Iterator[LiveWorker]:
+    """A worker of ours with ``decode`` that has decoded before."""
     with live_worker(setting.gguf, setting.room_for(decode)) as worker:
         ours(worker, 1, setting)
-        yield lambda count: ours(worker, count, setting)
+        yield worker
 
 
 @contextmanager
