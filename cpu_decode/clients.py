@@ -49,12 +49,12 @@ class Clients:
             self._heard_ns[client] = time.monotonic_ns()
             yield client, parts
 
-    def send(self, client: bytes, message: FromWorker) -> bool:
-        """Queue ``message``; False if the client is gone or has stopped reading."""
+    def send(self, client: bytes, *messages: FromWorker) -> bool:
+        """Queue ``messages``, each a part of one; False, and none is, if the client is gone or has stopped reading."""
         try:
-            self.socket.send_multipart([client, encode(message)], zmq.NOBLOCK)
+            self.socket.send_multipart([client, *map(encode, messages)], zmq.NOBLOCK)
         except zmq.ZMQError as error:
-            request_id = getattr(message, "request_id", "")
+            request_id = getattr(messages[0], "request_id", "")
             # A client that only asked how we are may leave before it hears.
             say = log.warning if request_id else log.debug
             say("could not answer a client", request_id=request_id, reason=str(error))

@@ -67,10 +67,11 @@ class LandingPool:
 
 
 class LandingReport(NamedTuple):
-    """What a finished transfer cost: the sender's part and the receiver's."""
+    """What a finished transfer cost: the sender's part and the receiver's. The last data came at ``last_data_ns``."""
 
     sender: SenderReport
     wire_ns: int
+    last_data_ns: int
     decode_frame_ns: int
 
 
@@ -135,11 +136,12 @@ class LandingPlace:
         self._start_token = start_token
         self._progress: dict[Share, Progress] = {}
         self._open: dict[int, OpenChunk] = {}
-        self._first_frame_ns = 0
+        self._first_frame_ns = self._last_data_ns = 0
         self._decode_frame_ns = 0
 
-    def data(self, header: Header, payload: memoryview, share: Share) -> None:
+    def data(self, header: Header, payload: memoryview, share: Share, received_ns: int) -> None:
         """Decode one frame into its place; raises :class:`ProtocolError` or :class:`CodecError`."""
+        self._last_data_ns = received_ns
         began = time.monotonic_ns()
         self._first_frame_ns = self._first_frame_ns or began
         progress = self._progress.setdefault(share, Progress(share, self._start_token))
@@ -167,7 +169,7 @@ class LandingPlace:
                 f"transfer ended with {landed} of {self._num_tokens} tokens landed, {report.num_tokens} sent"
             )
         wire_ns = time.monotonic_ns() - self._first_frame_ns
-        self._on_end(LandingReport(report, wire_ns, self._decode_frame_ns))
+        self._on_end(LandingReport(report, wire_ns, self._last_data_ns, self._decode_frame_ns))
 
     def fail(self, error: IsthmusError) -> None:
         """Give half-filled buffers back and pass the error on."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ _LOAD_MODE = {  # enum llama_load_mode by (mapped, locked)
 _FLASH_ATTENTION = {False: 0, True: 1}  # enum llama_flash_attn_type
 _NO_CELLS = 1  # what llama_decode returns then
 _PIECE_BYTES = 256
+_KNOWN_PIECES = 8192
 _LOG_INFO_LEVEL, _LOG_ERROR_LEVEL = 2, 4
 # llama_kv_cache says of K and of V whether it rotates what it keeps.
 _ROTATION = re.compile(r"\battn_rot_([kv]) = ([01])")
@@ -45,6 +46,11 @@ TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32
 TokenData = npt.NDArray[np.void]
 # Writes the state of some positions of a sequence into a buffer; see :meth:`Context.save`.
 Saver = Callable[[range, npt.NDArray[np.uint8]], None]
+
+
+# As a number: an object that points to the logits would be made, and looked into, at every step.
+_logits_address = ctypes.CDLL(llama_cpp.llama_cpp._lib._name).llama_get_logits
+_logits_address.argtypes, _logits_address.restype = (ctypes.c_void_p,), ctypes.c_void_p
 
 
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
@@ -75,6 +81,8 @@ class Model:
         self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(self.vocab))
         self.end_tokens = [t for t in range(self.vocab_size) if llama_cpp.llama_vocab_is_eog(self.vocab, t)]
         self._piece = ctypes.create_string_buffer(_PIECE_BYTES)
+        # Texts repeat their tokens, and llama.cpp is asked anew only after that many others.
+        self.piece = lru_cache(_KNOWN_PIECES)(self._ask_piece)
         self._contexts = 0
         self._closed = False
 
@@ -102,7 +110,7 @@ class Model:
         """Size of all tensors."""
         return int(llama_cpp.llama_model_size(self.handle))
 
-    def piece(self, token: int) -> bytes:
+    def _ask_piece(self, token: int) -> bytes:
         """The bytes that ``token`` stands for; control tokens stand for none."""
         length = llama_cpp.llama_token_to_piece(self.vocab, token, self._piece, _PIECE_BYTES, 0, False)
         if length < 0:
@@ -139,52 +147,67 @@ class Model:
 
 
 class Batch:
-    """One llama_batch over numpy arrays, filled row by row and reused for every step."""
+    """One llama_batch, filled row by row and reused for every step.
+
+    Rows gather in lists and go into C's arrays at once: a step has few of them, and each array costs a call.
+    """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.size = 0
-        self._tokens = np.zeros(capacity, np.int32)
-        self._positions = np.zeros(capacity, np.int32)
+        self._rows: tuple[list[int], ...] = ([], [], [], [])
+        self._arrays = tuple(np.zeros(capacity, kind) for kind in (np.int32, np.int32, np.int32, np.int8))
+        tokens, positions, seq_ids, logits = self._arrays
         self._counts = np.ones(capacity, np.int32)
-        self._seq_ids = np.zeros(capacity, np.int32)
-        self._logits = np.zeros(capacity, np.int8)
-        base = self._seq_ids.ctypes.data
-        self._seq_pointers = np.array([base + 4 * row for row in range(capacity)], np.uintp)
+        self._seq_pointers = np.array([seq_ids.ctypes.data + 4 * row for row in range(capacity)], np.uintp)
         self._struct = llama_cpp.llama_batch(
             n_tokens=0,
-            token=self._tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            token=tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
             embd=None,
-            pos=self._positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            pos=positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
             n_seq_id=self._counts.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
             seq_id=self._seq_pointers.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
-            logits=self._logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+            logits=logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
+
+    @property
+    def size(self) -> int:
+        """How many rows there are."""
+        return len(self._rows[0])
 
     def clear(self) -> None:
         """Forget the rows."""
-        self.size = 0
+        self._rows = ([], [], [], [])
 
     def add(self, seq_id: int, position: int, tokens: list[int], *, want_logits: int) -> int:
         """Append ``tokens`` of one sequence from ``position`` on; returns the row of the last one.
 
         Logits are computed of the last ``want_logits`` of them.
         """
-        first, last = self.size, self.size + len(tokens)
-        if last > self.capacity:
-            raise EngineError(f"batch of {last} tokens is over its capacity of {self.capacity}")
-        self._tokens[first:last] = tokens
-        self._positions[first:last] = np.arange(position, position + len(tokens))
-        self._seq_ids[first:last] = seq_id
-        self._logits[first:last] = 0
-        self._logits[last - want_logits : last] = 1
-        self.size = last
-        return last - 1
+        count = len(tokens)
+        if self.size + count > self.capacity:
+            raise EngineError(f"batch of {self.size + count} tokens is over its capacity of {self.capacity}")
+        all_tokens, positions, seq_ids, logits = self._rows
+        all_tokens += tokens
+        positions += range(position, position + count)
+        seq_ids += [seq_id] * count
+        logits += [0] * (count - want_logits) + [1] * want_logits
+        return self.size - 1
+
+    def output(self, row: int) -> int:
+        """Where the logits of ``row`` are among those that were asked for."""
+        return sum(self._rows[3][:row])
+
+    @property
+    def outputs(self) -> int:
+        """How many rows have logits."""
+        return sum(self._rows[3])
 
     @property
     def struct(self) -> Any:
-        """The C struct with the current number of rows."""
+        """The C struct with the current rows."""
         self._struct.n_tokens = self.size
+        for array, rows in zip(self._arrays, self._rows, strict=True):
+            array[: self.size] = rows
         return self._struct
 
 
@@ -243,7 +266,9 @@ class Context:
                 "LLAMA_ATTN_ROT_DISABLE, or set [decode] cell_type to f16 or bf16"
             )
         self._memory = llama_cpp.llama_get_memory(self.handle)
-        self._row = ctypes.c_float * model.vocab_size
+        self._computed = Batch(0)
+        self._place = (0, 0)
+        self._outputs = np.empty((0, model.vocab_size), np.float32)
         # Of samplers, which run one after the other: fresh pages for every token would cost as much as the sampling.
         self.scratch = np.empty((2, model.vocab_size), np.float32)
         self.candidates: TokenData = np.zeros(model.vocab_size, TOKEN_DATA)
@@ -267,6 +292,9 @@ class Context:
             raise CapacityError(f"no cells are free for a batch of {batch.size} tokens")
         if code:
             raise EngineError(f"llama_decode returned {code} for a batch of {batch.size} tokens")
+        self._computed = batch
+        if batch.outputs:
+            self._find_outputs()
 
     def inject(self, chunk: ChunkState | StateBlob, seq_id: int) -> None:
         """Append ``chunk`` to the cells of ``seq_id``. Raises :class:`EngineError` and leaves no cell behind."""
@@ -314,10 +342,17 @@ class Context:
 
     def live_logits(self, row: int) -> npt.NDArray[np.float32]:
         """The logits of batch row ``row`` that samplers read, fp32 ``[vocab_size]``; valid until the next batch."""
-        pointer = llama_cpp.llama_get_logits_ith(self.handle, row)
-        # Much faster than np.ctypeslib.as_array, and every token needs one.
-        elements = self._row.from_address(ctypes.addressof(pointer.contents))
-        return np.frombuffer(memoryview(elements), np.float32)
+        logits: npt.NDArray[np.float32] = self._outputs[self._computed.output(row)]
+        return logits
+
+    def _find_outputs(self) -> None:
+        """See where the logits of the last batch are: ``[outputs, vocab_size]``, in the order of its rows."""
+        place = (_logits_address(self.handle), self._computed.outputs)
+        if place != self._place:
+            address, outputs = self._place = place
+            # Much faster than np.ctypeslib.as_array.
+            elements = (ctypes.c_float * (outputs * self.model.vocab_size)).from_address(address)
+            self._outputs = np.frombuffer(memoryview(elements), np.float32).reshape(outputs, -1)
 
     def state(self, seq_id: int) -> npt.NDArray[np.uint8]:
         """The sequence's state, uint8, as llama.cpp writes it (format: ``cpu_decode/state.py``)."""

@@ -159,6 +159,7 @@ class Sequence:
                 "wire_ns": self.landing.wire_ns,
                 "decode_frame_ns": self.landing.decode_frame_ns,
                 "transfer_exposed_ns": self.joined_ns - self.started_ns,
+                "landing_tail_ns": self.joined_ns - max(self.landing.last_data_ns, self.started_ns),
             }
         return DecodeReport(
             prompt_tokens=self.prompt_tokens,

@@ -56,6 +56,9 @@ from transfer.receiver import KVReceiver
 log = structlog.get_logger()
 
 POLL_MS = 500
+# Where nothing but tokens come, what else there is to do waits this long: each look around takes a core from the
+# threads that compute.
+TURN_NS = 100_000_000
 # Requests that wait for KV from below RAM go on without it in time.
 FETCH_POLL_MS = 10
 
@@ -137,13 +140,17 @@ class Worker:
             inject_tokens_per_s=round(self.engine.batching.inject_tokens_per_s),
             chunk_tokens=self._promised.chunk_tokens,
         )
+        due_ns = 0
         try:
             while not self._stopping.is_set() and self.engine.failed is None:
                 supervisor.alive()
                 ready = dict(poller.poll(FETCH_POLL_MS if self._promised.fetching else POLL_MS))
                 if self._wake in ready:
                     os.eventfd_read(self._wake)
-                self._deliver()
+                only_tokens = self._deliver() and ready.keys() == {self._wake}
+                if only_tokens and time.monotonic_ns() < due_ns:
+                    continue
+                due_ns = time.monotonic_ns() + TURN_NS
                 self._listen()
                 for arriving in self._promised.fetching.late():
                     self._answer(arriving.client, arriving.reserve)
@@ -230,23 +237,35 @@ class Worker:
 
     # What the engine says.
 
-    def _deliver(self) -> None:
+    def _deliver(self) -> bool:
+        """Pass on what the engine has said, a step's tokens in one message for each client; whether it was only them.
+
+        A message of several parts takes one system call and one awakening at either end.
+        """
+        said: dict[bytes, list[Tokens | Failure]] = {}
+        only_tokens = True
         while not self._outbox.empty():
-            event = self._outbox.get()
-            match event:
+            match event := self._outbox.get():
                 case Tokens() | Failure():
                     if isinstance(event, Tokens):
                         self._promised.note(event)
                     client = self._promised.client(event.request_id)
-                    if client is not None and not self._clients.send(client, event):
-                        # A stream with a hole would be a wrong answer.
-                        self.engine.abort(event.request_id)
+                    if client is not None:
+                        said.setdefault(client, []).append(event)
                 case Fetched():
+                    only_tokens = False
                     if arriving := self._promised.fetching.end(event):
                         self._answer(arriving.client, arriving.reserve)
                 case _:
+                    only_tokens = False
                     self._promised.handle(event)
                     self._may_move |= isinstance(event, Released | ChoiceFreed | Settled)
+        for client, messages in said.items():
+            if not self._clients.send(client, *messages):
+                # A stream with a hole would be a wrong answer.
+                for message in messages:
+                    self.engine.abort(message.request_id)
+        return only_tokens
 
     # What clients say.
 

@@ -20,7 +20,7 @@ from measurements import bandwidth, decode_latency, decode_speculation, decode_t
 from measurements.calibrate import OUR_WORKER
 from measurements.decode_latency import Load
 from measurements.decode_targets import verdicts
-from measurements.decode_ways import Rate, Setting, bench_rate, server_rate, worker_rate
+from measurements.decode_ways import Rate, Setting, bench_rate, server_rate, turns, worker_rate
 from measurements.decode_worker import live_worker
 from measurements.llama_tools import Tools, tools
 from transfer.config import Decode
@@ -29,12 +29,12 @@ from transfer.errors import ConfigError
 Sample = dict[str, Any]
 
 OURS, TUNED = OUR_WORKER, f"{OUR_WORKER}, tuned"
-BENCH, SERVER, DEFAULT = "llama-batched-bench", "llama-server", "llama-server, defaults"
+BENCH, SERVER = "llama-batched-bench", "llama-server"
+# As it comes, with few slots for all; and as it decodes most, with one for every sequence.
+DEFAULT, DEFAULT_SLOTS = "llama-server, defaults", "llama-server, defaults and slots for all"
 # The step loops are compared with tuning off, as llama.cpp's programs have none of it.
 LOAD = Load()
 MAX_SEQUENCES = 200
-# How often each way decodes so many sequences in a round.
-TURNS = 3
 Ways = dict[str, Callable[[], AbstractContextManager[Rate]]]
 
 
@@ -133,13 +133,14 @@ def measure(setting: Setting, programs: Tools, rounds: int, profile: str) -> Ite
     }
     plain = msgspec.structs.replace(setting.decode, **PLAIN)
     alike: Ways = {
-        BENCH: lambda: bench_rate(setting, programs),
+        BENCH: lambda: bench_rate(setting, programs, [n for n in setting.sequences for _ in range(turns(n))]),
         OURS: lambda: worker_rate(setting, plain),
         SERVER: lambda: server_rate(setting, programs),
     }
     best: Ways = {
         TUNED: lambda: worker_rate(few, tuned),
-        DEFAULT: lambda: server_rate(few, programs, defaults=True),
+        DEFAULT: lambda: server_rate(few, programs, defaults=True, slot_for_each=False),
+        DEFAULT_SLOTS: lambda: server_rate(few, programs, defaults=True),
     }
     for turn in range(rounds):
         yield {
@@ -155,22 +156,12 @@ def measure(setting: Setting, programs: Tools, rounds: int, profile: str) -> Ite
 
 
 def rates(setting: Setting, ways: Ways) -> Iterator[Sample]:
-    """Throughput by each way, which are all up: for each number of sequences in turns, one computing at a time.
-
-    But for llama-batched-bench, which says a rate once, just before.
-    """
+    """Throughput by each way, which are all up: for each number of sequences in turns, one computing at a time."""
     with ExitStack() as up:
         found = {way: up.enter_context(start()) for way, start in ways.items()}
-        for count, repeat in itertools.product(setting.sequences, range(TURNS)):
-            for way, rate in found.items():
-                if way != BENCH or not repeat:
-                    yield {
-                        "what": "rate",
-                        "way": way,
-                        "repeat": repeat,
-                        "sequences": count,
-                        "tokens_per_s": rate(count),
-                    }
+        for count in setting.sequences:
+            for repeat, (way, rate) in itertools.product(range(turns(count)), found.items()):
+                yield {"what": "rate", "way": way, "repeat": repeat, "sequences": count, "tokens_per_s": rate(count)}
 
 
 def tuned_decode(setting: Setting, profile: str) -> Decode:
@@ -219,12 +210,13 @@ def summarize(samples: list[Sample]) -> dict[str, Any]:
             str(count): statistics.median(
                 ours / theirs
                 for turn in rounds
-                for ours, theirs in zip(found[one, count, turn], itertools.cycle(found[other, count, turn]))
+                for ours, theirs in zip(found[one, count, turn], found[other, count, turn], strict=True)
             )
             for count in counts[one]
             if count in counts[other]
         }
 
+    to_logits = [s for s in samples if s["what"] == "handoff_to_logits"]
     memory = next(s for s in samples if s["what"] == "memory")
     owed = memory["weights_bytes"] + memory["cells_bytes"]
     reads = {turn: s["read_gb_per_s"] for s in samples if s["what"] == "bandwidth" for turn in (s["round"],)}
@@ -242,6 +234,7 @@ def summarize(samples: list[Sample]) -> dict[str, Any]:
         "vs_batched_bench": ratios(OURS, BENCH),
         "vs_llama_server": ratios(OURS, SERVER),
         "tuned_vs_llama_server_default": ratios(TUNED, DEFAULT),
+        "tuned_vs_llama_server_slots": ratios(TUNED, DEFAULT_SLOTS),
         "tuned": next((tuned_shape(s) for s in samples if s["what"] == "tuned"), {}),
         **{f"itl_p99_{what}_ratio": p99_ratio(samples, what) for what in ("handoff", "prefill")},
         "itl_p99_ms": {
@@ -255,7 +248,8 @@ def summarize(samples: list[Sample]) -> dict[str, Any]:
             "cells": memory["cells_bytes"],
             "the rest": memory["resident_bytes"] - owed,
         },
-        "handoff_to_logits_ms": statistics.median(s["ms"] for s in samples if s["what"] == "handoff_to_logits"),
+        "handoff_to_logits_ms": statistics.median(s["ms"] for s in to_logits),
+        "handoff_sent_to_heard_ms": statistics.median(s["sent_to_heard_ms"] for s in to_logits),
         "memory_overhead_fraction": max(s["resident_bytes"] for s in samples if s["what"] == "memory") / owed - 1,
         "stream_triad_gb_per_s": max(s["triad_gb_per_s"] for s in samples if s["what"] == "bandwidth"),
         "read_gb_per_s": max(reads.values()),
@@ -310,7 +304,12 @@ def table(summary: dict[str, Any]) -> Table:
     for way, rates in summary["tokens_per_s"].items():
         shown.add_row(way, *(f"{rates[n]:.1f}" if n in rates else "" for n in counts))
     shown.add_section()
-    for key in ("vs_batched_bench", "vs_llama_server", "tuned_vs_llama_server_default"):
+    for key in (
+        "vs_batched_bench",
+        "vs_llama_server",
+        "tuned_vs_llama_server_default",
+        "tuned_vs_llama_server_slots",
+    ):
         shown.add_row(key, *(f"{summary[key][n]:.3f}" if n in summary[key] else "" for n in counts))
     shown.add_row("bandwidth_vs_stream", *(f"{summary['bandwidth_vs_stream_by_sequences'][n]:.3f}" for n in counts))
     shape = summary["tuned"]

@@ -76,7 +76,11 @@ def local_prefill(worker: LiveWorker, setting: Setting, load: Load) -> Iterator[
 
 
 def to_logits(worker: LiveWorker, load: Load) -> Iterator[Sample]:
-    """From sending a short handoff's last frame to the first token here, beyond a step of that sequence."""
+    """From a short handoff's last frame to its first token, beyond a step of that sequence.
+
+    By the worker's clock, from its taking up the frame to the token's logits; and by ours, from sending the one to
+    hearing the other.
+    """
     # The first finds its way and its code; it does not count.
     for turn in range(load.short_handoffs + 1):
         stream = worker.reserve(load.short_tokens, SHORT_STEPS, "kv")
@@ -91,11 +95,13 @@ def to_logits(worker: LiveWorker, load: Load) -> Iterator[Sample]:
         worker.take_until([stream])
         step_ns = statistics.median(gaps_ns(stream))
         worker.idle()
-        if turn:
+        report = stream.last.report if stream.last else None
+        if turn and report:
             yield {
                 "what": "handoff_to_logits",
                 "repeat": turn,
-                "ms": (stream.times_ns[0] - began - step_ns) / 1e6,
+                "ms": (report.landing_tail_ns + report.first_decode_ns - step_ns) / 1e6,
+                "sent_to_heard_ms": (stream.times_ns[0] - began - step_ns) / 1e6,
                 "step_ms": step_ns / 1e6,
             }
 

@@ -19,7 +19,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     rates.set(xlabel="sequences", ylabel="tokens/s", title="decode throughput, medians", ylim=(0, None))
     rates.legend()
 
-    for key in ("vs_batched_bench", "vs_llama_server", "tuned_vs_llama_server_default"):
+    for key in ("vs_batched_bench", "vs_llama_server", "tuned_vs_llama_server_default", "tuned_vs_llama_server_slots"):
         ratios.plot([int(n) for n in summary[key]], list(summary[key].values()), marker="o", label=key)
     ratios.axhline(1, color="grey", linestyle="--")
     ratios.set(xlabel="sequences", title="ours over theirs, within a round")

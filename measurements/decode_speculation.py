@@ -10,7 +10,7 @@ import ctypes
 import itertools
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ Text = Literal["copied", "new"]
 BLOCK_TOKENS, BLOCKS = 48, 4
 NEW_TOKENS = 160
 COUNTS = (1, 4)
-REPEATS = 3
+REPEATS = 5
 MODES = ("off", "auto")
 TEXTS: tuple[Text, ...] = ("copied", "new")
 _FTYPE_BF16 = 32  # enum llama_ftype
@@ -49,35 +49,30 @@ def measure(setting: Setting, turn: int) -> Iterator[Sample]:
                     )
                     for mode in MODES
                 }
-                for text, count in itertools.product(TEXTS, COUNTS):
-                    for mode, found in _in_turns(workers, text, count, turn).items():
+                for text, count, repeat in itertools.product(TEXTS, COUNTS, range(REPEATS)):
+                    for mode in MODES if (turn + repeat) % 2 == 0 else reversed(MODES):
                         yield {
                             "what": "speculation",
                             "round": turn,
+                            "repeat": repeat,
                             "weights": weights,
                             "text": text,
                             "speculate": mode,
                             "sequences": count,
-                            **found,
+                            **_decode(workers[mode], text, count, repeat * count),
                         }
 
 
-def _in_turns(workers: Mapping[str, LiveWorker], text: Text, count: int, turn: int) -> dict[str, Sample]:
-    """By mode: tokens/s of ``count`` sequences, the median of some, and how much was guessed and came true."""
-    before = {mode: worker.status() for mode, worker in workers.items()}
-    rates: dict[str, list[float]] = {mode: [] for mode in MODES}
-    for repeat in range(REPEATS):
-        for mode in MODES if (turn + repeat) % 2 == 0 else reversed(MODES):
-            rates[mode].append(_rate(workers[mode], text, count, repeat * count))
-    found = {}
-    for mode, worker in workers.items():
-        after = worker.status()
-        found[mode] = {
-            "tokens_per_s": statistics.median(rates[mode]),
-            "drafted_tokens": after.drafted_tokens - before[mode].drafted_tokens,
-            "accepted_tokens": after.accepted_tokens - before[mode].accepted_tokens,
-        }
-    return found
+def _decode(worker: LiveWorker, text: Text, count: int, seed: int) -> Sample:
+    """Tokens/s of ``count`` sequences, and how much was guessed and came true."""
+    before = worker.status()
+    tokens_per_s = _rate(worker, text, count, seed)
+    after = worker.status()
+    return {
+        "tokens_per_s": tokens_per_s,
+        "drafted_tokens": after.drafted_tokens - before.drafted_tokens,
+        "accepted_tokens": after.accepted_tokens - before.accepted_tokens,
+    }
 
 
 def _rate(worker: LiveWorker, text: Text, count: int, seed: int) -> float:
@@ -113,13 +108,12 @@ def bf16_weights(gguf: Path) -> Iterator[Path]:
 
 
 def ratios(samples: list[Sample]) -> dict[str, float]:
-    """Tokens/s of ``auto`` over ``off`` within a round, medians of the rounds, by what was decoded."""
-    found: dict[str, dict[int, dict[str, float]]] = {}
+    """Tokens/s of ``auto`` over ``off`` just before or after, medians, by what was decoded."""
+    found: dict[str, dict[tuple[int, int], dict[str, float]]] = {}
     for s in samples:
         if s["what"] == "speculation":
             name = f"{s['weights']} weights, {s['text']} text, {s['sequences']} sequences"
-            found.setdefault(name, {}).setdefault(s["round"], {})[s["speculate"]] = s["tokens_per_s"]
+            found.setdefault(name, {}).setdefault((s["round"], s["repeat"]), {})[s["speculate"]] = s["tokens_per_s"]
     return {
-        name: float(np.median([pair["auto"] / pair["off"] for pair in rounds.values()]))
-        for name, rounds in found.items()
+        name: statistics.median(pair["auto"] / pair["off"] for pair in pairs.values()) for name, pairs in found.items()
     }

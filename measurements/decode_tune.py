@@ -176,7 +176,7 @@ def look(setting: Setting, programs: Tools, console: Console) -> dict[str, float
     setting = setting._replace(sequences=tuple(dict.fromkeys((setting.sequences[0], setting.sequences[-1]))))
     seen: dict[str, float] = {}
     for name, flags in VARIANTS.items():
-        with bench_rate(setting, programs, flags) as rate:
+        with bench_rate(setting, programs, setting.sequences, flags) as rate:
             seen |= {f"{name}, {count} sequences, tokens/s": rate(count) for count in setting.sequences}
         console.print(f"looked at: {name}", highlight=False)
     return seen

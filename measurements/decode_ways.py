@@ -33,6 +33,7 @@ from transfer.errors import EngineError
 START_S = 300.0
 CALIBRATION_TOKENS = 256
 RUN_S = 1800.0
+LEAST_TURNS, LEAST_DECODED = 2, 12
 # Threads at barriers wait the same way in all programs, unless a way is about defaults.
 WAIT_POLICY = {"GOMP_SPINCOUNT": "1000"}
 
@@ -80,6 +81,11 @@ class Setting(NamedTuple):
         return msgspec.structs.replace(decode, num_cells=self.max_sequences * cells)
 
 
+def turns(count: int) -> int:
+    """How often each way decodes ``count`` sequences in a round: the fewer, the shorter, and the more it varies."""
+    return max(LEAST_TURNS, LEAST_DECODED // count)
+
+
 def steady_rate(streams: Sequence[Arrivals]) -> float:
     """Tokens/s of all streams while all of them run: from the last one's first arrival to the first one's last.
 
@@ -123,8 +129,8 @@ def warm_worker(setting: Setting, decode: Decode) -> Iterator[LiveWorker]:
 
 
 @contextmanager
-def bench_rate(setting: Setting, tools: Tools, more: Sequence[str] = ()) -> Iterator[Rate]:
-    """Of ``llama-batched-bench``, as it says it, once for each of the setting's numbers of sequences.
+def bench_rate(setting: Setting, tools: Tools, counts: Sequence[int], more: Sequence[str] = ()) -> Iterator[Rate]:
+    """Of ``llama-batched-bench``, as it says it, for one of ``counts`` after the other.
 
     It goes from one to the next by itself, and its prompts are prefilled, which takes most of its time: it is stopped
     where it has said one rate. Flags in ``more`` take the place of ours.
@@ -133,7 +139,8 @@ def bench_rate(setting: Setting, tools: Tools, more: Sequence[str] = ()) -> Iter
         str(tools.batched_bench),
         *_flags(setting),
         *("-npp", str(setting.context_tokens), "-ntg", str(setting.new_tokens)),
-        *("-npl", ",".join(map(str, setting.sequences)), "--output-format", "jsonl"),
+        *("-npl", ",".join(map(str, counts))),
+        *("--output-format", "jsonl"),
         *more,
     ]
     with tempfile.TemporaryFile("w+") as said:
@@ -169,20 +176,26 @@ def bench_rate(setting: Setting, tools: Tools, more: Sequence[str] = ()) -> Iter
 
 
 @contextmanager
-def server_rate(setting: Setting, tools: Tools, *, defaults: bool = False) -> Iterator[Rate]:
-    """Of ``llama-server`` over HTTP with our flags, or with its defaults and as many slots as are needed.
+def server_rate(
+    setting: Setting, tools: Tools, *, defaults: bool = False, slot_for_each: bool = True
+) -> Iterator[Rate]:
+    """Of ``llama-server`` over HTTP with our flags or its defaults, in as many slots as are needed or as it has.
 
-    Prompts are in its slots' caches before the clock starts.
+    Prompts are in its slots' caches before the clock starts. Sequences for which there are no slots would wait: with
+    fewer slots, the rate is that of as many sequences as there are slots.
     """
-    slots = max(setting.sequences)
+    most = max(setting.sequences)
     flags = ["-m", str(setting.gguf), "-c", str(setting.num_cells)] if defaults else _flags(setting)
-    prompts = np.random.default_rng(0).integers(0, 10_000, (slots, setting.context_tokens)).tolist()
+    flags += ["-np", str(most)] if slot_for_each else []
+    prompts = np.random.default_rng(0).integers(0, 10_000, (most, setting.context_tokens)).tolist()
     environment = tools.environment | ({} if defaults else WAIT_POLICY)
-    with _server([str(tools.server), *flags, "-np", str(slots)], environment) as url:
+    with _server([str(tools.server), *flags], environment) as url:
+        slots = int(httpx.get(f"{url}/props", trust_env=False).raise_for_status().json()["total_slots"])
         warm = 0
 
         def rate(count: int) -> float:
             nonlocal warm
+            count = min(count, slots)
             _ask_all(url, prompts[warm:count], range(warm, count), 1)
             warm = max(warm, count)
             return steady_rate(_ask_all(url, prompts[:count], range(count), setting.new_tokens))

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -72,6 +72,8 @@ class LiveWorker:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.linger = 0
+        # Not by polling, which takes longer: the processors are those that the worker computes on.
+        self._socket.rcvtimeo = POLL_MS
         self._socket.connect(f"tcp://127.0.0.1:{port}")
         self._streams: dict[str, Stream] = {}
         self._ids = itertools.count()
@@ -199,11 +201,12 @@ class LiveWorker:
             if time.monotonic_ns() - self._said_ns > PING_S * 1e9:
                 self._send(Ping())
                 self._unasked += 1
-            if self._socket.poll(POLL_MS):
+            with suppress(zmq.Again):
                 message = decode_from_worker(self._socket.recv())
                 if not self._unasked or not isinstance(message, Status):
                     return message
                 self._unasked -= 1
+                continue
             if not self.process.is_running() or self.process.status() == psutil.STATUS_ZOMBIE:
                 raise EngineError("the decode worker that is measured has died")
             if time.monotonic_ns() > deadline_ns:

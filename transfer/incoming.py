@@ -14,8 +14,11 @@ from transfer.stages import SenderReport
 class Sink(Protocol):
     """Where one ticket's frames go. ``data`` may raise :class:`IsthmusError`, which ends the transfer."""
 
-    def data(self, header: Header, payload: memoryview, share: Share) -> None:
-        """Take one DATA frame, in sequence among those of its share; ``payload`` is only valid during the call."""
+    def data(self, header: Header, payload: memoryview, share: Share, received_ns: int) -> None:
+        """Take one DATA frame, in sequence among those of its share, which came at ``received_ns`` (``monotonic_ns``).
+
+        ``payload`` is only valid during the call.
+        """
 
     def end(self, report: SenderReport) -> None:
         """All frames of all shares have come; raises :class:`ProtocolError` if they do not cover the prompt."""

@@ -10,6 +10,7 @@ ticket's :class:`Sink`: a bad frame never reaches memory that the engine reads.
 from __future__ import annotations
 
 import secrets
+import time
 from collections import OrderedDict
 from contextlib import suppress
 
@@ -112,6 +113,7 @@ class KVReceiver:
         self._incoming: dict[bytes, Incoming] = {}
         self._landed: OrderedDict[tuple[bytes, bytes], None] = OrderedDict()
         self.dropped_frames = 0
+        self._received_ns = 0
         self.control = context.socket(zmq.ROUTER)
         self.control.sndhwm = self.control.rcvhwm = 1000
         self.control.maxmsgsize = MAX_CONTROL_BYTES
@@ -180,6 +182,7 @@ class KVReceiver:
                 if not is_ready(self.frames, zmq.POLLIN):
                     break
                 frame = self.frames.recv_multipart(zmq.NOBLOCK, copy=False)
+                self._received_ns = time.monotonic_ns()
                 self._frame([part.buffer for part in frame])
 
     def close(self) -> None:
@@ -287,7 +290,7 @@ class KVReceiver:
             return
         source.sequence += 1
         if header.kind is Kind.DATA:
-            incoming.sink.data(header, payload, source.share)
+            incoming.sink.data(header, payload, source.share, self._received_ns)
             return
         try:
             source.report = msgspec.msgpack.decode(payload, type=SenderReport)

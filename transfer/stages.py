@@ -47,9 +47,10 @@ class DecodeReport(msgspec.Struct, frozen=True, kw_only=True):
     """What the decode worker knows about one finished request; travels with its last tokens.
 
     ``wire_ns`` spans the first frame to the END frame as they arrived; where prefill runs in several steps it contains
-    the computing between them. ``transfer_exposed_ns`` is how long the sequence stood still for KV after Start. Of the
-    reused tokens, ``restored_tokens`` came from a tier below the cells in ``restore_ns``. ``worker_queue_ns`` was the
-    wait for cells. Speculation drafted and accepted so many tokens.
+    the computing between them. ``transfer_exposed_ns`` is how long the sequence stood still for KV after Start, of
+    which ``landing_tail_ns`` came after the last frame with data. Of the reused tokens, ``restored_tokens`` came from a
+    tier below the cells in ``restore_ns``. ``worker_queue_ns`` was the wait for cells. Speculation drafted and accepted
+    so many tokens.
     """
 
     prompt_tokens: int
@@ -65,6 +66,7 @@ class DecodeReport(msgspec.Struct, frozen=True, kw_only=True):
     decode_frame_ns: int = 0
     inject_ns: int = 0
     transfer_exposed_ns: int = 0
+    landing_tail_ns: int = 0
     local_prefill_ns: int = 0
     first_decode_ns: int = 0
     decode_ns: int = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import msgspec
 import numpy as np
 import pytest
@@ -64,7 +66,12 @@ class Scene:
             first_layer=first_layer,
             num_layers=num_layers,
         )
-        self.place.data(msgspec.structs.replace(header, **change), memoryview(elements.tobytes()), whole(GEOMETRY))
+        self.place.data(
+            msgspec.structs.replace(header, **change),
+            memoryview(elements.tobytes()),
+            whole(GEOMETRY),
+            time.monotonic_ns(),
+        )
         return elements
 
 
@@ -166,7 +173,7 @@ def test_a_payload_that_does_not_decode_is_refused():
         kind=Kind.DATA, ticket=bytes(16), sequence=0, codec=1, element=Element.BF16, num_tokens=4, num_layers=4
     )
     with pytest.raises(CodecError):
-        scene.place.data(header, memoryview(b"short"), whole(GEOMETRY))
+        scene.place.data(header, memoryview(b"short"), whole(GEOMETRY), time.monotonic_ns())
 
 
 def test_the_pool_never_promises_more_than_it_may_hold():

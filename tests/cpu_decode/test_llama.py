@@ -54,6 +54,28 @@ def test_chunked_injection_gives_the_same_logits_bit_for_bit(model, geometry, ce
     assert np.array_equal(logits[2], logits[0])
 
 
+def test_logits_are_those_of_their_row_whatever_is_between(model):
+    """Rows without logits, a batch with fewer of them than the last, and one whose logits lie elsewhere."""
+    context = Context(model, num_cells=512, max_sequences=3, batch_tokens=256, threads=1, cell_type="bf16")
+    batch = Batch(256)
+    first = batch.add(0, 0, PROMPT[:1], want_logits=1)
+    second = batch.add(1, 0, PROMPT[:40], want_logits=2)
+    third = batch.add(2, 0, PROMPT[:7], want_logits=1)
+    context.decode(batch)
+    together = [context.logits(row) for row in (first, second - 1, second, third)]
+    alone = []
+    for upto in (1, 39, 40, 7):
+        context.trim(0, 0)
+        batch.clear()
+        row = batch.add(0, 0, PROMPT[:upto], want_logits=1)
+        context.decode(batch)
+        alone.append(context.logits(row))
+    assert [row.argmax() for row in together] == [row.argmax() for row in alone]
+    assert np.allclose(together, alone, atol=0.2)
+    assert not np.allclose(together[1], together[2], atol=0.2)
+    context.close()
+
+
 def test_state_that_llama_cpp_refuses_leaves_no_cell_behind(context, geometry):
     chunk = ChunkState(np.zeros(state_bytes(geometry, 8, "bf16"), np.uint8), geometry, "bf16", 0, 8)
     chunk.buffer[0] ^= 1

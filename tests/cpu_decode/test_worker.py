@@ -115,6 +115,22 @@ def test_start_before_the_kv_waits_for_it(running, context):
     assert last.report.transfer_exposed_ns > 50_000_000
 
 
+def test_a_report_says_what_was_left_behind_the_last_frame(running, context):
+    prompt = prompt_of(200)
+    ticket = running.client.reserve(prompt, GREEDY, "kv")
+    running.client.start(ticket)
+    time.sleep(0.3)
+    send_kv(running, context, ticket, prompt)
+    waited = running.client.collect(ticket)[2].report
+    assert 0 < waited.landing_tail_ns < waited.transfer_exposed_ns - 300_000_000
+    ticket = running.client.reserve(prompt_of(200, salt=1), GREEDY, "kv")
+    first = send_kv(running, context, ticket, prompt_of(200, salt=1))
+    eventually(lambda: running.sender.backlog_bytes == 0)
+    running.client.start(ticket, first)
+    late = running.client.collect(ticket)[2].report
+    assert 0 < late.landing_tail_ns == late.transfer_exposed_ns
+
+
 def test_the_first_tokens_text_is_not_sent_twice(running, context):
     prompt = prompt_of(80)
     ids, text = locally(running, prompt)
@@ -149,6 +165,17 @@ def test_many_at_once_answer_as_one_by_one(running, context):
         running.client.start(ticket, first)
     answers = [running.client.collect(ticket)[0] for ticket, _ in together]
     assert [answer[: GREEDY.max_tokens] for answer in answers] == alone
+
+
+def test_a_steps_tokens_come_in_one_message(running):
+    for salt in (0, 1):
+        running.client.start(running.client.reserve(prompt_of(20, salt), GREEDY, "local"))
+    sizes, ended = [], 0
+    while ended < 2:
+        messages = running.client.listen_to_all()
+        sizes.append(len(messages))
+        ended += sum(message.finish_reason is not None for message in messages)
+    assert max(sizes) == 2
 
 
 def test_local_prefills_share_the_batch_with_running_sequences(running):

@@ -95,6 +95,10 @@ class WorkerClient:
         """The next message about any request."""
         return self._next()
 
+    def listen_to_all(self) -> list[FromWorker]:
+        """All that comes at once."""
+        return [self._next(), *(self._next_from_socket() for _ in iter(lambda: self._socket.rcvmore, 0))]
+
     def close(self) -> None:
         self._socket.close()
         self._context.term()

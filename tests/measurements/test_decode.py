@@ -32,8 +32,8 @@ def samples() -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
     for turn, speed in enumerate((90.0, 100.0)):
         made.append({"what": "bandwidth", "round": turn, "triad_gb_per_s": 8.0, "read_gb_per_s": 10.0})
-        for way in (decode.OURS, decode.BENCH, decode.SERVER, decode.TUNED, decode.DEFAULT):
-            for count in (1, 8) if way not in (decode.TUNED, decode.DEFAULT) else (8,):
+        for way in (decode.OURS, decode.BENCH, decode.SERVER, decode.TUNED, decode.DEFAULT, decode.DEFAULT_SLOTS):
+            for count in (1, 8) if way in (decode.OURS, decode.BENCH, decode.SERVER) else (8,):
                 rate = speed * count if way == decode.OURS else 100.0 * count
                 made.extend(
                     {
@@ -44,9 +44,9 @@ def samples() -> list[dict[str, Any]]:
                         "sequences": count,
                         "tokens_per_s": rate,
                     }
-                    for repeat in range(1 if way == decode.BENCH else 3)
+                    for repeat in range(3)
                 )
-        made.append({"what": "handoff_to_logits", "round": turn, "ms": 3.0 + turn, "step_ms": 10.0})
+        made.append({"what": "handoff_to_logits", "round": turn, "ms": 3.0 + turn, "sent_to_heard_ms": 9.0})
         for what, worst in (("handoff", 11.0), ("prefill", 20.0)):
             for during, ms in (("quiet", 10.0), ("disturbed", worst)):
                 made.append({"what": f"itl_{what}", "round": turn, "repeat": 0, "during": during, "gaps_ms": [ms] * 50})
@@ -56,6 +56,7 @@ def samples() -> list[dict[str, Any]]:
                     {
                         "what": "speculation",
                         "round": turn,
+                        "repeat": 0,
                         "weights": weights,
                         "text": "copied",
                         "speculate": speculate,
@@ -82,6 +83,7 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert summary["vs_batched_bench"] == {"1": pytest.approx(0.95), "8": pytest.approx(0.95)}
     assert summary["vs_llama_server"] == {"1": pytest.approx(0.95), "8": pytest.approx(0.95)}
     assert summary["tuned_vs_llama_server_default"] == {"8": pytest.approx(1.0)}
+    assert summary["tuned_vs_llama_server_slots"] == {"8": pytest.approx(1.0)}
     assert summary["itl_p99_handoff_ratio"] == pytest.approx(1.1)
     assert summary["itl_p99_prefill_ratio"] == pytest.approx(2.0)
     assert summary["handoff_to_logits_ms"] == pytest.approx(3.5)
@@ -92,7 +94,7 @@ def test_ratios_are_between_neighbours_in_time() -> None:
     """The machine gets twice as fast from turn to turn; in each, ours is a tenth faster."""
     uneven = samples()
     for sample in uneven:
-        if sample["what"] == "rate" and sample["way"] != decode.BENCH:
+        if sample["what"] == "rate":
             pace = 100.0 * 2 ** sample["repeat"] * (3 if sample["round"] else 1)
             sample["tokens_per_s"] = 1.1 * pace if sample["way"] == decode.OURS else pace
     summary = decode.summarize(uneven)
@@ -101,7 +103,7 @@ def test_ratios_are_between_neighbours_in_time() -> None:
     assert summary["tokens_per_s"][decode.OURS]["8"] == pytest.approx(385)
 
 
-def test_ways_take_turns_and_the_bench_says_its_rate_once() -> None:
+def test_ways_take_turns_the_more_the_fewer_sequences() -> None:
     asked: list[tuple[str, int]] = []
 
     def way(name: str):
@@ -112,11 +114,10 @@ def test_ways_take_turns_and_the_bench_says_its_rate_once() -> None:
         return up
 
     setting = decode.setting(None, "1,4", 60, 24)
-    taken = list(decode.rates(setting, {name: way(name) for name in (decode.BENCH, decode.OURS, decode.SERVER)}))
+    ways = (decode.BENCH, decode.OURS, decode.SERVER)
+    taken = list(decode.rates(setting, {name: way(name) for name in ways}))
     assert asked == [(s["way"], s["sequences"]) for s in taken]
-    of_one = [(decode.OURS, 1), (decode.SERVER, 1)]
-    assert asked[:7] == [(decode.BENCH, 1), *3 * of_one]
-    assert asked[7] == (decode.BENCH, 4)
+    assert asked == [(way, count) for count, times in ((1, 12), (4, 3)) for _ in range(times) for way in ways]
 
 
 class Said(NamedTuple):
@@ -144,7 +145,7 @@ for count in (1, 4):
     pathlib.Path({str(tmp_path)!r}, f"done {{count}}").touch()
 """,
     )
-    with bench_rate(decode.setting(None, "1,4", 60, 24), programs) as rate:
+    with bench_rate(decode.setting(None, "1,4", 60, 24), programs, (1, 4)) as rate:
         assert rate(1) == 1.5
         time.sleep(0.5)
         assert not (tmp_path / "done 1").exists()
@@ -155,13 +156,13 @@ for count in (1, 4):
 def test_a_bench_that_fails_says_why(tmp_path: Path) -> None:
     programs = bench(tmp_path, "sys.exit('no memory for cells')")
     with (
-        bench_rate(decode.setting(None, "1", 60, 24), programs) as rate,
+        bench_rate(decode.setting(None, "1", 60, 24), programs, (1,)) as rate,
         pytest.raises(EngineError, match="llama-batched-bench failed: no memory for cells"),
     ):
         rate(1)
 
 
-def test_guessing_is_compared_within_a_round() -> None:
+def test_guessing_is_compared_with_a_neighbour_in_time() -> None:
     assert decode.summarize(samples())["speculation"] == {
         "file weights, copied text, 1 sequences": pytest.approx(1.0),
         "bf16 weights, copied text, 1 sequences": pytest.approx(1.55),
@@ -203,7 +204,7 @@ def test_a_step_reads_the_weights_once_and_every_sequences_cells() -> None:
 
 def test_the_summary_can_be_shown_and_drawn(tmp_path: Path) -> None:
     summary = decode.summarize(samples())
-    assert decode.table(summary).row_count == 9
+    assert decode.table(summary).row_count == 11
     assert targets.table(verdicts(summary)).row_count == 12
     draw(summary, tmp_path / "decode.png")
     assert (tmp_path / "decode.png").stat().st_size > 10_000
@@ -356,7 +357,10 @@ def test_a_real_worker_is_measured(default_pair) -> None:
         max_sequences=3,
     )
     taken = list(decode.rates(setting, {decode.OURS: lambda: worker_rate(setting, setting.decode)}))
-    assert [(sample["sequences"], sample["repeat"]) for sample in taken] == list(product((1, 2), range(decode.TURNS)))
+    assert [(sample["sequences"], sample["repeat"]) for sample in taken] == [
+        *product((1,), range(12)),
+        *product((2,), range(6)),
+    ]
     assert all(sample["tokens_per_s"] > 0 for sample in taken)
     load = Load(sequences=2, handoff_tokens=100, handoffs=1, quiet_steps=20, short_tokens=60, short_handoffs=1)
     taken = list(decode.latency(setting, load, 7))

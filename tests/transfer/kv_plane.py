@@ -93,7 +93,7 @@ class Landed:
     def chunk(self, start):
         return np.stack([self.rows[start][layer] for layer in range(GEOMETRY.num_layers)])
 
-    def data(self, header, payload, share):  # noqa: ARG002 - all come from one sender
+    def data(self, header, payload, share, received_ns):  # noqa: ARG002 - all come from one sender
         assert not self.over
         elements = frame_elements(GEOMETRY, header.num_tokens, 1)
         if header.num_tokens > CHUNK_TOKENS or header.first_layer + header.num_layers > GEOMETRY.num_layers:
