@@ -42,7 +42,7 @@ class PrefillBudget:
         if not decoding:
             return self._max_tokens
         base_ns = self._base_ns(decoding)
-        extra_ns = max(MAX_SLOWDOWN * base_ns, STEP_NS) - base_ns if base_ns else 0.0
+        extra_ns = max(MAX_SLOWDOWN * base_ns, STEP_NS) - base_ns
         affordable = int(extra_ns / self._token_ns) if self._token_ns else 0
         return min(max(affordable, MIN_TOKENS), self._max_tokens)
 

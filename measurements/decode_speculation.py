@@ -27,9 +27,9 @@ Text = Literal["copied", "new"]
 
 # Prompts are prefilled one after the other, and all must be there before the first answer ends.
 BLOCK_TOKENS, BLOCKS = 48, 4
-NEW_TOKENS = 160
+NEW_TOKENS = 240
 COUNTS = (1, 4)
-REPEATS = 5
+REPEATS = 4
 MODES = ("off", "auto")
 TEXTS: tuple[Text, ...] = ("copied", "new")
 _FTYPE_BF16 = 32  # enum llama_ftype

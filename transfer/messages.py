@@ -1,8 +1,8 @@
 """Control messages: what proxy, prefill node and decode worker say to each other, as tagged msgpack structs.
 
-Three conversations use them, all over ZeroMQ DEALER to ROUTER, one message a ZeroMQ frame; a worker sends what a step has
-brought for one client as the frames of one ZeroMQ message. In two the decode worker is the ROUTER and the others are its
-clients:
+Three conversations use them, all over ZeroMQ DEALER to ROUTER, one message a ZeroMQ frame; what a step has brought for
+one client a worker sends as the frames of one ZeroMQ message. In two the decode worker is the ROUTER and the others are
+its clients:
 
 ============  ======================================  ====================================================
 conversation  client to worker                        worker to client

@@ -32,6 +32,15 @@ def test_before_anything_is_known_a_prompt_gets_the_least() -> None:
     assert PrefillBudget(512).tokens(8) == MIN_TOKENS
 
 
+def test_where_all_steps_had_a_prefill_in_them_prompts_do_not_starve() -> None:
+    """A new worker's first prompts, several at once: a step of which nobody knows the length may take what all may."""
+    budget = PrefillBudget(512)
+    budget.calibrate(1000)
+    for _ in range(3):
+        assert budget.tokens(2) == STEP_NS // MS
+        budget.observe(2, 40, 60 * MS)
+
+
 @given(
     step_ms=st.floats(1, 500),
     token_ms=st.floats(0.01, 20),
@@ -56,7 +65,6 @@ def test_a_jump_in_cost_between_one_row_and_many_is_learnt() -> None:
 
     budget = PrefillBudget(512)
     budget.calibrate(2_000)
-    assert budget.tokens(8) == MIN_TOKENS
     tokens, _ = run(budget, cost_ns, 8, steps=100)
     assert tokens == MIN_TOKENS
 
