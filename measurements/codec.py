@@ -256,7 +256,7 @@ def table(summary: dict[str, Any]) -> Table:
         title_justify="left",
     )
     for column in ("codec", "bits/element", "KL", "top-1", "encode", "decode", "of memcpy"):
-        shown.add_column(column, justify="left" if column == "codec" else "right", no_wrap=True)
+        shown.add_column(column, justify="left" if column == "codec" else "right", no_wrap=column != "codec")
     for name in CODECS:
         row = summary[name]
         shown.add_row(

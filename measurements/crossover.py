@@ -270,7 +270,7 @@ def table(name: str, made: dict[str, Any]) -> Table:
     title = f"{name}: {shape['prompt_tokens']} tokens in, {shape['output_tokens']} out"
     shown = Table(title=title, title_justify="left")
     for column in ("at", "option", "TTFT, ms", "TPOT, ms", "end to end, s", "tokens/s (95%)", "good/min"):
-        shown.add_column(column, justify="left" if column == "option" else "right", no_wrap=True)
+        shown.add_column(column, justify="left" if column == "option" else "right", no_wrap=column != "option")
     for at in dict.fromkeys(at for rows in made["options"].values() for at in rows):
         shown.add_section()
         label = at

@@ -26,7 +26,7 @@ def table(found: Iterable[Verdict]) -> Table:
     """Every figure that has a target, and whether it reaches it."""
     shown = Table(title="targets", title_justify="left")
     for column in ("figure", "measured", "target", ""):
-        shown.add_column(column, justify="left" if column == "figure" else "right", no_wrap=True)
+        shown.add_column(column, justify="left" if column == "figure" else "right", no_wrap=column != "figure")
     for each in found:
         said = "pass" if each.passed else "miss"
         shown.add_row(each.figure, f"{each.value:.3f}", f"{each.bound} {each.target:g}", said)

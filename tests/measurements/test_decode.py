@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import pytest
+from rich.console import Console
 
 from cpu_decode import binding, numa, profile
 from cpu_decode.profile import Profile, Tuned
@@ -206,6 +208,10 @@ def test_a_step_reads_the_weights_once_and_every_sequences_cells() -> None:
 def test_the_summary_can_be_shown_and_drawn(tmp_path: Path) -> None:
     summary = decode.summarize(samples())
     assert decode.table(summary).row_count == 11
+    for table in (decode.table(summary), targets.table(verdicts(summary))):
+        console = Console(width=80, record=True, file=io.StringIO())
+        console.print(table)
+        assert "…" not in console.export_text()
     assert targets.table(verdicts(summary)).row_count == 12
     draw(summary, tmp_path / "decode.png")
     assert (tmp_path / "decode.png").stat().st_size > 10_000
