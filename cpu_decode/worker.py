@@ -147,7 +147,7 @@ class Worker:
                 ready = dict(poller.poll(FETCH_POLL_MS if self._promised.fetching else POLL_MS))
                 if self._wake in ready:
                     os.eventfd_read(self._wake)
-                only_tokens = self._deliver() and ready.keys() == {self._wake}
+                only_tokens = self._deliver() and ready.keys() == {self._wake} and not self._promised.fetching
                 if only_tokens and time.monotonic_ns() < due_ns:
                     continue
                 due_ns = time.monotonic_ns() + TURN_NS
@@ -240,7 +240,7 @@ class Worker:
     def _deliver(self) -> bool:
         """Pass on what the engine has said, a step's tokens in one message for each client; whether it was only them.
 
-        A message of several parts takes one system call and one awakening at either end.
+        However many parts a message has, it wakes either end once.
         """
         said: dict[bytes, list[Tokens | Failure]] = {}
         only_tokens = True
