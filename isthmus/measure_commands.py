@@ -145,6 +145,26 @@ def measure_decode(
         decode.run(json, plot, rounds or plan.rounds, setting, str(profile.resolve()) if profile else "")
 
 
+@measure.command("decode-sizes")
+@json_option
+@plot_option
+@click.option("--shapes", default="360m,1b,8b", show_default=True, help="Like SmolLM2-360M, Llama-3.2-1B, -3.1-8B.")
+@click.option("--sequences", help="Numbers of sequences, ascending; if left out, up to 16, 8 and 1 of those.")
+@click.option("--context", type=click.IntRange(1, 1 << 20), default=900, show_default=True, help="Tokens of a prompt.")
+@click.option("--tokens", type=click.IntRange(8, 4096), default=64, show_default=True, help="New tokens a sequence.")
+def measure_decode_sizes(
+    json: Path | None, plot: Path | None, shapes: str, sequences: str | None, context: int, tokens: int
+) -> None:
+    """The decode worker against llama.cpp's own programs, and its memory, on models of several sizes.
+
+    Their weights are random, so that none need be at hand; they are written to TMPDIR and take up to 9 GB there.
+    """
+    from measurements import decode, decode_sizes
+
+    decode.stay_on_one_node()
+    decode_sizes.run(json, plot, shapes, sequences, context, tokens)
+
+
 @measure.command("memory")
 @json_option
 @click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True, help="Rounds for each node.")

@@ -17,12 +17,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 import cpu_decode.profile
+from cpu_decode.geometry import read_geometry
 from measurements import bandwidth, decode_latency, decode_speculation, decode_tune, result, targets
 from measurements.calibrate import OUR_WORKER
 from measurements.decode_latency import Load
 from measurements.decode_targets import verdicts
 from measurements.decode_ways import Rate, Setting, bench_rate, server_rate, turns, worker_rate
-from measurements.decode_worker import live_worker
+from measurements.decode_worker import LiveWorker, live_worker
 from measurements.llama_tools import Tools, tools
 from transfer.config import Decode
 from transfer.errors import ConfigError
@@ -51,7 +52,7 @@ class Plan(NamedTuple):
 # About 7 and 50 minutes on two cores of a shared host: most of it are prefills of llama.cpp's programs.
 QUICK = Plan(rounds=1, sequences="1,4,16", context_tokens=300, new_tokens=32)
 FULL = Plan(rounds=2, sequences="1,2,4,8,16", context_tokens=900, new_tokens=64)
-PLAIN = {"huge_pages": False, "mlock": False}
+PLAIN = {"huge_pages": False, "mlock": False, "mmap": True}
 
 
 def setting(gguf: Path | None, sequences: str, context_tokens: int, new_tokens: int) -> Setting:
@@ -98,6 +99,9 @@ def run(json: Path | None, plot: Path | None, rounds: int, setting: Setting, pro
     if plot is not None:
         # Fail before measuring, not after.
         import matplotlib as _  # noqa: F401
+    # The same: building llama.cpp's programs takes minutes.
+    read_geometry(setting.gguf)
+    cpu_decode.profile.apply(Decode(profile=profile))
     console = Console(stderr=True)
     programs = tools(console)
     environment = result.environment()
@@ -150,13 +154,13 @@ def measure(setting: Setting, programs: Tools, rounds: int, profile: str) -> Ite
             "triad_gb_per_s": bandwidth.triad_gb_per_s(setting.threads),
             "read_gb_per_s": bandwidth.read_gb_per_s(setting.threads),
         }
-        for sample in itertools.chain(rates(setting, alike), rates(few, best)):
+        for sample in itertools.chain(rates(setting, alike, turns), rates(few, best, turns)):
             yield sample | {"round": turn}
         yield from latency(setting, LOAD, turn)
         yield from decode_speculation.measure(setting, turn)
 
 
-def rates(setting: Setting, ways: Ways) -> Iterator[Sample]:
+def rates(setting: Setting, ways: Ways, turns: Callable[[int], int]) -> Iterator[Sample]:
     """Throughput by each way, which are all up: for each number of sequences in turns, one computing at a time."""
     with ExitStack() as up:
         found = {way: up.enter_context(start()) for way, start in ways.items()}
@@ -191,16 +195,20 @@ def latency(setting: Setting, load: Load, turn: int) -> Iterator[Sample]:
             decode_latency.local_prefill(worker, setting, load),
         ):
             yield sample | {"round": turn}
-        geometry = worker.geometry
-        yield {
-            "what": "memory",
-            "round": turn,
-            "resident_bytes": worker.process.memory_info().rss,
-            "weights_bytes": setting.gguf.stat().st_size,
-            "cells_bytes": setting.num_cells * 2 * geometry.elements_per_token,
-            "cell_bytes": 2 * geometry.elements_per_token,
-            "context_tokens": setting.context_tokens + setting.new_tokens // 2,
-        }
+        yield memory(worker, setting) | {"round": turn}
+
+
+def memory(worker: LiveWorker, setting: Setting) -> Sample:
+    """What ``worker`` has in RAM, and what of it are weights and cells."""
+    geometry = worker.geometry
+    return {
+        "what": "memory",
+        "resident_bytes": worker.process.memory_info().rss,
+        "weights_bytes": setting.gguf.stat().st_size,
+        "cells_bytes": setting.num_cells * 2 * geometry.elements_per_token,
+        "cell_bytes": 2 * geometry.elements_per_token,
+        "context_tokens": setting.context_tokens + setting.new_tokens // 2,
+    }
 
 
 def summarize(samples: list[Sample]) -> dict[str, Any]:

@@ -40,6 +40,7 @@ SHAPES: dict[str, Changes] = {
 # What our worker cannot do, or must agree on with other nodes: looked at, not chosen.
 VARIANTS = {
     "as the worker": (),
+    "weights copied": ("-lm", "none"),
     "no flash attention": ("-fa", "off"),
     "bf16 cells": ("-ctk", "bf16", "-ctv", "bf16"),
     "q8_0 cells": ("-ctk", "q8_0", "-ctv", "q8_0"),
@@ -51,12 +52,13 @@ def run(setting: Setting, path: Path, rounds: int) -> None:
 
     Raises :class:`ConfigError` if it cannot be written, or without a compiler for llama.cpp's programs.
     """
+    # Fail before building llama.cpp's programs, which takes minutes.
+    cells = shapes(setting.gguf)
     console = Console(stderr=True)
     programs = tools(console)
     host = result.environment()
-    tuned = Tuned(threads=setting.threads, batch_threads=setting.threads, spin_count=1000, huge_pages=True, mmap=True)
+    tuned = Tuned(threads=setting.threads, batch_threads=setting.threads, spin_count=1000, huge_pages=True, mmap=False)
     seen: dict[str, float] = {}
-    cells = shapes(setting.gguf)
     for axis in [cells, *axes(setting.threads, len(os.sched_getaffinity(0)))]:
         candidates = [msgspec.structs.replace(tuned, **changes) for changes in axis.values()]
         # A shape for each load is thought of, so that they are looked at one by one.
@@ -86,7 +88,7 @@ def axes(cores: int, processors: int) -> list[dict[str, Changes]]:
     values: dict[str, tuple[Any, ...]] = {
         "spin_count": (1000, 0, 10_000, 100_000),
         "huge_pages": (True, False),
-        "mmap": (True, False),
+        "mmap": (False, True),
         "threads": threads,
         "batch_threads": threads,
     }

@@ -79,9 +79,10 @@ class Decode(Section, frozen=True, kw_only=True):
     ``numa`` is the number of the NUMA node to bind the worker to, ``off``, or ``auto``: one bound worker for each node,
     where there are several. Worker k of them adds 10 k to each port, 0 stays 0. A worker that is asked to end (SIGTERM)
     gives the requests that run ``drain_s`` to finish. Weights are locked in memory with
-    ``mlock`` and what is allocated lies in huge pages with ``huge_pages``, where the host allows it. Without ``mmap``
-    they are read into memory of the worker's own, as a bound worker always does. ``batch_threads`` compute batches of
-    more than one token, 0: as many as ``threads``. Threads at barriers look ``spin_count`` times before they sleep.
+    ``mlock`` and what is allocated lies in huge pages with ``huge_pages``, where the host allows it. They are read into
+    memory of the worker's own, which decodes faster; with ``mmap`` they are the file's pages, which workers that are
+    bound to no node share. ``batch_threads`` compute batches of more than one token, 0: as many as ``threads``. Threads
+    at barriers look ``spin_count`` times before they sleep.
     ``profile`` names a file of ``isthmus measure decode --tune``, whose settings take the place of those here.
 
     With ``cell_layout`` ``unified`` every sequence takes of ``num_cells`` what it needs, KV lands in them chunk by
@@ -115,7 +116,7 @@ class Decode(Section, frozen=True, kw_only=True):
     drain_s: Seconds = 10.0
     mlock: bool = True
     huge_pages: bool = True
-    mmap: bool = True
+    mmap: bool = False
     batch_threads: Annotated[int, msgspec.Meta(ge=0)] = 0
     spin_count: Annotated[int, msgspec.Meta(ge=0)] = 1000
     profile: str = ""

@@ -19,6 +19,9 @@ class TextStream:
 
         Where it may not stop yet, a stop string is text like any other.
         """
+        if not self._stop:
+            # Nothing is ever held, at every token of nearly every request.
+            return self._decoder.decode(piece)
         self._held += self._decoder.decode(piece)
         return self._give(final=False, may_stop=may_stop)
 

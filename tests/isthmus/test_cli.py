@@ -67,6 +67,7 @@ def test_subcommands_are_those_that_are_documented() -> None:
         "measure advise",
         "measure codec",
         "measure decode",
+        "measure decode-sizes",
         "measure link",
         "measure crossover",
         "measure memory",

@@ -1,0 +1,183 @@
+"""What a step costs beside computing, on models of several sizes: speed against llama.cpp's own programs, and memory.
+
+Weights are random (``synthetic_gguf.py``): no model need be at hand.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from measurements import decode, result, targets
+from measurements.decode import BENCH, OURS, SERVER, Ways, rates
+from measurements.decode_ways import Rate, Setting, bench_rate, ours, server_rate, warm_worker
+from measurements.llama_tools import Tools, tools
+from measurements.synthetic_gguf import SHAPES, synthetic_gguf
+from measurements.targets import Verdict
+from transfer.errors import ConfigError
+
+Sample = dict[str, Any]
+
+# As far as two cores come in half an hour, most of which are prefills of llama.cpp's programs.
+SEQUENCES = {"360m": "1,2,4,8,16", "1b": "1,2,4,8", "8b": "1"}
+# Fewer than of the small default model: a turn takes seconds here, and varies less.
+DECODED, LEAST_TURNS = 4, 2
+
+
+def run(json: Path | None, plot: Path | None, shapes: str, sequences: str | None, context: int, tokens: int) -> None:
+    """Measure; print a table, write ``json`` and draw ``plot`` if given. ``shapes`` and ``sequences`` are lists.
+
+    Raises :class:`ConfigError` for a list that makes no sense, without a compiler for llama.cpp's programs, and for
+    files that cannot be written.
+    """
+    names = tuple(dict.fromkeys(shapes.split(",")))
+    if unknown := [name for name in names if name not in SHAPES]:
+        raise ConfigError(f"there is no shape {unknown[0]!r}, only {', '.join(SHAPES)} - at --shapes")
+    if plot is not None:
+        # Fail before measuring, not after.
+        import matplotlib as _  # noqa: F401
+    console = Console(stderr=True)
+    programs = tools(console)
+    environment = result.environment()
+    samples = []
+    with Progress(console=console) as progress:
+        task = progress.add_task("sizes", total=None)
+        for name in names:
+            progress.update(task, description=f"writing a model of shape {name}")
+            with synthetic_gguf(name) as gguf:
+                setting = decode.setting(gguf, sequences or SEQUENCES[name], context, tokens)
+                for sample in measure(setting, programs):
+                    samples.append(sample | {"shape": name})
+                    progress.update(task, advance=1, description=f"{name}: {decode.describe(sample)}")
+    summary = summarize(samples)
+    if json is not None:
+        result.write(json, "decode-sizes", environment, samples, summary)
+    if plot is not None:
+        draw(summary, plot)
+    Console().print(table(summary))
+    Console().print(targets.table(verdicts(summary)))
+
+
+def turns(count: int) -> int:
+    """How often each way decodes ``count`` sequences."""
+    return max(LEAST_TURNS, DECODED // count)
+
+
+def measure(setting: Setting, programs: Tools) -> Iterator[Sample]:
+    """Throughput by each way in turns, then the memory that our worker has come to meanwhile."""
+    resident: list[Sample] = []
+
+    @contextmanager
+    def worker() -> Iterator[Rate]:
+        with warm_worker(setting, msgspec.structs.replace(setting.decode, **decode.PLAIN)) as ours_:
+            yield partial(ours, ours_, setting=setting)
+            resident.append(decode.memory(ours_, setting))
+
+    ways: Ways = {
+        BENCH: lambda: bench_rate(setting, programs, [n for n in setting.sequences for _ in range(turns(n))]),
+        OURS: worker,
+        SERVER: lambda: server_rate(setting, programs),
+    }
+    yield from rates(setting, ways, turns)
+    yield from resident
+
+
+def summarize(samples: list[Sample]) -> dict[str, Any]:
+    """By shape: ratios of neighbours in time and what a step of ours takes longer, medians; memory."""
+    found: dict[str, dict[str, dict[int, list[float]]]] = {}
+    for s in samples:
+        if s["what"] == "rate":
+            found.setdefault(s["shape"], {}).setdefault(s["way"], {}).setdefault(s["sequences"], []).append(
+                s["tokens_per_s"]
+            )
+    memory = {s["shape"]: s for s in samples if s["what"] == "memory"}
+
+    def each(shape: str, other: str, what: Any) -> dict[str, float]:
+        return {
+            str(count): statistics.median(
+                what(count, one, two) for one, two in zip(rates, found[shape][other][count], strict=True)
+            )
+            for count, rates in found[shape][OURS].items()
+        }
+
+    return {
+        "shapes": {
+            shape: {
+                "step_ms": each(shape, OURS, lambda count, one, _: 1e3 * count / one),
+                "vs_batched_bench": each(shape, BENCH, lambda _, one, two: one / two),
+                "vs_llama_server": each(shape, SERVER, lambda _, one, two: one / two),
+                "beyond_batched_bench_ms": each(shape, BENCH, lambda n, one, two: 1e3 * n * (1 / one - 1 / two)),
+                "weights_bytes": memory[shape]["weights_bytes"],
+                "cells_bytes": memory[shape]["cells_bytes"],
+                "resident_bytes": memory[shape]["resident_bytes"],
+                "memory_overhead_fraction": memory[shape]["resident_bytes"]
+                / (memory[shape]["weights_bytes"] + memory[shape]["cells_bytes"])
+                - 1,
+            }
+            for shape in found
+        }
+    }
+
+
+def verdicts(summary: dict[str, Any]) -> Iterator[Verdict]:
+    """What ``measure decode`` must reach, at each size."""
+    for shape, figures in summary["shapes"].items():
+        for key, least in (("vs_batched_bench", 0.97), ("vs_llama_server", 1.0)):
+            for count, value in figures[key].items():
+                yield Verdict(f"{shape}: {key}, {count} sequences", value, "at least", least)
+        yield Verdict(f"{shape}: memory_overhead_fraction", figures["memory_overhead_fraction"], "at most", 0.05)
+
+
+def table(summary: dict[str, Any]) -> Table:
+    """The summary for a terminal."""
+    shown = Table(title="ours over llama.cpp's programs, medians", title_justify="left")
+    for column in ("shape", "sequences", "ms a step", "over bench", "over server", "beyond bench"):
+        shown.add_column(column, justify="left" if column == "shape" else "right")
+    for shape, figures in summary["shapes"].items():
+        for count, ms in figures["step_ms"].items():
+            ratios = (f"{figures[key][count]:.3f}" for key in ("vs_batched_bench", "vs_llama_server"))
+            shown.add_row(shape, count, f"{ms:.1f}", *ratios, f"{figures['beyond_batched_bench_ms'][count]:.2f} ms")
+        shown.add_section()
+    shown.caption = "beyond weights and cells: " + "; ".join(
+        f"{shape} {_rest_bytes(figures) >> 20} MiB, {figures['memory_overhead_fraction']:+.1%}"
+        for shape, figures in summary["shapes"].items()
+    )
+    return shown
+
+
+def _rest_bytes(figures: dict[str, Any]) -> int:
+    return int(figures["resident_bytes"] - figures["weights_bytes"] - figures["cells_bytes"])
+
+
+def draw(summary: dict[str, Any], path: Path) -> None:
+    """Ratios by number of sequences, and memory, in the format of ``path``'s name."""
+    from matplotlib.figure import Figure
+
+    from measurements import picture
+
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    bench, server, memory = figure.subplots(1, 3)
+    shapes = summary["shapes"]
+    for axes, key, least in ((bench, "vs_batched_bench", 0.97), (server, "vs_llama_server", 1.0)):
+        for shape, figures in shapes.items():
+            axes.plot([int(n) for n in figures[key]], list(figures[key].values()), marker="o", label=shape)
+        counts = max((figures[key] for figures in shapes.values()), key=len)
+        axes.axhline(least, color="grey", linestyle="--")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([int(n) for n in counts], list(counts))
+        axes.set(xlabel="sequences", title=f"tokens/s: {key}")
+        axes.legend()
+    overhead = [100 * figures["memory_overhead_fraction"] for figures in shapes.values()]
+    memory.bar(list(shapes), overhead)
+    memory.axhline(5, color="grey", linestyle="--")
+    memory.set(ylabel="% beyond weights and cells", title="resident memory of the worker")
+    picture.save(figure, path)
