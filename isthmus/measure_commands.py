@@ -148,8 +148,8 @@ def measure_decode(
 @measure.command("decode-sizes")
 @json_option
 @plot_option
-@click.option("--shapes", default="360m,1b,8b", show_default=True, help="Like SmolLM2-360M, Llama-3.2-1B, -3.1-8B.")
-@click.option("--sequences", help="Numbers of sequences, ascending; if left out, up to 16, 8 and 1 of those.")
+@click.option("--shapes", default="1b,8b", show_default=True, help="Like Llama-3.2-1B, -3.1-8B; 360m: SmolLM2-360M.")
+@click.option("--sequences", help="Numbers of sequences, ascending; if left out, few, and none of 8b: memory alone.")
 @click.option("--context", type=click.IntRange(1, 1 << 20), default=900, show_default=True, help="Tokens of a prompt.")
 @click.option("--tokens", type=click.IntRange(8, 4096), default=64, show_default=True, help="New tokens a sequence.")
 def measure_decode_sizes(

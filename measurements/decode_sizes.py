@@ -19,7 +19,7 @@ from rich.table import Table
 
 from measurements import decode, result, targets
 from measurements.decode import BENCH, OURS, SERVER, Ways, rates
-from measurements.decode_ways import Rate, Setting, bench_rate, ours, server_rate, warm_worker
+from measurements.decode_ways import Rate, Setting, bench_rate, ours, server_rate, turns, warm_worker
 from measurements.llama_tools import Tools, tools
 from measurements.synthetic_gguf import SHAPES, synthetic_gguf
 from measurements.targets import Verdict
@@ -27,10 +27,8 @@ from transfer.errors import ConfigError
 
 Sample = dict[str, Any]
 
-# As far as two cores come in half an hour, most of which are prefills of llama.cpp's programs.
-SEQUENCES = {"360m": "1,2,4,8,16", "1b": "1,2,4,8", "8b": "1"}
-# Fewer than of the small default model: a turn takes seconds here, and varies less.
-DECODED, LEAST_TURNS = 4, 2
+# For want of time: each turn of llama-batched-bench begins with a prefill, of 8b for a minute a sequence on two cores.
+SEQUENCES = {"360m": "1,2,4,8,16", "1b": "1,2,4", "8b": ""}
 
 
 def run(json: Path | None, plot: Path | None, shapes: str, sequences: str | None, context: int, tokens: int) -> None:
@@ -54,8 +52,9 @@ def run(json: Path | None, plot: Path | None, shapes: str, sequences: str | None
         for name in names:
             progress.update(task, description=f"writing a model of shape {name}")
             with synthetic_gguf(name) as gguf:
-                setting = decode.setting(gguf, sequences or SEQUENCES[name], context, tokens)
-                for sample in measure(setting, programs):
+                counts = sequences or SEQUENCES[name]
+                setting = decode.setting(gguf, counts or "1", context, tokens)
+                for sample in measure(setting, programs) if counts else [memory_alone(setting)]:
                     samples.append(sample | {"shape": name})
                     progress.update(task, advance=1, description=f"{name}: {decode.describe(sample)}")
     summary = summarize(samples)
@@ -67,9 +66,10 @@ def run(json: Path | None, plot: Path | None, shapes: str, sequences: str | None
     Console().print(targets.table(verdicts(summary)))
 
 
-def turns(count: int) -> int:
-    """How often each way decodes ``count`` sequences."""
-    return max(LEAST_TURNS, DECODED // count)
+def memory_alone(setting: Setting) -> Sample:
+    """The memory of a worker as it is shipped that has decoded a sequence."""
+    with warm_worker(setting, setting.decode) as worker:
+        return decode.memory(worker, setting)
 
 
 def measure(setting: Setting, programs: Tools) -> Iterator[Sample]:
@@ -77,14 +77,14 @@ def measure(setting: Setting, programs: Tools) -> Iterator[Sample]:
     resident: list[Sample] = []
 
     @contextmanager
-    def worker() -> Iterator[Rate]:
-        with warm_worker(setting, msgspec.structs.replace(setting.decode, **decode.PLAIN)) as ours_:
-            yield partial(ours, ours_, setting=setting)
-            resident.append(decode.memory(ours_, setting))
+    def rate_of_ours() -> Iterator[Rate]:
+        with warm_worker(setting, msgspec.structs.replace(setting.decode, **decode.PLAIN)) as worker:
+            yield partial(ours, worker, setting=setting)
+            resident.append(decode.memory(worker, setting))
 
     ways: Ways = {
         BENCH: lambda: bench_rate(setting, programs, [n for n in setting.sequences for _ in range(turns(n))]),
-        OURS: worker,
+        OURS: rate_of_ours,
         SERVER: lambda: server_rate(setting, programs),
     }
     yield from rates(setting, ways, turns)
@@ -93,20 +93,18 @@ def measure(setting: Setting, programs: Tools) -> Iterator[Sample]:
 
 def summarize(samples: list[Sample]) -> dict[str, Any]:
     """By shape: ratios of neighbours in time and what a step of ours takes longer, medians; memory."""
-    found: dict[str, dict[str, dict[int, list[float]]]] = {}
+    memory = {s["shape"]: s for s in samples if s["what"] == "memory"}
+    found: dict[str, dict[str, dict[int, list[float]]]] = {shape: {} for shape in memory}
     for s in samples:
         if s["what"] == "rate":
-            found.setdefault(s["shape"], {}).setdefault(s["way"], {}).setdefault(s["sequences"], []).append(
-                s["tokens_per_s"]
-            )
-    memory = {s["shape"]: s for s in samples if s["what"] == "memory"}
+            found[s["shape"]].setdefault(s["way"], {}).setdefault(s["sequences"], []).append(s["tokens_per_s"])
 
     def each(shape: str, other: str, what: Any) -> dict[str, float]:
         return {
             str(count): statistics.median(
                 what(count, one, two) for one, two in zip(rates, found[shape][other][count], strict=True)
             )
-            for count, rates in found[shape][OURS].items()
+            for count, rates in found[shape].get(OURS, {}).items()
         }
 
     return {
@@ -169,7 +167,8 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     shapes = summary["shapes"]
     for axes, key, least in ((bench, "vs_batched_bench", 0.97), (server, "vs_llama_server", 1.0)):
         for shape, figures in shapes.items():
-            axes.plot([int(n) for n in figures[key]], list(figures[key].values()), marker="o", label=shape)
+            if ratios := figures[key]:
+                axes.plot([int(n) for n in ratios], list(ratios.values()), marker="o", label=shape)
         counts = max((figures[key] for figures in shapes.values()), key=len)
         axes.axhline(least, color="grey", linestyle="--")
         axes.set_xscale("log", base=2)

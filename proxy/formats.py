@@ -17,7 +17,7 @@ from proxy.calls import Call, Part, Reader
 from proxy.handoff import Piece
 from proxy.ledger import Account
 from proxy.openai import B, ChatBody, CompletionBody
-from proxy.prefill_node import PromptLogprobs
+from proxy.vllm_answers import PromptLogprobs
 from proxy.vocabulary import Vocabulary
 from transfer.errors import EngineError
 from transfer.messages import FinishReason, TokenLogprob

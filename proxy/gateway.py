@@ -23,7 +23,7 @@ from proxy.metrics import Metrics
 from proxy.nodes import DecodePool
 from proxy.openai import Body, ChatBody, CompletionBody
 from proxy.parity import ParityGuard
-from proxy.prefill_node import PrefillNode, PromptLogprobs
+from proxy.prefill_node import PrefillNode
 from proxy.prefill_pool import PrefillPool
 from proxy.registry import Registry
 from proxy.regret import Regrets
@@ -32,6 +32,7 @@ from proxy.router import Objectives, Route
 from proxy.shadow import Shadows
 from proxy.store import Store, Wanted
 from proxy.tracing import Tracing
+from proxy.vllm_answers import PromptLogprobs
 from proxy.witness import Witness
 from transfer import keys
 from transfer.config import Cluster, keys_folder

@@ -20,8 +20,9 @@ from proxy.load import Occupancy
 from proxy.nodes import DecodePool
 from proxy.planner import Planned
 from proxy.predictions import computes_the_rest
-from proxy.prefill_node import STREAM_SILENCE_S, Counts, FirstToken, PrefillNode, PromptLogprobs
+from proxy.prefill_node import STREAM_SILENCE_S, PrefillNode
 from proxy.router import Objectives, Route, unknown_to_vllm
+from proxy.vllm_answers import Counts, FirstToken, PromptLogprobs
 from transfer.errors import CapacityError, CodecError, EngineError, IsthmusError, LinkError, ProtocolError
 from transfer.messages import FinishReason, Reserve, Sampling, Ticket, TokenLogprob
 

@@ -8,23 +8,24 @@ Requests go to ``/v1/completions`` with token ids as the prompt. ``return_token_
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, asynccontextmanager, suppress
 from functools import cached_property
 from http import HTTPStatus
-from typing import Any, NamedTuple
+from typing import Any
 
 import aiohttp
 import msgspec
 import structlog
 
+from proxy import vllm_answers
 from proxy.breaker import Breaker
 from proxy.load import VllmLoad
+from proxy.vllm_answers import Counts, Delta, FirstToken, PromptLogprobs
 from transfer.energy import POWER_HEADER, Power
-from transfer.errors import EngineError, LinkError, RequestError
-from transfer.messages import FinishReason, Sampling, Ticket, TokenLogprob
+from transfer.errors import EngineError, LinkError
+from transfer.messages import Sampling, Ticket
 
 HEARTBEAT_S = 1.0
 SILENCE_S = 3.0
@@ -52,91 +53,8 @@ _SAME_FIELDS = (
     "logprobs",
 )
 _DATA, _DONE = b"data: ", b"data: [DONE]"
-_FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
-
-# As vLLM says them: for each token of a prompt but the first the likeliest ones in its place, by their ids.
-PromptLogprobs = list[dict[str, Any] | None]
 
 log = structlog.get_logger()
-
-
-class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int
-    completion_tokens: int = 0
-    prompt_tokens_details: _Details | None = None
-
-    @property
-    def cached_tokens(self) -> int:
-        return (self.prompt_tokens_details and self.prompt_tokens_details.cached_tokens) or 0
-
-
-class _Logprobs(msgspec.Struct):
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-
-
-class _Choice(msgspec.Struct):
-    text: str
-    index: int = 0
-    finish_reason: str | None = None
-    token_ids: list[int] | None = None
-    logprobs: _Logprobs | None = None
-    prompt_logprobs: PromptLogprobs | None = None
-
-
-class _Error(msgspec.Struct):
-    message: str
-    code: int | str | None = None
-
-
-class _Export(msgspec.Struct):
-    exported_tokens: int = 0
-    complete: bool = False
-    error: str | None = None
-
-
-class _TransferParams(msgspec.Struct):
-    isthmus: _Export | None = None
-
-
-class _Completion(msgspec.Struct):
-    choices: list[_Choice] = []
-    usage: _Usage | None = None
-    kv_transfer_params: _TransferParams | None = None
-    error: _Error | None = None
-
-
-class FirstToken(NamedTuple):
-    """What vLLM sampled after a prefill, and what became of the KV: ``export_error`` is None if all of it was sent."""
-
-    token: int
-    text: str
-    finish_reason: FinishReason
-    cached_tokens: int
-    export_error: str | None
-    logprobs: tuple[TokenLogprob, ...] = ()
-
-
-class Delta(NamedTuple):
-    """A piece of one choice of a streamed answer; the choice's last one has its ``finish_reason``."""
-
-    text: str
-    finish_reason: FinishReason | None = None
-    choice: int = 0
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprob, ...] = ()
-
-
-class Counts(NamedTuple):
-    """The end of a streamed answer: what all choices took."""
-
-    completion_tokens: int
-    cached_tokens: int
 
 
 class PrefillNode:
@@ -219,20 +137,10 @@ class PrefillNode:
         try:
             async with asyncio.timeout(timeout_s):
                 async with self._post(request_id, body) as response:
-                    completion = _parse(await response.read())
+                    completion = vllm_answers.parse(await response.read())
         except TimeoutError:
             raise LinkError(f"the prefill node at {self.url} took longer than {timeout_s:.3g} s") from None
-        if not completion.choices or not completion.choices[0].token_ids:
-            raise EngineError("vLLM answered without a token id; it must understand return_token_ids")
-        choice = completion.choices[0]
-        return FirstToken(
-            token=completion.choices[0].token_ids[0],
-            text=choice.text,
-            finish_reason=_finish_reason(choice.finish_reason or ""),
-            cached_tokens=completion.usage.cached_tokens if completion.usage else 0,
-            export_error=_export_error(completion.kv_transfer_params),
-            logprobs=_token_logprobs(choice.logprobs, sampling.logprobs),
-        )
+        return vllm_answers.first_token(completion, sampling)
 
     async def prompt_logprobs(
         self, request_id: str, prompt: list[int], num_top: int, *, tenant: str = ""
@@ -240,7 +148,7 @@ class PrefillNode:
         """Log probabilities of the prompt's tokens, with ``num_top`` alternatives each. Errors as above."""
         body = self._body(prompt, Sampling(max_tokens=1, temperature=0.0), tenant) | {"prompt_logprobs": num_top}
         async with self._post(request_id, body) as response:
-            completion = _parse(await response.read())
+            completion = vllm_answers.parse(await response.read())
         if not completion.choices or completion.choices[0].prompt_logprobs is None:
             raise EngineError("vLLM answered without prompt_logprobs")
         return completion.choices[0].prompt_logprobs
@@ -273,10 +181,10 @@ class PrefillNode:
         open_choices = choices // copies
         async with self._post(request_id, body) as response, aclosing(_events(response)) as events:
             async for data in events:
-                chunk = _parse(data)
+                chunk = vllm_answers.parse(data)
                 for choice in chunk.choices:
                     open_choices -= choice.finish_reason is not None
-                    delta = _delta(choice, sampling)
+                    delta = vllm_answers.delta(choice, sampling)
                     for copy in range(copies):
                         yield delta._replace(choice=delta.choice + copy)
                 if chunk.usage and not chunk.choices and not open_choices:
@@ -292,7 +200,7 @@ class PrefillNode:
         try:
             async with self._http.post("/v1/completions", data=content, headers=headers) as response:
                 if response.status != HTTPStatus.OK:
-                    raise _refusal(response.status, await response.read())
+                    raise vllm_answers.refusal(response.status, await response.read())
                 yield response
         except (aiohttp.ClientError, TimeoutError) as error:
             raise LinkError(f"the prefill node at {self.url} failed: {_say(error)}") from None
@@ -345,72 +253,6 @@ def _structured_outputs(sampling: Sampling) -> dict[str, Any] | None:
     if sampling.json_schema:
         return {"json": msgspec.json.decode(sampling.json_schema)}
     return {"regex": sampling.regex} if sampling.regex else None
-
-
-def _parse(data: bytes | bytearray) -> _Completion:
-    try:
-        completion = msgspec.json.decode(data, type=_Completion)
-    except msgspec.DecodeError as error:
-        raise EngineError(f"vLLM's answer does not parse: {error}") from None
-    if completion.error:
-        raise _failure(completion.error.code, completion.error.message)
-    return completion
-
-
-def _refusal(status: int, data: bytes) -> EngineError | RequestError:
-    try:
-        error = msgspec.json.decode(data, type=_Completion).error
-    except msgspec.DecodeError:
-        error = None
-    return _failure(status, error.message if error else f"HTTP status {status}")
-
-
-def _failure(code: int | str | None, message: str) -> EngineError | RequestError:
-    """VLLM numbers errors as HTTP does, inside a stream too."""
-    if code == HTTPStatus.BAD_REQUEST:
-        return RequestError(f"vLLM refuses the request: {message}")
-    return EngineError(f"vLLM failed: {message}")
-
-
-def _delta(choice: _Choice, sampling: Sampling) -> Delta:
-    reason = _finish_reason(choice.finish_reason) if choice.finish_reason else None
-    logprobs = _token_logprobs(choice.logprobs, sampling.logprobs)
-    return Delta(choice.text, reason, choice.index, tuple(choice.token_ids or ()), logprobs)
-
-
-def _token_logprobs(found: _Logprobs | None, num_top: int | None) -> tuple[TokenLogprob, ...]:
-    """What vLLM says, likeliest first and at most ``num_top``; NaN for a prompt's first token, which has none."""
-    if found is None:
-        return ()
-    answer = []
-    for name, logprob, top in zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True):
-        ranked = sorted(((_token_id(name), value) for name, value in (top or {}).items()), key=lambda pair: -pair[1])
-        own = math.nan if logprob is None else logprob
-        answer.append(TokenLogprob(_token_id(name), own, tuple(ranked[:num_top])))
-    return tuple(answer)
-
-
-def _token_id(name: str) -> int:
-    """``token_id:42``, as vLLM writes tokens under ``return_tokens_as_token_ids``."""
-    number = name.removeprefix("token_id:")
-    if not number.isdecimal():
-        raise EngineError(f"vLLM names a token {name!r}; it must understand return_tokens_as_token_ids")
-    return int(number)
-
-
-def _finish_reason(reason: str) -> FinishReason:
-    if reason not in _FINISH_REASONS:
-        raise EngineError(f"vLLM ended the request with {reason!r}")
-    return _FINISH_REASONS[reason]
-
-
-def _export_error(params: _TransferParams | None) -> str | None:
-    export = params.isthmus if params else None
-    if export is None:
-        return "vLLM's answer says nothing about the KV; is it running with our connector?"
-    if export.error:
-        return export.error
-    return None if export.complete else f"only {export.exported_tokens} tokens of KV were exported"
 
 
 def _say(error: aiohttp.ClientError | TimeoutError) -> str:

@@ -249,6 +249,21 @@ def test_senseless_lists_of_sequences_are_refused(sequences: str) -> None:
         decode.setting(None, sequences, 900, 64)
 
 
+def test_files_are_looked_at_before_anything_is_built(
+    default_pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (decode, decode_tune):
+        monkeypatch.setattr(module, "tools", lambda _: pytest.fail("built llama.cpp's programs first"))
+    nonsense = tmp_path / "nonsense"
+    nonsense.write_text("nonsense")
+    good, bad = (decode.setting(gguf, "1", 60, 24) for gguf in (default_pair.gguf, nonsense))
+    for setting, profile_ in ((bad, ""), (good, str(nonsense))):
+        with pytest.raises(ConfigError, match="nonsense"):
+            decode.run(None, None, 1, setting, profile_)
+    with pytest.raises(ConfigError, match="nonsense"):
+        decode_tune.run(bad, tmp_path / "profile.json", 1)
+
+
 def test_cells_suffice_for_both_parts(default_pair) -> None:
     few = decode.setting(default_pair.gguf, "1", 900, 64)
     assert few.num_cells == Load().cells(900) == 8 * 1300 + 4097

@@ -11,7 +11,8 @@ from itertools import pairwise
 
 import pytest
 
-from proxy.prefill_node import Counts, Delta, PrefillNode
+from proxy.prefill_node import PrefillNode
+from proxy.vllm_answers import Counts, Delta
 from transfer.errors import EngineError, LinkError
 from transfer.messages import Sampling
 
