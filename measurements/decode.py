@@ -225,17 +225,23 @@ def summarize(samples: list[Sample]) -> dict[str, Any]:
     def median(way: str, count: int) -> float:
         return statistics.median(rate for turn in rounds for rate in found[way, count, turn])
 
-    def ratios(one: str, other: str) -> dict[str, float]:
+    def pairs(one: str, other: str) -> dict[str, list[float]]:
         return {
-            str(count): statistics.median(
+            str(count): [
                 ours / theirs
                 for turn in rounds
                 for ours, theirs in zip(found[one, count, turn], found[other, count, turn], strict=True)
-            )
+            ]
             for count in counts[one]
             if count in counts[other]
         }
 
+    compared = {
+        "vs_batched_bench": pairs(OURS, BENCH),
+        "vs_llama_server": pairs(OURS, SERVER),
+        "tuned_vs_llama_server_default": pairs(TUNED, DEFAULT),
+        "tuned_vs_llama_server_slots": pairs(TUNED, DEFAULT_SLOTS),
+    }
     to_logits = [s for s in samples if s["what"] == "handoff_to_logits"]
     memory = max((s for s in samples if s["what"] == "memory"), key=lambda s: s["resident_bytes"])
     owed = memory["weights_bytes"] + memory["cells_bytes"]
@@ -251,10 +257,8 @@ def summarize(samples: list[Sample]) -> dict[str, Any]:
     }
     return {
         "tokens_per_s": {way: {str(n): median(way, n) for n in counts[way]} for way in ways},
-        "vs_batched_bench": ratios(OURS, BENCH),
-        "vs_llama_server": ratios(OURS, SERVER),
-        "tuned_vs_llama_server_default": ratios(TUNED, DEFAULT),
-        "tuned_vs_llama_server_slots": ratios(TUNED, DEFAULT_SLOTS),
+        **{key: {n: statistics.median(each) for n, each in by_count.items()} for key, by_count in compared.items()},
+        "quartiles": {key: {n: quartiles(each) for n, each in by_count.items()} for key, by_count in compared.items()},
         "tuned": next((tuned_shape(s) for s in samples if s["what"] == "tuned"), {}),
         **{f"itl_p99_{what}_ratio": p99_ratio(samples, what) for what in ("handoff", "prefill")},
         "itl_p99_ms": {
@@ -276,6 +280,12 @@ def summarize(samples: list[Sample]) -> dict[str, Any]:
         "bandwidth_vs_stream": max(achieved.values()),
         "bandwidth_vs_stream_by_sequences": achieved,
     }
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """Between which two numbers the middle half of at least two ``values`` lies."""
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return [first, third]
 
 
 def tuned_shape(sample: Sample) -> dict[str, Any]:

@@ -20,9 +20,11 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     rates.legend()
 
     for key in ("vs_batched_bench", "vs_llama_server", "tuned_vs_llama_server_default", "tuned_vs_llama_server_slots"):
-        ratios.plot([int(n) for n in summary[key]], list(summary[key].values()), marker="o", label=key)
+        at, bounds = [int(n) for n in summary[key]], zip(*summary["quartiles"][key].values(), strict=True)
+        ratios.plot(at, list(summary[key].values()), marker="o", label=key)
+        ratios.fill_between(at, *bounds, alpha=0.15)
     ratios.axhline(1, color="grey", linestyle="--")
-    ratios.set(xlabel="sequences", title="ours over theirs, within a round")
+    ratios.set(xlabel="sequences", title="ours over theirs, medians of neighbours; middle half shaded")
     ratios.legend()
     counts = list(summary["bandwidth_vs_stream_by_sequences"])
     for axes in (rates, ratios):

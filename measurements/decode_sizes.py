@@ -99,31 +99,31 @@ def summarize(samples: list[Sample]) -> dict[str, Any]:
         if s["what"] == "rate":
             found[s["shape"]].setdefault(s["way"], {}).setdefault(s["sequences"], []).append(s["tokens_per_s"])
 
-    def each(shape: str, other: str, what: Any) -> dict[str, float]:
+    def pairs(shape: str, other: str) -> dict[str, list[float]]:
         return {
-            str(count): statistics.median(
-                what(count, one, two) for one, two in zip(rates, found[shape][other][count], strict=True)
-            )
+            str(count): [ours_ / theirs for ours_, theirs in zip(rates, found[shape][other][count], strict=True)]
             for count, rates in found[shape].get(OURS, {}).items()
         }
 
-    return {
-        "shapes": {
-            shape: {
-                "step_ms": each(shape, OURS, lambda count, one, _: 1e3 * count / one),
-                "vs_batched_bench": each(shape, BENCH, lambda _, one, two: one / two),
-                "vs_llama_server": each(shape, SERVER, lambda _, one, two: one / two),
-                "beyond_batched_bench_ms": each(shape, BENCH, lambda n, one, two: 1e3 * n * (1 / one - 1 / two)),
-                "weights_bytes": memory[shape]["weights_bytes"],
-                "cells_bytes": memory[shape]["cells_bytes"],
-                "resident_bytes": memory[shape]["resident_bytes"],
-                "memory_overhead_fraction": memory[shape]["resident_bytes"]
-                / (memory[shape]["weights_bytes"] + memory[shape]["cells_bytes"])
-                - 1,
-            }
-            for shape in found
+    def figures(shape: str) -> Sample:
+        compared = {"vs_batched_bench": pairs(shape, BENCH), "vs_llama_server": pairs(shape, SERVER)}
+        step_ms = {str(n): 1e3 * n / statistics.median(rates) for n, rates in found[shape].get(OURS, {}).items()}
+        return {
+            "step_ms": step_ms,
+            **{key: {n: statistics.median(each) for n, each in by_count.items()} for key, by_count in compared.items()},
+            "quartiles": {
+                key: {n: decode.quartiles(each) for n, each in by_count.items()} for key, by_count in compared.items()
+            },
+            "beyond_batched_bench_ms": {
+                n: step_ms[n] * (1 - statistics.median(each)) for n, each in compared["vs_batched_bench"].items()
+            },
+            **{key: memory[shape][key] for key in ("weights_bytes", "cells_bytes", "resident_bytes")},
+            "memory_overhead_fraction": memory[shape]["resident_bytes"]
+            / (memory[shape]["weights_bytes"] + memory[shape]["cells_bytes"])
+            - 1,
         }
-    }
+
+    return {"shapes": {shape: figures(shape) for shape in found}}
 
 
 def verdicts(summary: dict[str, Any]) -> Iterator[Verdict]:
@@ -168,12 +168,14 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     for axes, key, least in ((bench, "vs_batched_bench", 0.97), (server, "vs_llama_server", 1.0)):
         for shape, figures in shapes.items():
             if ratios := figures[key]:
-                axes.plot([int(n) for n in ratios], list(ratios.values()), marker="o", label=shape)
+                at, bounds = [int(n) for n in ratios], zip(*figures["quartiles"][key].values(), strict=True)
+                axes.plot(at, list(ratios.values()), marker="o", label=shape)
+                axes.fill_between(at, *bounds, alpha=0.2)
         counts = max((figures[key] for figures in shapes.values()), key=len)
         axes.axhline(least, color="grey", linestyle="--")
         axes.set_xscale("log", base=2)
         axes.set_xticks([int(n) for n in counts], list(counts))
-        axes.set(xlabel="sequences", title=f"tokens/s: {key}")
+        axes.set(xlabel="sequences", title=f"tokens/s: {key}, middle half shaded")
         axes.legend()
     overhead = [100 * figures["memory_overhead_fraction"] for figures in shapes.values()]
     memory.bar(list(shapes), overhead)

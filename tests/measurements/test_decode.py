@@ -84,6 +84,7 @@ def test_ratios_are_taken_within_a_round() -> None:
     summary = decode.summarize(samples())
     assert summary["vs_batched_bench"] == {"1": pytest.approx(0.95), "8": pytest.approx(0.95)}
     assert summary["vs_llama_server"] == {"1": pytest.approx(0.95), "8": pytest.approx(0.95)}
+    assert summary["quartiles"]["vs_batched_bench"]["8"] == pytest.approx([0.9, 1.0])
     assert summary["tuned_vs_llama_server_default"] == {"8": pytest.approx(1.0)}
     assert summary["tuned_vs_llama_server_slots"] == {"8": pytest.approx(1.0)}
     assert summary["itl_p99_handoff_ratio"] == pytest.approx(1.1)

@@ -38,6 +38,7 @@ def test_what_a_step_costs_beside_computing_weighs_less_on_a_large_model() -> No
     assert shapes["large"]["vs_llama_server"]["8"] == pytest.approx(102 / 101)
     for figures in shapes.values():
         assert figures["beyond_batched_bench_ms"] == {"1": pytest.approx(1.0), "8": pytest.approx(1.0)}
+        assert figures["quartiles"]["vs_llama_server"]["8"] == pytest.approx([figures["vs_llama_server"]["8"]] * 2)
     assert shapes["large"]["step_ms"]["8"] == pytest.approx(101)
     assert shapes["large"]["memory_overhead_fraction"] == pytest.approx(280 / 10_020)
 
