@@ -38,10 +38,11 @@ _FTYPE_BF16 = 32  # enum llama_ftype
 def measure(setting: Setting, turn: int) -> Iterator[Sample]:
     """Tokens/s by weights, kind of text, number of sequences and ``speculate``.
 
-    Both workers are up, and take turns: between one start and the next a host may have changed its pace.
+    Both workers are up, and take turns: between one start and the next a host may have changed its pace. Every repeat
+    starts both anew: where a process's memory comes to lie is worth some percent for as long as it lives.
     """
     with bf16_weights(setting.gguf) as bf16:
-        for weights, gguf in (("file", setting.gguf), ("bf16", bf16)):
+        for (weights, gguf), repeat in itertools.product((("file", setting.gguf), ("bf16", bf16)), range(REPEATS)):
             with ExitStack() as exits:
                 workers = {
                     mode: exits.enter_context(
@@ -49,7 +50,7 @@ def measure(setting: Setting, turn: int) -> Iterator[Sample]:
                     )
                     for mode in MODES
                 }
-                for text, count, repeat in itertools.product(TEXTS, COUNTS, range(REPEATS)):
+                for text, count in itertools.product(TEXTS, COUNTS):
                     for mode in MODES if (turn + repeat) % 2 == 0 else reversed(MODES):
                         yield {
                             "what": "speculation",

@@ -173,6 +173,27 @@ def test_guessing_is_compared_with_a_neighbour_in_time() -> None:
     }
 
 
+def test_every_repeat_has_workers_of_its_own_and_begins_with_the_other_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+
+    @contextmanager
+    def worker(_: Path, settings: Decode) -> Iterator[str]:
+        started.append(settings.speculate)
+        yield f"{settings.speculate} {len(started)}"
+
+    @contextmanager
+    def bf16(gguf: Path) -> Iterator[Path]:
+        yield gguf
+
+    monkeypatch.setattr(decode_speculation, "live_worker", worker)
+    monkeypatch.setattr(decode_speculation, "bf16_weights", bf16)
+    monkeypatch.setattr(decode_speculation, "_decode", lambda worker, *_: {"by": worker})
+    taken = list(decode_speculation.measure(decode.setting(None, "1", 60, 24), 0))
+    assert len(started) == len({s["by"] for s in taken}) == 2 * 2 * decode_speculation.REPEATS
+    first = {(s["weights"], s["repeat"]): s["speculate"] for s in reversed(taken)}
+    assert [first["file", repeat] for repeat in range(4)] == ["off", "auto", "off", "auto"]
+
+
 def test_each_figure_with_a_target_passes_or_misses() -> None:
     found = {each.figure: each.passed for each in verdicts(decode.summarize(samples()))}
     assert found == {
