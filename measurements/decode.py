@@ -154,13 +154,13 @@ def measure(setting: Setting, programs: Tools, rounds: int, profile: str) -> Ite
             "triad_gb_per_s": bandwidth.triad_gb_per_s(setting.threads),
             "read_gb_per_s": bandwidth.read_gb_per_s(setting.threads),
         }
-        for sample in itertools.chain(rates(setting, alike, turns), rates(few, best, turns)):
+        for sample in itertools.chain(rates(setting, alike), rates(few, best)):
             yield sample | {"round": turn}
         yield from latency(setting, LOAD, turn)
         yield from decode_speculation.measure(setting, turn)
 
 
-def rates(setting: Setting, ways: Ways, turns: Callable[[int], int]) -> Iterator[Sample]:
+def rates(setting: Setting, ways: Ways) -> Iterator[Sample]:
     """Throughput by each way, which are all up: for each number of sequences in turns, one computing at a time."""
     with ExitStack() as up:
         found = {way: up.enter_context(start()) for way, start in ways.items()}

@@ -19,11 +19,11 @@ from rich.table import Table
 
 from measurements import decode, result, targets
 from measurements.decode import BENCH, OURS, SERVER, Ways, rates
+from measurements.decode_targets import LEAST_RATES, MOST_MEMORY
 from measurements.decode_ways import Rate, Setting, bench_rate, ours, server_rate, turns, warm_worker
 from measurements.llama_tools import Tools, tools
-from measurements.synthetic_gguf import SHAPES, synthetic_gguf
+from measurements.synthetic_gguf import shape_of, synthetic_gguf
 from measurements.targets import Verdict
-from transfer.errors import ConfigError
 
 Sample = dict[str, Any]
 
@@ -38,8 +38,8 @@ def run(json: Path | None, plot: Path | None, shapes: str, sequences: str | None
     files that cannot be written.
     """
     names = tuple(dict.fromkeys(shapes.split(",")))
-    if unknown := [name for name in names if name not in SHAPES]:
-        raise ConfigError(f"there is no shape {unknown[0]!r}, only {', '.join(SHAPES)} - at --shapes")
+    for name in names:
+        shape_of(name)
     if plot is not None:
         # Fail before measuring, not after.
         import matplotlib as _  # noqa: F401
@@ -87,7 +87,7 @@ def measure(setting: Setting, programs: Tools) -> Iterator[Sample]:
         OURS: rate_of_ours,
         SERVER: lambda: server_rate(setting, programs),
     }
-    yield from rates(setting, ways, turns)
+    yield from rates(setting, ways)
     yield from resident
 
 
@@ -129,10 +129,10 @@ def summarize(samples: list[Sample]) -> dict[str, Any]:
 def verdicts(summary: dict[str, Any]) -> Iterator[Verdict]:
     """What ``measure decode`` must reach, at each size."""
     for shape, figures in summary["shapes"].items():
-        for key, least in (("vs_batched_bench", 0.97), ("vs_llama_server", 1.0)):
+        for key, least in LEAST_RATES.items():
             for count, value in figures[key].items():
                 yield Verdict(f"{shape}: {key}, {count} sequences", value, "at least", least)
-        yield Verdict(f"{shape}: memory_overhead_fraction", figures["memory_overhead_fraction"], "at most", 0.05)
+        yield Verdict(f"{shape}: memory_overhead_fraction", figures["memory_overhead_fraction"], "at most", MOST_MEMORY)
 
 
 def table(summary: dict[str, Any]) -> Table:
@@ -142,7 +142,7 @@ def table(summary: dict[str, Any]) -> Table:
         shown.add_column(column, justify="left" if column == "shape" else "right")
     for shape, figures in summary["shapes"].items():
         for count, ms in figures["step_ms"].items():
-            ratios = (f"{figures[key][count]:.3f}" for key in ("vs_batched_bench", "vs_llama_server"))
+            ratios = (f"{figures[key][count]:.3f}" for key in LEAST_RATES)
             shown.add_row(shape, count, f"{ms:.1f}", *ratios, f"{figures['beyond_batched_bench_ms'][count]:.2f} ms")
         shown.add_section()
     shown.caption = "beyond weights and cells: " + "; ".join(
@@ -165,7 +165,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(13, 4), layout="constrained")
     bench, server, memory = figure.subplots(1, 3)
     shapes = summary["shapes"]
-    for axes, key, least in ((bench, "vs_batched_bench", 0.97), (server, "vs_llama_server", 1.0)):
+    for axes, (key, least) in zip((bench, server), LEAST_RATES.items(), strict=True):
         for shape, figures in shapes.items():
             if ratios := figures[key]:
                 at, bounds = [int(n) for n in ratios], zip(*figures["quartiles"][key].values(), strict=True)
@@ -179,6 +179,6 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         axes.legend()
     overhead = [100 * figures["memory_overhead_fraction"] for figures in shapes.values()]
     memory.bar(list(shapes), overhead)
-    memory.axhline(5, color="grey", linestyle="--")
+    memory.axhline(100 * MOST_MEMORY, color="grey", linestyle="--")
     memory.set(ylabel="% beyond weights and cells", title="resident memory of the worker")
     picture.save(figure, path)

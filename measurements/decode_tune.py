@@ -40,7 +40,6 @@ SHAPES: dict[str, Changes] = {
 # What our worker cannot do, or must agree on with other nodes: looked at, not chosen.
 VARIANTS = {
     "as the worker": (),
-    "weights copied": ("-lm", "none"),
     "no flash attention": ("-fa", "off"),
     "bf16 cells": ("-ctk", "bf16", "-ctv", "bf16"),
     "q8_0 cells": ("-ctk", "q8_0", "-ctv", "q8_0"),

@@ -37,18 +37,24 @@ SHAPES = {
 _Q8_0_ELEMENTS, _SCALE = 32, np.float16(0.0003)
 
 
+def shape_of(name: str) -> Shape:
+    """The shape ``name``; :class:`ConfigError` if it is not there."""
+    if name not in SHAPES:
+        raise ConfigError(f"there is no shape {name!r}, only {', '.join(SHAPES)} - at --shapes")
+    return SHAPES[name]
+
+
 @contextmanager
 def synthetic_gguf(name: str) -> Iterator[Path]:
     """A Q8_0 GGUF of the shape ``name``, for the body; its vocabulary is the default pair's, filled up.
 
     Raises :class:`ConfigError` for a shape that is not there, or without room for the file in ``TMPDIR``.
     """
-    if name not in SHAPES:
-        raise ConfigError(f"there is no shape {name!r}, only {', '.join(SHAPES)} - at --shapes")
+    shape = shape_of(name)
     with tempfile.TemporaryDirectory(prefix="isthmus-gguf-") as folder:
         path = Path(folder) / f"{name}-q8_0.gguf"
         try:
-            _write(path, SHAPES[name])
+            _write(path, shape)
         except OSError as error:
             raise ConfigError(f"cannot write a model of shape {name} to {folder}: {error.strerror}") from None
         yield path

@@ -20,7 +20,7 @@ from measurements.decode_latency import Load, gaps_ns
 from measurements.decode_plot import draw
 from measurements.decode_targets import verdicts
 from measurements.decode_tune import axes, pick
-from measurements.decode_ways import Rate, Setting, bench_rate, steady_rate, turns, worker_rate
+from measurements.decode_ways import Rate, Setting, bench_rate, steady_rate, worker_rate
 from measurements.decode_worker import Stream
 from transfer.config import Decode
 from transfer.errors import ConfigError, EngineError
@@ -118,7 +118,7 @@ def test_ways_take_turns_the_more_the_fewer_sequences() -> None:
 
     setting = decode.setting(None, "1,4", 60, 24)
     ways = (decode.BENCH, decode.OURS, decode.SERVER)
-    taken = list(decode.rates(setting, {name: way(name) for name in ways}, turns))
+    taken = list(decode.rates(setting, {name: way(name) for name in ways}))
     assert asked == [(s["way"], s["sequences"]) for s in taken]
     assert asked[:6] == [(way, 1) for way in (*ways, *ways[2:], *ways[:2])]
     assert {count: {asked.count((way, count)) for way in ways} for count in (1, 4)} == {1: {12}, 4: {3}}
@@ -400,7 +400,7 @@ def test_a_real_worker_is_measured(default_pair) -> None:
         num_cells=1024,
         max_sequences=3,
     )
-    taken = list(decode.rates(setting, {decode.OURS: lambda: worker_rate(setting, setting.decode)}, turns))
+    taken = list(decode.rates(setting, {decode.OURS: lambda: worker_rate(setting, setting.decode)}))
     assert [(sample["sequences"], sample["repeat"]) for sample in taken] == [
         *product((1,), range(12)),
         *product((2,), range(6)),
