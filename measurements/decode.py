@@ -59,12 +59,7 @@ def setting(gguf: Path | None, sequences: str, context_tokens: int, new_tokens: 
     """What is measured, from the command line; :class:`ConfigError` if it makes no sense."""
     from cpu_decode.service import usable_cores
 
-    try:
-        counts = tuple(map(int, sequences.split(",")))
-    except ValueError:
-        counts = ()
-    if not counts or list(counts) != sorted(set(counts)) or not 1 <= counts[0] <= counts[-1] <= MAX_SEQUENCES:
-        raise ConfigError(f"{sequences!r} is not a list of ascending numbers up to {MAX_SEQUENCES} - at --sequences")
+    counts = sequence_counts(sequences)
     if gguf is None:
         from isthmus.pair import default_pair
 
@@ -80,6 +75,17 @@ def setting(gguf: Path | None, sequences: str, context_tokens: int, new_tokens: 
         num_cells=max(counts[-1] * (context_tokens + new_tokens), LOAD.cells(context_tokens)),
         max_sequences=max(counts[-1], LOAD.sequences) + 1,
     )
+
+
+def sequence_counts(sequences: str) -> tuple[int, ...]:
+    """The numbers in a list such as ``1,2,4``; :class:`ConfigError` if it makes no sense."""
+    try:
+        counts = tuple(map(int, sequences.split(",")))
+    except ValueError:
+        counts = ()
+    if not counts or list(counts) != sorted(set(counts)) or not 1 <= counts[0] <= counts[-1] <= MAX_SEQUENCES:
+        raise ConfigError(f"{sequences!r} is not a list of ascending numbers up to {MAX_SEQUENCES} - at --sequences")
+    return counts
 
 
 def stay_on_one_node() -> None:

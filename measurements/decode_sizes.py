@@ -40,6 +40,8 @@ def run(json: Path | None, plot: Path | None, shapes: str, sequences: str | None
     names = tuple(dict.fromkeys(shapes.split(",")))
     for name in names:
         shape_of(name)
+    if sequences is not None:
+        decode.sequence_counts(sequences)
     if plot is not None:
         # Fail before measuring, not after.
         import matplotlib as _  # noqa: F401

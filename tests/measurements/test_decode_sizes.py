@@ -76,10 +76,12 @@ def test_of_one_size_there_may_be_memory_alone(tmp_path: Path) -> None:
     assert "large 267 MiB" in str(decode_sizes.table(summary).caption)
 
 
-def test_an_unknown_shape_is_refused_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_senseless_order_is_refused_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_sizes, "tools", lambda _: pytest.fail("built llama.cpp's programs first"))
     with pytest.raises(ConfigError, match="there is no shape '70b', only 360m, 1b, 8b - at --shapes"):
         CliRunner().invoke(cli, ["measure", "decode-sizes", "--shapes", "1b,70b"], catch_exceptions=False)
+    with pytest.raises(ConfigError, match="'4,2' is not a list of ascending numbers"):
+        CliRunner().invoke(cli, ["measure", "decode-sizes", "--sequences", "4,2"], catch_exceptions=False)
 
 
 def test_a_real_worker_is_measured_beside_the_programs(default_pair, monkeypatch: pytest.MonkeyPatch) -> None:
