@@ -22,7 +22,7 @@ from measurements import bandwidth, decode_latency, decode_speculation, decode_t
 from measurements.calibrate import OUR_WORKER
 from measurements.decode_latency import Load
 from measurements.decode_targets import verdicts
-from measurements.decode_ways import Rate, Setting, bench_rate, server_rate, turns, worker_rate
+from measurements.decode_ways import STARTS, Rate, Setting, bench_rate, server_rate, turns, worker_rate
 from measurements.decode_worker import LiveWorker, live_worker
 from measurements.llama_tools import Tools, tools
 from transfer.config import Decode
@@ -168,16 +168,17 @@ def measure(setting: Setting, programs: Tools, rounds: int, profile: str) -> Ite
 
 def rates(setting: Setting, ways: Ways) -> Iterator[Sample]:
     """Throughput by each way, which are all up: for each number of sequences in turns, one computing at a time."""
-    with ExitStack() as up:
-        found = {way: up.enter_context(start()) for way, start in ways.items()}
-        order = deque(found.items())
-        for count in setting.sequences:
-            for repeat in range(turns(count)):
-                for way, rate in order:
-                    tokens_per_s = rate(count)
+    order = deque(ways)
+    for begun in range(STARTS):
+        with ExitStack() as up:
+            rate = {way: up.enter_context(start()) for way, start in ways.items()}
+            for count, repeat in [(n, turn) for n in setting.sequences for turn in range(turns(n))]:
+                for way in order:
+                    tokens_per_s = rate[way](count)
                     yield {
                         "what": "rate",
                         "way": way,
+                        "start": begun,
                         "repeat": repeat,
                         "sequences": count,
                         "tokens_per_s": tokens_per_s,

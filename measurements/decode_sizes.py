@@ -75,7 +75,7 @@ def memory_alone(setting: Setting) -> Sample:
 
 
 def measure(setting: Setting, programs: Tools) -> Iterator[Sample]:
-    """Throughput by each way in turns, then the memory that our worker has come to meanwhile."""
+    """Throughput by each way in turns, then the most memory that a worker of ours has come to meanwhile."""
     resident: list[Sample] = []
 
     @contextmanager
@@ -90,7 +90,7 @@ def measure(setting: Setting, programs: Tools) -> Iterator[Sample]:
         SERVER: lambda: server_rate(setting, programs),
     }
     yield from rates(setting, ways)
-    yield from resident
+    yield max(resident, key=lambda sample: sample["resident_bytes"])
 
 
 def summarize(samples: list[Sample]) -> dict[str, Any]:

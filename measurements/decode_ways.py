@@ -1,7 +1,8 @@
 """Decode throughput three ways: our worker, ``llama-batched-bench``, ``llama-server``; same file, threads and flags.
 
 Each way is a context manager that starts its program and gives a function from a number of sequences to tokens/s. Those
-numbers must ascend. Between two calls the program does nothing, so that several can be up and compared in turns.
+numbers must ascend. Between two calls the program does nothing, so that several can be up and compared in turns, and
+each is started several times: where its memory comes to lie is worth some percent for as long as a process lives.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from transfer.errors import EngineError
 START_S = 300.0
 CALIBRATION_TOKENS = 256
 RUN_S = 1800.0
-LEAST_TURNS, LEAST_DECODED = 2, 12
+STARTS, SEQUENCES_A_START = 3, 4
 # Threads at barriers wait the same way in all programs, unless a way is about defaults.
 WAIT_POLICY = {"GOMP_SPINCOUNT": "1000"}
 
@@ -82,8 +83,8 @@ class Setting(NamedTuple):
 
 
 def turns(count: int) -> int:
-    """How often each way decodes ``count`` sequences in a round: the fewer, the shorter, and the more it varies."""
-    return max(LEAST_TURNS, LEAST_DECODED // count)
+    """How often each way decodes ``count`` sequences once started: the fewer, the shorter, and the more it varies."""
+    return max(1, SEQUENCES_A_START // count)
 
 
 def steady_rate(streams: Sequence[Arrivals]) -> float:
