@@ -16,6 +16,7 @@ STAGES = (
     ("prefill_ns", "prompt computed, first token known"),
     ("local_prefill_ns", "of it, computed by the decode worker"),
     ("transfer_exposed_ns", "decode stood still for KV after that"),
+    ("landing_tail_ns", "of it, after the last frame had come"),
     ("first_decode_ns", "first token of the decode worker"),
     ("decode_ns", "all tokens of the decode worker"),
 )

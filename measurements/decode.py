@@ -168,8 +168,11 @@ def measure(setting: Setting, programs: Tools, rounds: int, profile: str) -> Ite
 
 def rates(setting: Setting, ways: Ways) -> Iterator[Sample]:
     """Throughput by each way, which are all up: for each number of sequences in turns, one computing at a time."""
-    order = deque(ways)
     for begun in range(STARTS):
+        # No way is at the same place in every turn, nor with a number of sequences at every start: whoever comes later
+        # may find another machine.
+        order = deque(ways)
+        order.rotate(begun)
         with ExitStack() as up:
             rate = {way: up.enter_context(start()) for way, start in ways.items()}
             for count, repeat in [(n, turn) for n in setting.sequences for turn in range(turns(n))]:
@@ -183,7 +186,6 @@ def rates(setting: Setting, ways: Ways) -> Iterator[Sample]:
                         "sequences": count,
                         "tokens_per_s": tokens_per_s,
                     }
-                # Whoever comes later in a turn may find a quicker machine.
                 order.rotate()
 
 

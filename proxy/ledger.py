@@ -44,9 +44,10 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     the last of ``attempts``.
 
     ``max_tokens`` is the client's own limit for each answer. ``cached_tokens`` of the prompt were computed before,
-    ``prefill_cached_tokens`` of them by vLLM; ``local_prefill_ns`` is the worker's own prefill on any route. Of the
-    ``kv_reused_tokens``, ``kv_restored_tokens`` came from below the worker's cells in ``restore_ns``. Speculation
-    guessed ``drafted_tokens``, of which ``accepted_tokens`` were right.
+    ``prefill_cached_tokens`` of them by vLLM; ``local_prefill_ns`` is the worker's own prefill on any route. Of
+    ``transfer_exposed_ns``, ``landing_tail_ns`` came after the last frame with data. Of the ``kv_reused_tokens``,
+    ``kv_restored_tokens`` came from below the worker's cells in ``restore_ns``. Speculation guessed ``drafted_tokens``,
+    of which ``accepted_tokens`` were right.
     ``predicted`` is what the first decision expected of each open route, and ``decision`` all that it was made from
     (``facts.py``; arrays in the order of the fields there). ``ttft_error`` and ``e2e_error`` are how far that was off
     for the route taken and an answer of the length that it had, as a share of what it took (0.1: a tenth too much).
@@ -98,6 +99,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int = 0
     prefill_cached_tokens: int = 0
     local_prefill_ns: int = 0
+    landing_tail_ns: int = 0
     worker_queue_ns: int = 0
     kv_restored_tokens: int = 0
     restore_ns: int = 0
@@ -288,6 +290,7 @@ class Account:
             cached_tokens=self.cached_tokens,
             prefill_cached_tokens=self.prefill_cached_tokens,
             local_prefill_ns=report.local_prefill_ns,
+            landing_tail_ns=report.landing_tail_ns,
             worker_queue_ns=report.worker_queue_ns,
             kv_restored_tokens=report.restored_tokens,
             restore_ns=report.restore_ns,

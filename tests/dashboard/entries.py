@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import msgspec
 
 from proxy.ledger import Entry
+from tests.proxy.conftest import Stack
 
 
 def varied(one: Entry, count: int) -> Iterator[Entry]:
@@ -50,3 +51,9 @@ def varied(one: Entry, count: int) -> Iterator[Entry]:
             status="ok",
             failed_over=None,
         )
+
+
+def add(stack: Stack, entries: Iterator[Entry]) -> None:
+    """Into the ledger of the proxy under test."""
+    for entry in entries:
+        stack.gateway.ledger.add(entry)

@@ -4,48 +4,23 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from measurements import ledger_spans
-from measurements.ledger_entries import Spent
 from proxy.api_keys import make
-from proxy.facts import Prediction
 from proxy.ledger import Entry
-from tests.dashboard.browser import PHONE, Open, Seen, needs_chromium
-from tests.dashboard.entries import varied
+from tests.dashboard.browser import Open, Seen, needs_chromium
+from tests.dashboard.entries import add, varied
 from tests.proxy.conftest import Stack, make_cluster, running, wait_until
-from tests.proxy.fake_prefill import PrefillScript
-from tests.proxy.fake_worker import FakeWorker, Script
+from tests.proxy.fake_worker import FakeWorker
 from tests.proxy.test_prefill_pool import two_nodes
 from tests.proxy.workers import announce
 from transfer.energy import POWER_HEADER
 from transfer.messages import Announce, Status
 
-pytestmark = needs_chromium
-
-# A frame on a screen of 60 Hz.
-FRAME_MS = 1000 / 60
-
-
-@pytest.fixture(autouse=True)
-def fresh_scripts(stack: Stack) -> Iterator[None]:
-    stack.prefill.script, stack.worker.script = PrefillScript(), Script()
-    yield
-
-
-@pytest.fixture
-def one(stack: Stack) -> Entry:
-    assert stack.chat({"X-Isthmus-Route": "split"}).status_code == 200
-    return stack.gateway.ledger.last(1)[0]
-
-
-def add(stack: Stack, entries: Iterator[Entry]) -> None:
-    for entry in entries:
-        stack.gateway.ledger.add(entry)
+pytestmark = [needs_chromium, pytest.mark.usefixtures("fresh_scripts", "nothing_measured_yet")]
 
 
 def ask_from_the_page(seen: Seen, prompt: str, route: str) -> None:
@@ -54,12 +29,6 @@ def ask_from_the_page(seen: Seen, prompt: str, route: str) -> None:
     seen.page.select_option("#try-route", route)
     seen.page.click("#try-send")
     seen.until("!document.getElementById('try-send').disabled")
-
-
-@pytest.fixture(autouse=True)
-def nothing_measured_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page draws the results that lie where the proxy was started."""
-    monkeypatch.chdir(tmp_path)
 
 
 def test_a_question_is_answered_and_appears_in_the_waterfall(stack: Stack, open_page: Open) -> None:
@@ -113,90 +82,6 @@ def test_an_answer_can_be_stopped(stack: Stack, open_page: Open) -> None:
     seen.until("!document.getElementById('try-send').disabled")
     assert "stopped" in seen.page.inner_text("#answers")
     stack.assert_idle()
-
-
-def test_stages_lie_where_the_command_says(stack: Stack, one: Entry, open_page: Open) -> None:
-    entries = list(varied(one, 100))
-    told = [msgspec.to_builtins(entry) for entry in entries]
-    seen = open_page(stack.url)
-    script = "async told => { const {spans} = await import('/static/stages.js'); return told.map(spans); }"
-    drawn = seen.page.evaluate(script, told)
-    for entry, spans in zip(told, drawn, strict=True):
-        # The page shows the worker's first token as part of `decode`.
-        here = {(s["stage"], s["beginNs"], s["lengthNs"]) for s in spans if s["stage"] != "first_decode"}
-        assert here == {tuple(span)[1:] for span in ledger_spans.spans(msgspec.convert(entry, Spent))}
-        assert {s["lane"] for s in spans} <= {"proxy", "prefill", "wire", "decode"}
-
-
-def test_the_entry_opens_with_what_was_predicted(stack: Stack, one: Entry, open_page: Open) -> None:
-    entry = next(entry for entry in varied(one, 20) if entry.route == "split")
-    seen_before = {
-        "split": Prediction(ttft_ns=5_000_000, tpot_ns=1, e2e_ns=9_000_000, samples=4),
-        "gpu": Prediction(ttft_ns=7_000_000, tpot_ns=1, e2e_ns=8_000_000, samples=3),
-    }
-    entry = msgspec.structs.replace(entry, predicted=seen_before)
-    add(stack, iter([entry]))
-    seen = open_page(stack.url)
-    seen.page.click(f'[data-request-id="{entry.request_id}"] .head')
-    said = seen.page.inner_text("#entry")
-    assert entry.request_id in said
-    assert "made up" in said
-    stages = seen.page.eval_on_selector_all("[data-stage-ns]", "all => all.map(s => [s.dataset.stageNs, s.dataset.ns])")
-    assert len(stages) > 8
-    assert all(getattr(entry, f"{stage}_ns") == int(ns) for stage, ns in stages)
-    assert "split, taken" in said
-    assert "5.0 ms" in said
-    assert "8.0 ms" in said
-
-
-def test_hover_and_tap_tell_bytes_codec_and_rate(stack: Stack, one: Entry, open_page: Open) -> None:
-    entry = next(entry for entry in varied(one, 20) if entry.route == "split")
-    add(stack, iter([entry]))
-    wire = f'[data-request-id="{entry.request_id}"] .bar[data-stage="wire"]'
-    seen = open_page(stack.url)
-    seen.page.hover(wire)
-    told = seen.page.inner_text("#tip")
-    assert f"codec {entry.codec}" in told
-    assert "MiB of 21.0 MiB" in told
-    assert "/s on the wire" in told
-    phone = open_page(stack.url, size=PHONE, has_touch=True)
-    phone.page.tap(wire)
-    assert phone.page.inner_text("#tip") == told
-    assert not phone.page.is_visible("#entry")
-
-
-def test_bars_of_kept_kv_say_how_much_it_was(stack: Stack, one: Entry, open_page: Open) -> None:
-    local = {"route": "cpu", "codec": None, "kv_raw_bytes": 0, "kv_wire_bytes": 0, "inject_ns": 10**6}
-    kept = {"kv_reused_tokens": 64, "kv_restored_tokens": 48, "restore_ns": 10**6}
-    told = msgspec.to_builtins(msgspec.structs.replace(one, **local, **kept))
-    script = "async ([entry, stage]) => (await import('/static/stages.js')).about(entry, stage)"
-    seen = open_page(stack.url)
-    assert seen.page.evaluate(script, [told, "inject"])[-1] == "64 tokens of kept KV"
-    assert seen.page.evaluate(script, [told, "restore"])[-1] == "48 tokens"
-
-
-def test_five_hundred_entries_stay_smooth(stack: Stack, one: Entry, open_page: Open) -> None:
-    add(stack, varied(one, 700))
-    seen = open_page(stack.url)
-    seen.until("document.querySelectorAll('#requests .request').length === 500")
-    frames = seen.page.evaluate(
-        """() => new Promise(done => {
-             const frames = []; let last = performance.now();
-             const step = now => {
-               frames.push(now - last); last = now; scrollBy(0, 200);
-               frames.length < 120 ? requestAnimationFrame(step) : done(frames.slice(1));
-             };
-             requestAnimationFrame(step);
-           })"""
-    )
-    frames.sort()
-    middle, late = frames[len(frames) // 2], sum(frame > 2 * FRAME_MS for frame in frames)
-    print(f"500 entries: median frame {middle:.1f} ms, longest {frames[-1]:.1f}, {late} late of {len(frames)}")  # noqa: T201
-    assert stack.chat().status_code == 200
-    newest = stack.entries()[-1]["request_id"]
-    seen.until("id => document.querySelector('#requests .request').dataset.requestId === id", newest)
-    assert seen.count("#requests .request") == 500
-    assert seen.errors == []
 
 
 def test_charts_say_what_the_ledger_says(stack: Stack, one: Entry, open_page: Open) -> None:
@@ -449,131 +334,3 @@ def test_the_proxy_goes_away_and_comes_back(hf_dir: Path, open_page: Open) -> No
         seen.until(f"{state} === 'live'")
         assert stack.chat().status_code == 200
         seen.until("document.querySelectorAll('#requests .request').length === 2")
-
-
-def test_by_keyboard_alone(stack: Stack, one: Entry, open_page: Open) -> None:
-    add(stack, varied(one, 5))
-    seen = open_page(stack.url)
-    seen.until("document.querySelectorAll('#requests .request').length >= 5")
-    press: Callable[[str], None] = seen.page.keyboard.press
-    focused = "document.activeElement"
-
-    def tab_to(what: str) -> None:
-        for _ in range(40):
-            press("Tab")
-            if seen.page.evaluate(f"what => {focused}.matches(what)", what):
-                return
-        raise AssertionError(f"Tab does not come to {what}")
-
-    tab_to(".skip")
-    tab_to("#requests .head")
-    newest = seen.page.evaluate(f"{focused}.closest('.request').dataset.requestId")
-    press("ArrowRight")
-    assert seen.page.is_visible("#tip")
-    assert seen.page.evaluate(f"{focused}.getAttribute('aria-label')").startswith(
-        seen.page.inner_text("#tip").split("\n")[0]
-    )
-    press("ArrowDown")
-    assert seen.page.evaluate(f"{focused}.closest('.request').dataset.requestId") != newest
-    press("Enter")
-    assert seen.page.is_visible("#entry")
-    press("Escape")
-    assert not seen.page.is_visible("#entry")
-    seen.page.evaluate(f"{focused}.blur()")
-    tab_to('nav a[href="#try"]')
-    press("Enter")
-    tab_to("#try-prompt")
-    seen.page.keyboard.type("hi")
-    tab_to("#try-send")
-    press("Enter")
-    seen.until("document.querySelector('#answers .request')")
-    assert seen.page.inner_text("#answers .answer").startswith("one")
-
-
-@pytest.mark.parametrize("width", [PHONE["width"], 320])
-def test_a_phone_scrolls_one_way_only(stack: Stack, one: Entry, open_page: Open, width: int) -> None:
-    add(stack, varied(one, 10))
-    seen = open_page(stack.url, size=PHONE | {"width": width}, has_touch=True)
-    seen.until("document.querySelectorAll('#requests .request').length > 5")
-    for view in ("waterfall", "worth", "nodes", "try"):
-        seen.view(view)
-        if view == "worth":
-            seen.until("document.querySelectorAll('#view-worth canvas').length === 2")
-        assert seen.page.evaluate("document.scrollingElement.scrollWidth - innerWidth") <= 0, view
-
-
-def test_light_dark_and_as_the_system_is(stack: Stack, open_page: Open) -> None:
-    ground = "getComputedStyle(document.documentElement).backgroundColor"
-    light = open_page(stack.url, color_scheme="light").page.evaluate(ground)
-    seen = open_page(stack.url, color_scheme="dark")
-    dark = seen.page.evaluate(ground)
-    assert dark != light
-    seen.page.click("#theme")
-    assert seen.page.evaluate(ground) == light
-    seen.page.reload()
-    assert seen.page.evaluate(ground) == light
-    seen.page.click("#theme")
-    assert seen.page.evaluate(ground) == dark
-
-
-def test_nothing_is_asked_of_any_other_host(stack: Stack, open_page: Open) -> None:
-    seen = open_page(stack.url)
-    for view in ("worth", "nodes", "try", "waterfall"):
-        seen.view(view)
-    paint = seen.page.evaluate("performance.getEntriesByType('paint').map(p => [p.name, p.startTime])")
-    script = """() => performance.getEntriesByType('resource').filter(r => r.name.includes('/static/'))
-      .reduce((all, r) => all + r.encodedBodySize, performance.getEntriesByType('navigation')[0].encodedBodySize)"""
-    weight = seen.page.evaluate(script)
-    print(f"{paint}, {weight} bytes")  # noqa: T201
-    assert seen.asked
-    assert all(address.startswith(stack.url) for address in seen.asked)
-    assert weight < 300_000
-    assert seen.errors == []
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_stands_out_from_its_ground(stack: Stack, one: Entry, open_page: Open, scheme: str) -> None:
-    add(stack, varied(one, 3))
-    seen = open_page(stack.url, color_scheme=scheme)
-    # Relative luminance and contrast as WCAG 2 defines them; 4.5 is its level AA for text.
-    script = """() => {
-      const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
-      const pixel = colour => {
-        canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
-        return [...canvas.getImageData(0, 0, 1, 1).data];
-      };
-      const light = colour => {
-        const linear = c => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4;
-        const [r, g, b] = pixel(colour).map(c => linear(c / 255));
-        return .2126 * r + .7152 * g + .0722 * b;
-      };
-      const ground = e => {
-        const own = getComputedStyle(e).backgroundColor;
-        return pixel(own)[3] > 0 ? own : ground(e.parentElement);
-      };
-      const own = e => [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim());
-      return [...document.querySelectorAll('body *')].filter(e => own(e) && e.checkVisibility()).map(e => {
-        const [a, b] = [light(getComputedStyle(e).color), light(ground(e))].sort((x, y) => y - x);
-        return [(a + .05) / (b + .05), e.tagName + '.' + e.className + ' ' + e.textContent.trim().slice(0, 30)];
-      }).filter(([ratio]) => ratio < 4.5);
-    }"""
-    for view in ("waterfall", "worth", "nodes", "try"):
-        seen.view(view)
-        assert seen.page.evaluate(script) == [], view
-
-
-def test_a_screen_reader_finds_names_for_everything(stack: Stack, one: Entry, open_page: Open) -> None:
-    add(stack, varied(one, 3))
-    seen = open_page(stack.url)
-    nameless = """() => [...document.querySelectorAll('button, input, select, textarea, [role$=cell], [role=grid]')]
-      .filter(e => !(e.textContent.trim() || e.getAttribute('aria-label') || e.labels?.length)).map(e => e.outerHTML)"""
-    # A heading is at most one level below the one before it.
-    jumps = """() => [...document.querySelectorAll('h1, h2, h3, h4')].filter(e => e.checkVisibility())
-      .map(e => Number(e.tagName[1])).some((level, place, all) => place && level > all[place - 1] + 1)"""
-    for view in ("waterfall", "worth", "nodes", "try"):
-        seen.view(view)
-        assert seen.page.evaluate(nameless) == []
-        assert not seen.page.evaluate(jumps), view
-    seen.view("waterfall")
-    seen.page.click("#waterfall-as-table")
-    assert seen.count("#requests-table tbody tr") >= 3

@@ -63,6 +63,7 @@ def test_the_ledger_adds_up(http: httpx.Client, shipped_text: str):
     assert entry["kv_wire_bytes"] > entry["kv_raw_bytes"]
     stages = ("reserve_ns", "prefill_ns", "gather_ns", "encode_ns", "wire_ns", "decode_frame_ns", "inject_ns")
     assert all(entry[stage] > 0 for stage in (*stages, "first_decode_ns", "decode_ns", "prefill_alternative_ns"))
+    assert 0 < entry["landing_tail_ns"] <= entry["transfer_exposed_ns"]
     gain = entry["prefill_alternative_ns"] - (entry["prefill_ns"] + entry["transfer_exposed_ns"])
     assert entry["specialization_gain_ns"] == gain
     assert http.get("/ledger?last=1").json()["entries"][0]["request_id"] == entry["request_id"]

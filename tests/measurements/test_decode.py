@@ -1,32 +1,25 @@
 from __future__ import annotations
 
 import io
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import pytest
 from rich.console import Console
 
 from cpu_decode import binding, numa, profile
-from cpu_decode.profile import Profile, Tuned
-from measurements import bandwidth, decode, decode_speculation, decode_tune, targets
-from measurements.decode_latency import Load, gaps_ns
+from cpu_decode.profile import Profile
+from measurements import bandwidth, decode, decode_tune, targets
+from measurements.decode_latency import Load
 from measurements.decode_plot import draw
 from measurements.decode_targets import verdicts
-from measurements.decode_tune import axes, pick
-from measurements.decode_ways import Rate, Setting, bench_rate, steady_rate, worker_rate
-from measurements.decode_worker import Stream
-from transfer.config import Decode
-from transfer.errors import ConfigError, EngineError
-from transfer.messages import Landing, Ticket
-
-TUNED = Tuned(threads=2, batch_threads=4, spin_count=7, huge_pages=False, mmap=False)
+from measurements.decode_ways import Rate, Setting, worker_rate
+from tests.cpu_decode.test_profile import TUNED
+from transfer.errors import ConfigError
 
 
 def samples() -> list[dict[str, Any]]:
@@ -126,49 +119,9 @@ def test_ways_take_turns_the_more_the_fewer_sequences() -> None:
     assert {count: {asked.count((way, count)) for way in ways} for count in (1, 4)} == {1: {12}, 4: {3}}
     # In processes of their own: three times four turns, and one.
     assert started == [*ways] * 3
+    firsts = [s["way"] for s in taken[:: len(ways)] if s["sequences"] == 4]
+    assert sorted(firsts) == sorted(ways)
     assert [s["start"] for s in taken] == [start for start in range(3) for _ in range(5 * len(ways))]
-
-
-class Said(NamedTuple):
-    """As much of llama.cpp's programs as is run."""
-
-    batched_bench: Path
-    environment: dict[str, str]
-
-
-def bench(folder: Path, script: str) -> Said:
-    program = folder / "bench"
-    program.write_text(f"#!{sys.executable}\nimport pathlib, sys, time\n{script}")
-    program.chmod(0o755)
-    return Said(program, {})
-
-
-def test_the_bench_stands_still_where_it_has_said_a_rate(tmp_path: Path) -> None:
-    programs = bench(
-        tmp_path,
-        f"""
-for count in (1, 4):
-    print("noise")
-    print('{{"pl": %d, "speed_tg": %d.5}}' % (count, count), flush=True)
-    time.sleep(0.2)
-    pathlib.Path({str(tmp_path)!r}, f"done {{count}}").touch()
-""",
-    )
-    with bench_rate(decode.setting(None, "1,4", 60, 24), programs, (1, 4)) as rate:
-        assert rate(1) == 1.5
-        time.sleep(0.5)
-        assert not (tmp_path / "done 1").exists()
-        assert rate(4) == 4.5
-        assert (tmp_path / "done 1").exists()
-
-
-def test_a_bench_that_fails_says_why(tmp_path: Path) -> None:
-    programs = bench(tmp_path, "sys.exit('no memory for cells')")
-    with (
-        bench_rate(decode.setting(None, "1", 60, 24), programs, (1,)) as rate,
-        pytest.raises(EngineError, match="llama-batched-bench failed: no memory for cells"),
-    ):
-        rate(1)
 
 
 def test_guessing_is_compared_with_a_neighbour_in_time() -> None:
@@ -176,27 +129,6 @@ def test_guessing_is_compared_with_a_neighbour_in_time() -> None:
         "file weights, copied text, 1 sequences": pytest.approx(1.0),
         "bf16 weights, copied text, 1 sequences": pytest.approx(1.55),
     }
-
-
-def test_every_repeat_has_workers_of_its_own_and_begins_with_the_other_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[str] = []
-
-    @contextmanager
-    def worker(_: Path, settings: Decode) -> Iterator[str]:
-        started.append(settings.speculate)
-        yield f"{settings.speculate} {len(started)}"
-
-    @contextmanager
-    def bf16(gguf: Path) -> Iterator[Path]:
-        yield gguf
-
-    monkeypatch.setattr(decode_speculation, "live_worker", worker)
-    monkeypatch.setattr(decode_speculation, "bf16_weights", bf16)
-    monkeypatch.setattr(decode_speculation, "_decode", lambda worker, *_: {"by": worker})
-    taken = list(decode_speculation.measure(decode.setting(None, "1", 60, 24), 0))
-    assert len(started) == len({s["by"] for s in taken}) == 2 * 2 * decode_speculation.REPEATS
-    first = {(s["weights"], s["repeat"]): s["speculate"] for s in reversed(taken)}
-    assert [first["file", repeat] for repeat in range(4)] == ["off", "auto", "off", "auto"]
 
 
 def test_each_figure_with_a_target_passes_or_misses() -> None:
@@ -217,13 +149,6 @@ def test_each_figure_with_a_target_passes_or_misses() -> None:
     }
 
 
-def test_copied_prompts_repeat_a_block_and_new_ones_do_not() -> None:
-    copied, new = (decode_speculation.prompt(text, 3) for text in ("copied", "new"))
-    assert len(copied) == len(new)
-    assert copied == copied[:48] * 4
-    assert new[:48] != new[48:96]
-
-
 def test_a_step_reads_the_weights_once_and_every_sequences_cells() -> None:
     summary = decode.summarize(samples())
     # 95 steps/s of 101 and of 108 MB, over 10 GB/s.
@@ -242,32 +167,6 @@ def test_the_summary_can_be_shown_and_drawn(tmp_path: Path) -> None:
     assert targets.table(verdicts(summary)).row_count == 12
     draw(summary, tmp_path / "decode.png")
     assert (tmp_path / "decode.png").stat().st_size > 10_000
-
-
-def test_rate_counts_only_the_time_in_which_all_streams_run() -> None:
-    early = [(second * 10**9, 1) for second in range(21)]
-    late = [(second * 10**9, 2) for second in range(10, 31)]
-    # Between second 10 and second 20: 10 tokens of the one, 20 of the other.
-    assert steady_rate([early, late]) == pytest.approx(3.0)
-    with pytest.raises(EngineError, match="did not run at the same time; raise --tokens"):
-        steady_rate([early[:5], late])
-
-
-def test_gaps_share_a_message_of_several_tokens() -> None:
-    landing = Landing(cell_type="f16", rope_order="half")
-    ticket = Ticket(
-        request_id="r",
-        ticket="0" * 32,
-        kv_endpoint="",
-        codec="raw",
-        landing=landing,
-        chunk_tokens=1,
-        credit_chunks=1,
-        deadline_ms=1,
-    )
-    stream = Stream(ticket, 1)
-    stream.times_ns, stream.counts = [0, 10, 40, 50], [1, 1, 3, 1]
-    assert gaps_ns(stream) == [10, 10, 10]
 
 
 @pytest.mark.parametrize("sequences", ["", "8,1", "1,1", "0,1", "one", "1000"])
@@ -299,14 +198,6 @@ def test_cells_suffice_for_both_parts(default_pair) -> None:
     assert (many.num_cells, many.max_sequences) == (32 * 964, 33)
 
 
-def test_streams_have_room_for_every_sequence(default_pair) -> None:
-    setting = decode.setting(default_pair.gguf, "1,16", 900, 64)
-    assert setting.room_for(setting.decode).num_cells == setting.num_cells
-    in_streams = setting.room_for(msgspec.structs.replace(setting.decode, cell_layout="streams"))
-    assert in_streams.num_cells == 17 * 964
-    assert list(decode_tune.shapes(default_pair.gguf)) == list(decode_tune.SHAPES)
-
-
 def test_the_summary_says_in_which_shape_the_tuned_worker_was(tmp_path: Path) -> None:
     assert decode.summarize(samples())["tuned"] == {}
     file = tmp_path / "profile.json"
@@ -336,62 +227,6 @@ def test_on_one_node_nothing_is_bound_and_on_several_the_first_one_is(monkeypatc
 def test_bandwidth_is_measured() -> None:
     assert bandwidth.triad_gb_per_s(1) > 0
     assert bandwidth.read_gb_per_s(1) > 0
-
-
-def test_a_profile_takes_the_place_of_settings(tmp_path: Path) -> None:
-    file = tmp_path / "profile.json"
-    profile.write(
-        file, Profile(decode=TUNED, row_ns={1: 10.0, 8: 30.5}, gguf="m.gguf", host={}, seen={"threads 2": 1.0})
-    )
-    applied = profile.apply(Decode(profile=str(file), num_cells=99))
-    assert (applied.threads, applied.batch_threads, applied.spin_count) == (2, 4, 7)
-    assert (applied.huge_pages, applied.mmap, applied.num_cells) == (False, False, 99)
-    assert profile.row_ns(Decode(profile=str(file))) == {1: 10.0, 8: 30.5}
-    assert profile.apply(Decode()) == Decode()
-    assert profile.row_ns(Decode()) == {}
-
-
-def test_a_profile_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "profile.json"
-    with pytest.raises(ConfigError, match=r"cannot read .*profile\.json: No such file"):
-        profile.apply(Decode(profile=str(file)))
-    profile.write(file, Profile(decode=TUNED, gguf="m.gguf", host={}, seen={}))
-    good = file.read_text()
-    for old, new, reason in (
-        ("isthmus.profile/1", "isthmus.profile/9", "tune again"),
-        ('"threads": 2', '"threads": 0', r"\$\.decode\.threads"),
-        (good, "{", r"profile\.json: Input data was truncated"),
-    ):
-        file.write_text(good.replace(old, new))
-        with pytest.raises(ConfigError, match=reason):
-            profile.apply(Decode(profile=str(file)))
-
-
-def test_tuning_keeps_what_is_hardly_worse() -> None:
-    others = [TUNED, Tuned(threads=1, batch_threads=1, spin_count=0, huge_pages=True, mmap=True)]
-    assert pick(others, [1.0, 1.019]) == others[0]
-    assert pick(others, [1.0, 1.021]) == others[1]
-
-
-def test_candidates_are_compared_with_their_neighbours_in_time() -> None:
-    """A machine that gets slower all the time; the second candidate is half as fast with one sequence."""
-    paces = iter(1000.0 / turn for turn in range(1, 7) for _ in range(2))
-    ratios = decode_tune.in_turns([lambda _: next(paces), lambda count: next(paces) / (2 / count)], (1, 2), 3)
-    assert ratios == [{"1 sequences": 1.0, "2 sequences": 1.0}, {"1 sequences": 0.5, "2 sequences": 1.0}]
-
-
-def test_tuning_says_what_another_shape_for_each_load_would_gain() -> None:
-    unified = {"prefill": 1.0, "1 sequences": 1.0, "16 sequences": 1.0}
-    streams = {"prefill": 0.5, "1 sequences": 0.8, "16 sequences": 1.6}
-    names = ["best cells for 1 sequences over the chosen", "best cells for 16 sequences over the chosen"]
-    for chosen, gains in ((0, [1.0, 1.6]), (1, [1.25, 1.0])):
-        assert decode_tune.gain_of_switching([unified, streams], chosen) == dict(zip(names, gains, strict=True))
-
-
-def test_tuning_starts_every_axis_with_what_holds() -> None:
-    assert [list(axis) for axis in axes(14, 28) if "threads 14" in axis] == [["threads 14", "threads 28", "threads 7"]]
-    assert {"threads 1": {"threads": 1}} in axes(1, 1)
-    assert decode_tune.VARIANTS["as the worker"] == ()
 
 
 @pytest.mark.engines

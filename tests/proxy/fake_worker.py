@@ -261,6 +261,7 @@ class FakeWorker:
             kv_wire_bytes=0 if local else 2048,
             wire_ns=0 if local else self.script.wire_ns,
             transfer_exposed_ns=0 if local else 1_000_000,
+            landing_tail_ns=0 if local else 400_000,
             local_prefill_ns=5_000_000 if local else 0,
             decode_ns=3_000_000,
         )

@@ -21,6 +21,7 @@ def test_split(stack):
     assert entry["status"] == "ok"
     assert entry["completion_tokens"] == 3
     assert (entry["kv_raw_bytes"], entry["kv_wire_bytes"]) == (4096, 2048)
+    assert (entry["transfer_exposed_ns"], entry["landing_tail_ns"]) == (1_000_000, 400_000)
     assert entry["prefill_ns"] > 0
     assert entry["reserve_ns"] > 0
     assert 0 < entry["ttft_ns"] <= entry["total_ns"]

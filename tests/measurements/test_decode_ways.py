@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import pytest
+
+from measurements import decode, decode_tune
+from measurements.decode_ways import bench_rate, steady_rate
+from transfer.errors import EngineError
+
+
+class Said(NamedTuple):
+    """As much of llama.cpp's programs as is run."""
+
+    batched_bench: Path
+    environment: dict[str, str]
+
+
+def bench(folder: Path, script: str) -> Said:
+    program = folder / "bench"
+    program.write_text(f"#!{sys.executable}\nimport pathlib, sys, time\n{script}")
+    program.chmod(0o755)
+    return Said(program, {})
+
+
+def test_the_bench_stands_still_where_it_has_said_a_rate(tmp_path: Path) -> None:
+    programs = bench(
+        tmp_path,
+        f"""
+for count in (1, 4):
+    print("noise")
+    print('{{"pl": %d, "speed_tg": %d.5}}' % (count, count), flush=True)
+    time.sleep(0.2)
+    pathlib.Path({str(tmp_path)!r}, f"done {{count}}").touch()
+""",
+    )
+    with bench_rate(decode.setting(None, "1,4", 60, 24), programs, (1, 4)) as rate:
+        assert rate(1) == 1.5
+        time.sleep(0.5)
+        assert not (tmp_path / "done 1").exists()
+        assert rate(4) == 4.5
+        assert (tmp_path / "done 1").exists()
+
+
+def test_a_bench_that_fails_says_why(tmp_path: Path) -> None:
+    programs = bench(tmp_path, "sys.exit('no memory for cells')")
+    with (
+        bench_rate(decode.setting(None, "1", 60, 24), programs, (1,)) as rate,
+        pytest.raises(EngineError, match="llama-batched-bench failed: no memory for cells"),
+    ):
+        rate(1)
+
+
+def test_rate_counts_only_the_time_in_which_all_streams_run() -> None:
+    early = [(second * 10**9, 1) for second in range(21)]
+    late = [(second * 10**9, 2) for second in range(10, 31)]
+    # Between second 10 and second 20: 10 tokens of the one, 20 of the other.
+    assert steady_rate([early, late]) == pytest.approx(3.0)
+    with pytest.raises(EngineError, match="did not run at the same time; raise --tokens"):
+        steady_rate([early[:5], late])
+
+
+def test_streams_have_room_for_every_sequence(default_pair) -> None:
+    setting = decode.setting(default_pair.gguf, "1,16", 900, 64)
+    assert setting.room_for(setting.decode).num_cells == setting.num_cells
+    in_streams = setting.room_for(msgspec.structs.replace(setting.decode, cell_layout="streams"))
+    assert in_streams.num_cells == 17 * 964
+    assert list(decode_tune.shapes(default_pair.gguf)) == list(decode_tune.SHAPES)
