@@ -144,7 +144,7 @@ def measure(setting: Setting, programs: Tools, rounds: int, profile: str) -> Ite
     }
     plain = msgspec.structs.replace(setting.decode, **PLAIN)
     alike: Ways = {
-        BENCH: lambda: bench_rate(setting, programs, [n for n in setting.sequences for _ in range(turns(n))]),
+        BENCH: lambda: bench_rate(setting, programs, turns(setting.sequences)),
         OURS: lambda: worker_rate(setting, plain),
         SERVER: lambda: server_rate(setting, programs),
     }
@@ -175,14 +175,14 @@ def rates(setting: Setting, ways: Ways) -> Iterator[Sample]:
         order.rotate(begun)
         with ExitStack() as up:
             rate = {way: up.enter_context(start()) for way, start in ways.items()}
-            for count, repeat in [(n, turn) for n in setting.sequences for turn in range(turns(n))]:
+            for turn, count in enumerate(turns(setting.sequences)):
                 for way in order:
                     tokens_per_s = rate[way](count)
                     yield {
                         "what": "rate",
                         "way": way,
                         "start": begun,
-                        "repeat": repeat,
+                        "turn": turn,
                         "sequences": count,
                         "tokens_per_s": tokens_per_s,
                     }

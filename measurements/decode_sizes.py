@@ -85,7 +85,7 @@ def measure(setting: Setting, programs: Tools) -> Iterator[Sample]:
             resident.append(decode.memory(worker, setting))
 
     ways: Ways = {
-        BENCH: lambda: bench_rate(setting, programs, [n for n in setting.sequences for _ in range(turns(n))]),
+        BENCH: lambda: bench_rate(setting, programs, turns(setting.sequences)),
         OURS: rate_of_ours,
         SERVER: lambda: server_rate(setting, programs),
     }

@@ -82,9 +82,12 @@ class Setting(NamedTuple):
         return msgspec.structs.replace(decode, num_cells=self.max_sequences * cells)
 
 
-def turns(count: int) -> int:
-    """How often each way decodes ``count`` sequences once started: the fewer, the shorter, and the more it varies."""
-    return max(1, SEQUENCES_A_START // count)
+def turns(sequences: Sequence[int]) -> list[int]:
+    """How many sequences each way decodes in every turn once started.
+
+    The fewer, the more turns: they are shorter, and vary more.
+    """
+    return [count for count in sequences for _ in range(max(1, SEQUENCES_A_START // count))]
 
 
 def steady_rate(streams: Sequence[Arrivals]) -> float:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ def samples() -> list[dict[str, Any]]:
                         "what": "rate",
                         "way": way,
                         "round": turn,
-                        "repeat": repeat,
+                        "turn": repeat,
                         "sequences": count,
                         "tokens_per_s": rate,
                     }
@@ -91,7 +90,7 @@ def test_ratios_are_between_neighbours_in_time() -> None:
     uneven = samples()
     for sample in uneven:
         if sample["what"] == "rate":
-            pace = 100.0 * 2 ** sample["repeat"] * (3 if sample["round"] else 1)
+            pace = 100.0 * 2 ** sample["turn"] * (3 if sample["round"] else 1)
             sample["tokens_per_s"] = 1.1 * pace if sample["way"] == decode.OURS else pace
     summary = decode.summarize(uneven)
     assert summary["vs_llama_server"]["8"] == pytest.approx(1.1)
@@ -241,10 +240,9 @@ def test_a_real_worker_is_measured(default_pair) -> None:
         max_sequences=3,
     )
     taken = list(decode.rates(setting, {decode.OURS: lambda: worker_rate(setting, setting.decode)}))
-    assert [(sample["sequences"], sample["repeat"]) for sample in taken] == [
-        *product((1,), range(4)),
-        *product((2,), range(2)),
-    ] * 3
+    assert [(s["start"], s["turn"], s["sequences"]) for s in taken] == [
+        (start, turn, count) for start in range(3) for turn, count in enumerate((1, 1, 1, 1, 2, 2))
+    ]
     assert all(sample["tokens_per_s"] > 0 for sample in taken)
     load = Load(sequences=2, handoff_tokens=100, handoffs=1, quiet_steps=20, short_tokens=60, short_handoffs=1)
     taken = list(decode.latency(setting, load, 7))

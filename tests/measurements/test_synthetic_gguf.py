@@ -18,7 +18,8 @@ def test_llama_cpp_computes_finite_logits_over_the_whole_vocabulary(monkeypatch:
     monkeypatch.setitem(SHAPES, "tiny", TINY)
     with synthetic_gguf.synthetic_gguf("tiny") as gguf:
         geometry = read_geometry(gguf)
-        assert (geometry.num_layers, geometry.elements_per_token, geometry.vocab_size) == (2, 2 * 2 * 2 * 32, 49_160)
+        assert (geometry.num_layers, geometry.num_kv_heads, geometry.vocab_size) == (2, 2, 49_160)
+        assert (geometry.head_dim_k, geometry.head_dim_v) == (32, 32)
         model = Model(gguf)
         context = Context(model, num_cells=64, max_sequences=1, batch_tokens=8, threads=1, cell_type="f16")
         batch = Batch(8)
