@@ -61,6 +61,11 @@ def _on_log(level: int, text: bytes, _user: Any) -> None:
         _rotations[said[1]] = said[2] == "1"
 
 
+def log_errors_only() -> None:
+    """Have llama.cpp say its errors in our log, and nothing else anywhere."""
+    llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
+
+
 class Model:
     """A GGUF in memory and what its vocabulary says.
 
@@ -69,7 +74,7 @@ class Model:
     """
 
     def __init__(self, gguf: Path, *, mapped: bool = True, locked: bool = False) -> None:
-        llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
+        log_errors_only()
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.load_mode = _LOAD_MODE[mapped, locked]

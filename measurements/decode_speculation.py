@@ -6,7 +6,6 @@ where a row more costs less of a step, for reading the weights takes more of it.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import statistics
 import tempfile
@@ -20,7 +19,7 @@ import numpy as np
 
 from measurements.decode_ways import Setting, steady_rate
 from measurements.decode_worker import LiveWorker, live_worker
-from transfer.errors import EngineError
+from measurements.requantize import FileType, requantized
 
 Sample = dict[str, Any]
 Text = Literal["copied", "new"]
@@ -32,7 +31,6 @@ COUNTS = (1, 4)
 REPEATS = 4
 MODES = ("off", "auto")
 TEXTS: tuple[Text, ...] = ("copied", "new")
-_FTYPE_BF16 = 32  # enum llama_ftype
 
 
 def measure(setting: Setting, turn: int) -> Iterator[Sample]:
@@ -96,16 +94,8 @@ def prompt(text: Text, seed: int) -> list[int]:
 @contextmanager
 def bf16_weights(gguf: Path) -> Iterator[Path]:
     """A file of the same model with its matrices in bf16, for the body. Raises :class:`EngineError` if it fails."""
-    import llama_cpp
-
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype, parameters.allow_requantize = _FTYPE_BF16, True
     with tempfile.TemporaryDirectory(prefix="isthmus-bf16-") as folder:
-        path = Path(folder) / f"{gguf.stem}-bf16.gguf"
-        code = llama_cpp.llama_model_quantize(str(gguf).encode(), str(path).encode(), ctypes.byref(parameters))
-        if code:
-            raise EngineError(f"llama.cpp cannot write {gguf} with bf16 weights: {code}")
-        yield path
+        yield requantized(gguf, Path(folder) / f"{gguf.stem}-bf16.gguf", FileType.BF16)
 
 
 def ratios(samples: list[Sample]) -> dict[str, float]:

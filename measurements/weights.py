@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import llama_cpp
-
 from cpu_decode.llama import Context, Model
 from measurements import kv
-from transfer.errors import EngineError
-
-# enum llama_ftype (llama.cpp's include/llama.h). fp32 holds what any quantized weight stands for.
-_F32, _Q8_0 = 0, 7
+from measurements.requantize import FileType, requantized
 
 
 def q8_0_divergences(gguf: Path, prompts: Sequence[kv.PromptKV], threads: int) -> Iterator[tuple[float, float]]:
@@ -24,15 +18,16 @@ def q8_0_divergences(gguf: Path, prompts: Sequence[kv.PromptKV], threads: int) -
     temporary disk and raises :class:`EngineError` where llama.cpp cannot write them.
     """
     with TemporaryDirectory() as folder:
-        exact, rounded = (_predictions(gguf, Path(folder), kind, prompts, threads) for kind in (_F32, _Q8_0))
+        kinds = FileType.F32, FileType.Q8_0
+        exact, rounded = (_predictions(gguf, Path(folder), kind, prompts, threads) for kind in kinds)
         for expected, got in zip(exact, rounded, strict=True):
             yield kv.divergence(expected, got)
 
 
 def _predictions(
-    gguf: Path, folder: Path, file_type: int, prompts: Sequence[kv.PromptKV], threads: int
+    gguf: Path, folder: Path, file_type: FileType, prompts: Sequence[kv.PromptKV], threads: int
 ) -> Iterator[kv.Logits]:
-    model = Model(_requantized(gguf, folder / f"{file_type}.gguf", file_type))
+    model = Model(requantized(gguf, folder / f"{file_type.name}.gguf", file_type))
     context = Context(
         model, num_cells=kv.MAX_TOKENS, max_sequences=1, batch_tokens=kv.MAX_TOKENS, threads=threads, cell_type="f16"
     )
@@ -40,13 +35,3 @@ def _predictions(
         yield kv.own_predictions(context, prompt)
     context.close()
     model.close()
-
-
-def _requantized(gguf: Path, target: Path, file_type: int) -> Path:
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = file_type
-    params.allow_requantize = True
-    code = llama_cpp.llama_model_quantize(str(gguf).encode(), str(target).encode(), ctypes.byref(params))
-    if code:
-        raise EngineError(f"llama_model_quantize returned {code} for {target}; is there room for it?")
-    return target
