@@ -36,10 +36,10 @@ from cpu_decode.reuse import Plan
 from cpu_decode.sequence import Sequence
 from cpu_decode.speculate import Guessing
 from cpu_decode.state import ChunkState, StateBlob, cut
-from cpu_decode.steps import Steps
+from cpu_decode.steps import Part, Steps
 from cpu_decode.window_blocks import WindowBlocks
 from transfer.errors import CapacityError, EngineError, IsthmusError, LinkError, RequestError
-from transfer.messages import Failure, FinishReason
+from transfer.messages import Failure, FinishReason, Tokens
 
 log = structlog.get_logger()
 
@@ -50,7 +50,8 @@ MIN_OBSERVED_TOKENS = 64
 class Batching:
     """The requests of one context. Engine thread only, but the numbers without an underscore may be read by any.
 
-    ``emit`` is called for every event; after :class:`Released` nothing more is emitted about a request.
+    ``emit`` is called for every event; after :class:`Released` nothing more is emitted about a request. ``answer`` is
+    called with a client and what it is to hear.
     """
 
     def __init__(
@@ -59,11 +60,13 @@ class Batching:
         *,
         batch_tokens: int,
         emit: Callable[[Event], None],
+        answer: Callable[[bytes, Tokens | Failure], None],
         guessing: Guessing,
         windows: WindowBlocks | None = None,
     ) -> None:
         self._context = context
         self._emit = emit
+        self._answer = answer
         self._steps = Steps(context, batch_tokens, guessing)
         self.meter = self._steps.meter
         self._copies = Copies(context, windows)
@@ -72,6 +75,7 @@ class Batching:
         self._sequences: dict[str, Sequence] = {}
         self._ended: dict[str, Sequence] = {}
         self._running: list[Sequence] = []
+        self._came: tuple[list[Part], dict[Sequence, list[int]]] | None = None
         self.running_sequences = self.preempted_sequences = 0
         self.prefill_tokens_per_s = 0.0
         self.prefill_basis = ""
@@ -228,7 +232,7 @@ class Batching:
             self._emit(Prompted(sequence.request_id))
 
     def step(self) -> None:
-        """Compute one batch over all that run, sample, and say what came.
+        """Compute one batch over all that run, sample, and say what came; then :meth:`learn`.
 
         Raises :class:`EngineError` if there are too few cells and nobody can wait for some.
         """
@@ -238,7 +242,7 @@ class Batching:
             if not self._preempt_newest():
                 raise EngineError(str(error)) from None
             return
-        came = {}
+        came: dict[Sequence, list[int]] = {}
         for sequence, *_ in parts:
             self._copies.follow(sequence)
         for sequence, _, row, draft in parts:
@@ -250,7 +254,13 @@ class Batching:
                 came[sequence] = self._sample(sequence, row, draft)
             else:
                 self._fork(sequence, row)
-        self._steps.learn(parts, came)
+        self._came = parts, came
+
+    def learn(self) -> None:
+        """Note how long the last step took; when its tokens are on their way, for they are waited for."""
+        if self._came is not None:
+            self._steps.learn(*self._came)
+            self._came = None
 
     def _fork(self, sequence: Sequence, row: int) -> None:
         """Sample the first token of every choice from the same row; they share the cells of what is before it."""
@@ -294,7 +304,7 @@ class Batching:
             self._release(sequence.choices[0])
         elif sequence.finished:
             self._pause(sequence)
-        self._emit(message)
+        self._answer(sequence.client, message)
 
     def _preempt_newest(self) -> bool:
         """Let the newest running sequence wait in RAM; False if there is none that can.
@@ -330,7 +340,7 @@ class Batching:
         """End a request with a Failure."""
         if sequence := self._sequences.get(request_id):
             log.warning("request failed", request_id=request_id, reason=str(error))
-            self._emit(Failure(code=error.code, message=str(error), request_id=request_id))
+            self._answer(sequence.client, Failure(code=error.code, message=str(error), request_id=request_id))
             self._release(sequence)
 
     def abort(self, request_id: str) -> None:

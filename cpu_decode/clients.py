@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import structlog
 import zmq
@@ -17,14 +18,27 @@ from transfer.readiness import is_ready
 log = structlog.get_logger()
 
 MESSAGES_PER_TURN = 64
+# Numbers, and no send_multipart: between two steps PyZMQ's enums and checks take as long as sending.
+_SEND_MORE, _SEND_LAST = int(zmq.SNDMORE | zmq.NOBLOCK), int(zmq.NOBLOCK)
 # A proxy pings every second; one that is silent this long is gone, and its requests with it.
 CLIENT_SILENCE_S = 10.0
 
 
 class Clients:
-    """Their messages in, ours out. I/O thread only; :meth:`close` it."""
+    """Their messages in, ours out; :meth:`close` it.
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], decode: Decode, keys: ServerKeys | None) -> None:
+    The I/O thread hears, any thread may :meth:`send`: tokens leave from the engine's, for waking another to send them
+    takes longer. So the socket has a lock, and is not polled itself: who sends may come to know of messages, which
+    ``descriptor`` then does not show any more, and calls ``wake``.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        decode: Decode,
+        keys: ServerKeys | None,
+        wake: Callable[[], None],
+    ) -> None:
         self.socket = context.socket(zmq.ROUTER)
         self.socket.maxmsgsize = MAX_MESSAGE_BYTES
         self.socket.sndhwm = self.socket.rcvhwm = 10_000
@@ -33,6 +47,9 @@ class Clients:
         if keys:
             secure_server(self.socket, keys, "proxy")
         bind(self.socket, decode.host, decode.control_port, "[decode] control_port")
+        self.descriptor = int(self.socket.get(zmq.FD))
+        self._lock = threading.Lock()
+        self._wake = wake
         self._heard_ns: dict[bytes, int] = {}
 
     @property
@@ -43,22 +60,34 @@ class Clients:
     def heard(self) -> Iterator[tuple[bytes, list[bytes]]]:
         """Who has said something, and the parts of it: what waits now, at most ``MESSAGES_PER_TURN``."""
         for _ in range(MESSAGES_PER_TURN):
-            if not is_ready(self.socket, zmq.POLLIN):
-                return
-            client, *parts = self.socket.recv_multipart(zmq.NOBLOCK)
+            with self._lock:
+                if not is_ready(self.socket, zmq.POLLIN):
+                    return
+                client, *parts = self.socket.recv_multipart(zmq.NOBLOCK)
             self._heard_ns[client] = time.monotonic_ns()
             yield client, parts
+        self._wake()
 
-    def send(self, client: bytes, *messages: FromWorker) -> bool:
-        """Queue ``messages``, each a part of one; False, and none is, if the client is gone or has stopped reading."""
+    def send(self, client: bytes, messages: Sequence[FromWorker]) -> bool:
+        """Queue ``messages``, each a part of one; False, and none is, if the client is gone or has stopped reading.
+
+        However many parts a message has, it wakes either end once.
+        """
+        *parts, last = [client, *map(encode, messages)]
         try:
-            self.socket.send_multipart([client, *map(encode, messages)], zmq.NOBLOCK)
+            with self._lock:
+                for part in parts:
+                    self.socket.send(part, _SEND_MORE)
+                self.socket.send(last, _SEND_LAST)
+                more = is_ready(self.socket, zmq.POLLIN)
         except zmq.ZMQError as error:
             request_id = getattr(messages[0], "request_id", "")
             # A client that only asked how we are may leave before it hears.
             say = log.warning if request_id else log.debug
             say("could not answer a client", request_id=request_id, reason=str(error))
             return False
+        if more:
+            self._wake()
         return True
 
     def gone(self) -> list[bytes]:

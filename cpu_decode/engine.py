@@ -20,6 +20,7 @@ from cpu_decode.speculate import Guessing
 from cpu_decode.state import ChunkState
 from cpu_decode.window_blocks import WindowBlocks
 from transfer.errors import EngineError, IsthmusError
+from transfer.messages import Failure, Tokens
 
 log = structlog.get_logger()
 
@@ -29,8 +30,9 @@ IDLE_POLL_S = 0.25
 class Engine:
     """Runs in its own thread; every public method is thread-safe and returns at once.
 
-    ``emit`` and ``wake`` are called on the engine's thread: the one for every event, the other when some are there to
-    be looked at. After :class:`Released` nothing more is emitted about a request.
+    ``emit``, ``wake`` and ``send`` are called on the engine's thread: the first for every event, the second when some
+    are there to be looked at, the third with a client and what a step has brought for it; False: it cannot be reached.
+    After :class:`Released` nothing more is emitted about a request.
     """
 
     def __init__(
@@ -40,15 +42,23 @@ class Engine:
         batch_tokens: int,
         emit: Callable[[Event], None],
         wake: Callable[[], None],
+        send: Callable[[bytes, list[Tokens | Failure]], bool],
         guessing: Guessing,
         windows: WindowBlocks | None = None,
     ) -> None:
         self.batching = Batching(
-            context, batch_tokens=batch_tokens, emit=self._emit, guessing=guessing, windows=windows
+            context,
+            batch_tokens=batch_tokens,
+            emit=self._emit,
+            answer=self._answer,
+            guessing=guessing,
+            windows=windows,
         )
         self._tell = emit
         self._wake = wake
         self._told = False
+        self._send = send
+        self._said: dict[bytes, list[Tokens | Failure]] = {}
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.failed: EngineError | None = None
         self._calibrated = threading.Event()
@@ -111,10 +121,12 @@ class Engine:
                 if self.batching.running_sequences:
                     self.batching.step()
                     self._flush()
+                    self.batching.learn()
         except Exception as error:
             log.exception("engine stopped")
             self.failed = EngineError(f"decode engine stopped: {error}")
             self.batching.fail_all(self.failed)
+            self._told = True
             self._flush()
             self._calibrated.set()
 
@@ -122,8 +134,20 @@ class Engine:
         self._tell(event)
         self._told = True
 
+    def _answer(self, client: bytes, message: Tokens | Failure) -> None:
+        self._said.setdefault(client, []).append(message)
+
     def _flush(self) -> None:
-        """Have what was emitted looked at: once a step, for that takes a core from the threads that compute."""
+        """Send what was said and have what was emitted looked at: once a step, for either takes a core from computing.
+
+        Whoever hears that a request has ended may ask for its cells: what was emitted of it is there to be looked at.
+        """
+        said, self._said = self._said, {}
+        for client, messages in said.items():
+            if not self._send(client, messages):
+                # A stream with a hole would be a wrong answer.
+                for message in messages:
+                    self.batching.abort(message.request_id)
         if self._told:
             self._told = False
             self._wake()

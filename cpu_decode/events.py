@@ -1,11 +1,10 @@
-"""What the engine tells the I/O thread besides a request's tokens and its failure."""
+"""What the engine tells the I/O thread; a request's tokens and its failure go straight to whoever asked for it."""
 
 from __future__ import annotations
 
 from cpu_decode.prefix import Block
 from cpu_decode.reuse import Plan
 from cpu_decode.state import ChunkState
-from transfer.messages import Failure, Tokens
 
 
 class Prompted:
@@ -76,5 +75,4 @@ class Settled:
         self.request_id = request_id
 
 
-Doing = Prompted | Ended | ChoiceFreed | Preempted | Released | Restored | Copied | Injected | Settled
-Event = Tokens | Failure | Doing
+Event = Prompted | Ended | ChoiceFreed | Preempted | Released | Restored | Copied | Injected | Settled

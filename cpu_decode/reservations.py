@@ -17,8 +17,8 @@ from cpu_decode.engine import Engine
 from cpu_decode.events import (
     ChoiceFreed,
     Copied,
-    Doing,
     Ended,
+    Event,
     Injected,
     Preempted,
     Prompted,
@@ -42,7 +42,7 @@ from transfer import codecs
 from transfer.config import Decode, Link
 from transfer.errors import CapacityError, ConfigError, IsthmusError, ProtocolError, RequestError
 from transfer.geometry import KVGeometry
-from transfer.messages import Landing, Reserve, Start, Ticket, Tokens
+from transfer.messages import Landing, Reserve, Start, Ticket
 from transfer.receiver import KVReceiver
 
 # Injecting what has just been computed is faster than injecting what comes from the link: half of 5 ms, to be safe.
@@ -58,7 +58,7 @@ class Admitted:
         # The first one's cells get the prompt; there is one for each choice that has not ended before the others.
         self.seq_ids = dict(enumerate(seq_ids))
         self.seq_id = seq_ids[0]
-        self.left_tokens = [reserve.sampling.max_tokens] * reserve.choices
+        self.choices: tuple[Sequence, ...] = ()
         self.constrained = reserve.sampling.constrained
         self.prompt = reserve.prompt
         self.scope = scope
@@ -72,6 +72,11 @@ class Admitted:
         self.reserved_buffers = 0
         # For KV that gathers before it gets cells.
         self.gathering_buffers = 0
+
+    @property
+    def left_tokens(self) -> int:
+        """Steps until the last of its choices ends, if none does early."""
+        return max(0 if choice.finished else choice.left_tokens for choice in self.choices)
 
 
 class Reservations:
@@ -164,7 +169,7 @@ class Reservations:
         self.prefixes.use(plan)
         samplers = [Sampler(self._model, reserve, choice, grammar) for choice in range(reserve.choices)]
         others = tuple(
-            Sequence(reserve, request.seq_ids[choice], samplers[choice], choice=choice)
+            Sequence(reserve, request.seq_ids[choice], samplers[choice], client=client, choice=choice)
             for choice in range(1, reserve.choices)
         )
         first = Sequence(
@@ -172,10 +177,12 @@ class Reservations:
             request.seq_id,
             samplers[0],
             plan.num_tokens,
+            client=client,
             others=others,
             promised_tokens=self._promised_cells(reserve),
             queued_ns=queued_ns,
         )
+        request.choices = first.choices
         first.restored_tokens, first.restore_ns = plan.restored_tokens, plan.fetch_ns
         self._engine.admit(first, plan)
         return Ticket(
@@ -205,16 +212,10 @@ class Reservations:
             start.request_id, start.first_token, first_text_sent=start.first_text_sent, local=start.local
         )
 
-    def note(self, tokens: Tokens) -> None:
-        """Take in how far an answer is."""
-        if request := self._requests.get(tokens.request_id):
-            left = request.left_tokens[tokens.choice] - len(tokens.token_ids)
-            request.left_tokens[tokens.choice] = 0 if tokens.finish_reason else left
-
     def wait_steps(self, line: Several[Reserve]) -> int:
         """Steps until the last of ``line`` has room, if nobody ends early; 0 if that cannot be said."""
         running = [
-            Need(self.admission.cells(request.seq_ids.values()), len(request.seq_ids), max(request.left_tokens))
+            Need(self.admission.cells(request.seq_ids.values()), len(request.seq_ids), request.left_tokens)
             for request in self._requests.values()
         ]
         wanted = [
@@ -224,7 +225,7 @@ class Reservations:
         ]  # fmt: skip
         return steps_until_room(self.admission.free_cells, self.admission.free_sequences, running, wanted)
 
-    def handle(self, event: Doing) -> None:
+    def handle(self, event: Event) -> None:
         """Take in what the engine has done."""
         request = self._requests.get(event.request_id)
         match event:

@@ -67,6 +67,8 @@ class Sampler:
         # Added to the logits themselves: a chain would copy all of them for the sake of a few.
         self._biased = np.array(list(bias), np.intp)
         self._bias = np.array(list(bias.values()), np.float32)
+        # Tokens that become less likely, if no others become likelier.
+        self._lowered = frozenset(bias) if all(value <= 0 for value in bias.values()) else None
         self._add_penalties(model, sampling, prompt, output)
         if sampling.temperature < _GREEDY_BELOW:
             self._argmax = not llama_cpp.llama_sampler_chain_n(self._chain)
@@ -120,6 +122,10 @@ class Sampler:
     def _pick(self, context: Context, row: int, logits: Logits) -> int:
         if not self._biased.size:
             return self._choose(context, row, logits)
+        if self._argmax and self._lowered is not None:
+            likeliest = int(logits.argmax())
+            if likeliest not in self._lowered:
+                return likeliest
         kept = logits[self._biased]
         logits[self._biased] = kept + self._bias
         token = self._choose(context, row, logits)

@@ -16,7 +16,7 @@ from transfer.text import TextStream
 
 
 class Sequence:
-    """Tokens so far, how many of them have KV in cells, and what the request has cost. Engine thread only.
+    """Tokens so far, how many of them have KV in cells, and what the request has cost. The engine's; others may look.
 
     A request's first choice gets the prompt; ``others`` join it when it is computed, in cells that they share with it.
     """
@@ -28,12 +28,15 @@ class Sequence:
         sampler: Sampler,
         reused_tokens: int = 0,
         *,
+        client: bytes = b"",
         choice: int = 0,
         others: tuple[Sequence, ...] = (),
         promised_tokens: int | None = None,
         queued_ns: int = 0,
     ) -> None:
         self.request_id = reserve.request_id
+        # Who hears its tokens.
+        self.client = client
         self.seq_id = seq_id
         self.choice = choice
         self.choices: tuple[Sequence, ...] = (self, *others)

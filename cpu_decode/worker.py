@@ -1,7 +1,7 @@
-"""The decode worker's I/O thread: control messages in, tokens out, frames into the engine's reach.
+"""The decode worker's I/O thread: control messages in, answers to them out, frames into the engine's reach.
 
-It owns both sockets and what was promised to whom (``reservations.py``); the engine owns the context. They talk through
-the inbox of the one and the outbox of the other.
+It owns what was promised to whom (``reservations.py``); the engine owns the context. They talk through the inbox of the
+one and the outbox of the other. Tokens leave from the engine's thread (``clients.py``).
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ from transfer.messages import (
     Start,
     Status,
     Ticket,
-    Tokens,
     Welcome,
     decode_to_worker,
     require_protocol,
@@ -55,10 +54,8 @@ from transfer.receiver import KVReceiver
 
 log = structlog.get_logger()
 
-POLL_MS = 500
-# Where nothing but tokens come, what else there is to do waits this long: each look around takes a core from the
-# threads that compute.
-TURN_NS = 100_000_000
+# How late a deadline may be noticed; each look around takes a core from the threads that compute.
+POLL_MS = 200
 # Requests that wait for KV from below RAM go on without it in time.
 FETCH_POLL_MS = 10
 
@@ -92,22 +89,23 @@ class Worker:
         self._draining = threading.Event()
         self._drained_by_ns = 0
         self._announcer: Announcer | None = None
+        self._zmq: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._keys = keys
+        self._doorkeeper = Doorkeeper(self._zmq, keys) if keys else None
+        self._clients = Clients(self._zmq, decode, keys, self._wake_up)
         batch_tokens = max(decode.prefill_batch_tokens, decode.max_sequences)
         self.engine = Engine(
             context,
             batch_tokens=batch_tokens,
             emit=self._outbox.put,
             wake=self._wake_up,
+            send=self._clients.send,
             guessing=guessing,
             windows=WindowBlocks(context, geometry, decode.cell_type) if decode.pool_mib else None,
         )
         self._line = Line(decode.max_queued)
         # Whether something has ended since the first in line was refused.
         self._may_move = False
-        self._zmq: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._keys = keys
-        self._doorkeeper = Doorkeeper(self._zmq, keys) if keys else None
-        self._clients = Clients(self._zmq, decode, keys)
         self.name = f"{decode.advertise_host}:{self.control_port}"
         self._receiver = KVReceiver(
             self._zmq,
@@ -127,7 +125,7 @@ class Worker:
     def run(self) -> None:
         """Serve until :meth:`stop`, or until the engine fails (raises its :class:`EngineError`)."""
         poller = zmq.Poller()
-        for source in (self._clients.socket, self._receiver.control, self._receiver.frames, self._wake):
+        for source in (self._clients.descriptor, self._receiver.control, self._receiver.frames, self._wake):
             poller.register(source, zmq.POLLIN)
         supervisor = Supervisor()
         self.engine.start()
@@ -140,17 +138,13 @@ class Worker:
             inject_tokens_per_s=round(self.engine.batching.inject_tokens_per_s),
             chunk_tokens=self._promised.chunk_tokens,
         )
-        due_ns = 0
         try:
             while not self._stopping.is_set() and self.engine.failed is None:
                 supervisor.alive()
                 ready = dict(poller.poll(FETCH_POLL_MS if self._promised.fetching else POLL_MS))
                 if self._wake in ready:
                     os.eventfd_read(self._wake)
-                only_tokens = self._deliver() and ready.keys() == {self._wake} and not self._promised.fetching
-                if only_tokens and time.monotonic_ns() < due_ns:
-                    continue
-                due_ns = time.monotonic_ns() + TURN_NS
+                self._take_in()
                 self._listen()
                 for arriving in self._promised.fetching.late():
                     self._answer(arriving.client, arriving.reserve)
@@ -161,7 +155,6 @@ class Worker:
                 if self._drained:
                     break
                 self._drop_silent_clients()
-            self._deliver()
         finally:
             self.engine.stop()
             self._promised.prefixes.below.close()
@@ -235,37 +228,18 @@ class Worker:
     def _wake_up(self) -> None:
         os.eventfd_write(self._wake, 1)
 
-    # What the engine says.
+    # What the engine has done.
 
-    def _deliver(self) -> bool:
-        """Pass on what the engine has said, a step's tokens in one message for each client; whether it was only them.
-
-        However many parts a message has, it wakes either end once.
-        """
-        said: dict[bytes, list[Tokens | Failure]] = {}
-        only_tokens = True
+    def _take_in(self) -> None:
+        """Take in what the engine has done, and KV that has come from below RAM."""
         while not self._outbox.empty():
-            match event := self._outbox.get():
-                case Tokens() | Failure():
-                    if isinstance(event, Tokens):
-                        self._promised.note(event)
-                    client = self._promised.client(event.request_id)
-                    if client is not None:
-                        said.setdefault(client, []).append(event)
-                case Fetched():
-                    only_tokens = False
-                    if arriving := self._promised.fetching.end(event):
-                        self._answer(arriving.client, arriving.reserve)
-                case _:
-                    only_tokens = False
-                    self._promised.handle(event)
-                    self._may_move |= isinstance(event, Released | ChoiceFreed | Settled)
-        for client, messages in said.items():
-            if not self._clients.send(client, *messages):
-                # A stream with a hole would be a wrong answer.
-                for message in messages:
-                    self.engine.abort(message.request_id)
-        return only_tokens
+            event = self._outbox.get()
+            if isinstance(event, Fetched):
+                if arriving := self._promised.fetching.end(event):
+                    self._answer(arriving.client, arriving.reserve)
+            else:
+                self._promised.handle(event)
+                self._may_move |= isinstance(event, Released | ChoiceFreed | Settled)
 
     # What clients say.
 
@@ -279,9 +253,9 @@ class Worker:
                 request_id = getattr(message, "request_id", "")
                 match message:
                     case Hello():
-                        self._clients.send(client, self._welcome(message))
+                        self._clients.send(client, [self._welcome(message)])
                     case Ping():
-                        self._clients.send(client, self._status(message))
+                        self._clients.send(client, [self._status(message)])
                     case Reserve():
                         self._take(client, message)
                     case Start():
@@ -297,7 +271,7 @@ class Worker:
     def _refuse(self, client: bytes, request_id: str, error: IsthmusError) -> None:
         log.warning("refused a control message", request_id=request_id, reason=str(error))
         param = getattr(error, "param", None)
-        self._clients.send(client, Failure(code=error.code, message=str(error), request_id=request_id, param=param))
+        self._clients.send(client, [Failure(code=error.code, message=str(error), request_id=request_id, param=param)])
 
     def _status(self, ping: Ping) -> Status:
         """The answer to ``ping``, with what has changed in the prefix index since the client asked last."""
@@ -335,7 +309,7 @@ class Worker:
     def _answer(self, client: bytes, reserve: Reserve) -> None:
         """Send a ticket, or a place in the line of those that wait for room."""
         try:
-            if not self._clients.send(client, self._placed(client, reserve)):
+            if not self._clients.send(client, [self._placed(client, reserve)]):
                 self._give_up(client, reserve.request_id)
         except IsthmusError as error:
             self._refuse(client, reserve.request_id, error)
@@ -375,7 +349,7 @@ class Worker:
                 self._refuse(first.client, request_id, error)
                 continue
             self._line.leave(request_id)
-            if not self._clients.send(first.client, ticket):
+            if not self._clients.send(first.client, [ticket]):
                 self.engine.abort(request_id)
 
     def _turn_away(self, waiting: Waiting, reason: str) -> None:

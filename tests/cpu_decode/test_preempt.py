@@ -78,7 +78,9 @@ class Stepping:
         self.context = Context(
             model, num_cells=num_cells, max_sequences=2, batch_tokens=256, threads=1, cell_type="bf16"
         )
-        self.engine = Batching(self.context, batch_tokens=256, emit=lambda _: None, guessing=NO_GUESSING)
+        self.engine = Batching(
+            self.context, batch_tokens=256, emit=lambda _: None, answer=lambda *_: None, guessing=NO_GUESSING
+        )
 
     def admit(self, name: str, seq_id: int, plan: Plan = NOTHING) -> Sequence:
         reserve = Reserve(request_id=name, prompt=prompt_of(150), sampling=LONG, source="local")

@@ -32,6 +32,16 @@ def test_the_end_is_impossible_before_min_tokens(running):
     assert patient.finish_reason == "stop"
 
 
+def test_biases_that_only_lower_leave_the_likeliest_of_the_rest(running, context):
+    first, second, *_, tenth = np.argsort(-prefill(context, 0, PROMPT))[:10].tolist()
+    one = but(GREEDY, max_tokens=1)
+    assert ask(running, one).ids == [first]
+    assert ask(running, but(one, logit_bias={tenth: -100.0})).ids == [first]
+    assert ask(running, but(one, logit_bias={first: -100.0, tenth: 0.0})).ids == [second]
+    assert ask(running, but(one, logit_bias={first: -100.0, tenth: 100.0})).ids == [tenth]
+    assert ask(running, but(one, logit_bias={first: -100.0, second: -200.0})).ids not in ([first], [second])
+
+
 def test_prior_output_counts_for_the_penalties_of_output(running):
     penalized = but(FORCED, max_tokens=1, frequency_penalty=8.0, logit_bias={905: 100.0, 19556: 88.0})
     prompt = [*PROMPT, 905, 905, 905, 905]

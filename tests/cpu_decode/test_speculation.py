@@ -27,7 +27,7 @@ from tests.cpu_decode.native_kv import prefill
 from tests.cpu_decode.serving import MAX_SEQUENCES, Running, serving
 from tests.cpu_decode.test_worker import eventually
 from transfer.errors import ConfigError
-from transfer.messages import Reserve, Sampling, TokenLogprob, Tokens
+from transfer.messages import Failure, Reserve, Sampling, TokenLogprob, Tokens
 
 
 def but(sampling: Sampling, **changes: object) -> Sampling:
@@ -211,16 +211,23 @@ def test_a_draft_model_of_another_vocabulary_is_refused_by_name():
 @pytest.mark.parametrize(("row_cost", "guesses"), [(1.0, False), (0.02, True)])
 def test_automatic_guessing_follows_the_cost_of_rows(context, row_cost, guesses):
     row_ns = {rows: 1e6 * (1 + row_cost * (rows - 1)) for rows in (1, 2, 3, 4, 6, 8, 12)}
-    events: list[object] = []
+    messages: list[Tokens | Failure] = []
     guessing = Guessing("auto", row_ns=row_ns)
-    engine = Batching(context, batch_tokens=64, emit=events.append, guessing=guessing)
+    engine = Batching(
+        context,
+        batch_tokens=64,
+        emit=lambda _: None,
+        answer=lambda _, message: messages.append(message),
+        guessing=guessing,
+    )
     engine.calibrate()
     reserve = Reserve(request_id="r", prompt=PROMPT, sampling=FORCED, source="local")
     engine.admit(Sequence(reserve, 0, Sampler(context.model, reserve)), Plan())
     engine.begin("r", None, False, 0)
     while engine._running:
         engine.step()
-    (last,) = (event for event in events if isinstance(event, Tokens) and event.report)
+        engine.learn()
+    (last,) = (message for message in messages if isinstance(message, Tokens) and message.report)
     assert last.report.completion_tokens == FORCED.max_tokens
     assert (last.report.drafted_tokens > 0) == guesses
     assert engine.meter.pace().step_ns > 0
