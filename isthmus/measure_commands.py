@@ -7,15 +7,16 @@ from pathlib import Path
 
 import click
 
+from isthmus.output_file import OutputFile
 from transfer.codecs import CODECS
 from transfer.config import Pair, load
 from transfer.errors import ConfigError
 
-json_option = click.option(
-    "--json", type=click.Path(path_type=Path), help="Write samples, summary and environment to this file."
-)
+PICTURES = (".png", ".svg", ".pdf")
+
+json_option = click.option("--json", type=OutputFile(), help="Write samples, summary and environment to this file.")
 plot_option = click.option(
-    "--plot", type=click.Path(path_type=Path), help="Draw the summary into this file: .png, .svg or .pdf."
+    "--plot", type=OutputFile(*PICTURES), help="Draw the summary into this file: .png, .svg or .pdf."
 )
 
 
@@ -112,7 +113,7 @@ def measure_link(
 @click.option("--context", type=click.IntRange(1, 1 << 20), help="Tokens of a prompt: 900 if left out.")
 @click.option("--tokens", type=click.IntRange(8, 4096), help="New tokens a sequence: 64 if left out.")
 @click.option("--profile", type=click.Path(path_type=Path), help="Settings for the tuned worker, made with --tune.")
-@click.option("--tune", type=click.Path(path_type=Path), metavar="FILE", help="Find this host's settings instead.")
+@click.option("--tune", type=OutputFile(), metavar="FILE", help="Find this host's settings instead.")
 def measure_decode(
     json: Path | None,
     plot: Path | None,
@@ -246,7 +247,7 @@ def measure_pool(json: Path | None, plot: Path | None, rounds: int, kills: int |
 
 @measure.command("advise")
 @json_option
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw the curves into this file: .png, .svg or .pdf.")
+@click.option("--plot", type=OutputFile(*PICTURES), help="Draw the curves into this file: .png, .svg or .pdf.")
 @click.option("--gpu", default="rtx4070s", show_default=True, help="The prefill node: a shipped profile, or a file.")
 @click.option("--cpu", default="dual-e5-2680v4", show_default=True, help="The decode node: the same.")
 @click.option("--link", default="10gbe", show_default=True, help="What joins them: the same.")
@@ -305,9 +306,9 @@ def measure_advise(
 
 @measure.command("ledger")
 @click.argument("source")
-@click.option("--json", type=click.Path(path_type=Path), help="Write entries, summary and environment to this file.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw the waterfall and the medians into this file.")
-@click.option("--trace", type=click.Path(path_type=Path), help="Write a trace for ui.perfetto.dev to this file.")
+@click.option("--json", type=OutputFile(), help="Write entries, summary and environment to this file.")
+@click.option("--plot", type=OutputFile(*PICTURES), help="Draw the waterfall and the medians into this file.")
+@click.option("--trace", type=OutputFile(), help="Write a trace for ui.perfetto.dev to this file.")
 @click.option(
     "--request", "request_id", help="The request whose waterfall to show; the last one that was split, or answered."
 )
@@ -388,10 +389,8 @@ def pair_fidelity(
 
 @measure.command("report")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option(
-    "--html", type=click.Path(path_type=Path), help="Where to write the HTML; FOLDER/report.html if not given."
-)
-@click.option("--markdown", type=click.Path(path_type=Path), help="The Markdown; FOLDER/report.md if not given.")
+@click.option("--html", type=OutputFile(), help="Where to write the HTML; FOLDER/report.html if not given.")
+@click.option("--markdown", type=OutputFile(), help="The Markdown; FOLDER/report.md if not given.")
 def measure_report(folder: Path, html: Path | None, markdown: Path | None) -> None:
     """One page to publish, from the result files and pictures in FOLDER.
 

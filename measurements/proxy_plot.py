@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from measurements import picture
 from measurements.proxy_summary import AUTO, FORCED
 
 
@@ -31,7 +32,5 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         f" split efficiency {summary['split_efficiency']:.2f}"
     )
     axes.set(ylabel="seconds, median", title=title)
-    axes.title.set_fontsize(10)
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    picture.save(figure, path)

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from isthmus.output_file import OutputFile
 from isthmus.pair import model_name
 from measurements import result
 from measurements.gpu import churn, gather, served
@@ -28,7 +29,7 @@ PROMPT_TOKENS = 512
 @click.option("--rounds", type=click.IntRange(1, 100), default=5, show_default=True)
 @click.option("--requests", type=click.IntRange(1, 10_000), default=200, show_default=True, help="Prompts of `churn`.")
 @click.option("--layers", type=click.IntRange(1, 100), default=gather.SPEED_LAYERS, show_default=True, help="`speed`.")
-@click.option("--json", type=click.Path(path_type=Path), required=True, help="Where the result goes.")
+@click.option("--json", type=OutputFile(), required=True, help="Where the result goes.")
 def main(
     device: str,
     parts: tuple[str, ...],
