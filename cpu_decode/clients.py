@@ -58,7 +58,10 @@ class Clients:
         return int(self.socket.getsockopt_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
 
     def heard(self) -> Iterator[tuple[bytes, list[bytes]]]:
-        """Who has said something, and the parts of it: what waits now, at most ``MESSAGES_PER_TURN``."""
+        """Who has said something, and the parts of it: what waits now, at most ``MESSAGES_PER_TURN``.
+
+        To be taken to its end: ``descriptor`` shows what comes after that only.
+        """
         for _ in range(MESSAGES_PER_TURN):
             with self._lock:
                 if not is_ready(self.socket, zmq.POLLIN):
