@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import socket
 import threading
@@ -49,13 +50,17 @@ def hf_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# In an order of this process's own, none again before all the others.
+_ports = itertools.cycle(random.sample(range(20_000, 32_000), 12_000))
+
+
 def free_port() -> int:
     """One that nobody listens at, of those that the system gives to no outgoing connection in the meantime."""
-    while True:
-        port = random.randrange(20_000, 32_000)
+    for port in _ports:
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+    raise AssertionError("ports never end")
 
 
 def wait_until(what: Callable[[], Any], seconds: float = 10.0) -> None:
