@@ -114,10 +114,14 @@ class Speculation:
         What was guessed counts even where it was not computed.
         """
         for sequence, guess, tokens in zip(decoding, self._guesses, came, strict=True):
+            chance = self._chances.get(sequence)
+            if chance is None:
+                # Nobody has asked for it yet, or the sequence has ended with this step.
+                continue
             if guess:
-                self._chance(sequence).observe(guess, tokens)
+                chance.observe(guess, tokens)
             elif self._model is not None:
-                self._chance(sequence).rest()
+                chance.rest()
         self._costs.observe(len(decoding), len(decoding) + drafted, step_ns)
         if drafted:
             self._pays.pop(len(decoding), None)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpu_decode.speculate import FIRST_CHANCE, TIMED_ROWS, WORTHWHILE, Chance, Guessing, allocate
+from cpu_decode.speculate import FIRST_CHANCE, TIMED_ROWS, WORTHWHILE, Chance, Guessing, Speculation, allocate
 from cpu_decode.step_costs import StepCosts
 from transfer.config import Decode
 
@@ -38,6 +39,27 @@ def test_no_other_allocation_makes_more_tokens_in_the_time(
         assert best > WORTHWHILE * plain
     else:
         assert best <= WORTHWHILE * plain + 1e-9
+
+
+class Copying:
+    """As much of a sequence as guessing from its text looks at."""
+
+    def __init__(self) -> None:
+        self.tokens = [*range(20), *range(10)]
+        self.left_tokens = 50
+
+
+def test_nothing_is_kept_of_a_sequence_that_ends_with_a_guess() -> None:
+    speculation = Speculation(Guessing("auto"), StepCosts({1: 10.0, 16: 11.0}))
+    sequence = Copying()
+    (guess,) = speculation.drafts([sequence], 15)
+    assert guess
+    # As the engine does: it learns when the step is over, and with it the sequence.
+    speculation.forget(sequence)
+    speculation.observe([sequence], [guess], len(guess), 11)
+    gone = weakref.ref(sequence)
+    del sequence
+    assert gone() is None
 
 
 def test_where_every_row_costs_as_much_as_the_first_nothing_is_guessed() -> None:
