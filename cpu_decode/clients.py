@@ -77,20 +77,21 @@ class Clients:
         However many parts a message has, it wakes either end once.
         """
         *parts, last = [client, *map(encode, messages)]
-        try:
-            with self._lock:
+        with self._lock:
+            try:
                 for part in parts:
                     self.socket.send(part, _SEND_MORE)
                 self.socket.send(last, _SEND_LAST)
-                more = is_ready(self.socket, zmq.POLLIN)
-        except zmq.ZMQError as error:
-            request_id = getattr(messages[0], "request_id", "")
-            # A client that only asked how we are may leave before it hears.
-            say = log.warning if request_id else log.debug
-            say("could not answer a client", request_id=request_id, reason=str(error))
-            return False
-        if more:
-            self._wake()
+            except zmq.ZMQError as error:
+                request_id = getattr(messages[0], "request_id", "")
+                # A client that only asked how we are may leave before it hears.
+                say = log.warning if request_id else log.debug
+                say("could not answer a client", request_id=request_id, reason=str(error))
+                return False
+            finally:
+                # One that fails may have taken notice, too.
+                if is_ready(self.socket, zmq.POLLIN):
+                    self._wake()
         return True
 
     def gone(self) -> list[bytes]:

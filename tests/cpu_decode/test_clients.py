@@ -58,13 +58,14 @@ def failure(request_id: str) -> Failure:
     return Failure(code="engine_error", message="x", request_id=request_id)
 
 
-def test_a_message_that_a_send_has_noticed_is_looked_for(peers):
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_message_that_a_send_has_noticed_is_looked_for(peers, reached):
     name = peers.name()
     peers.woken.clear()
     peers.client.send(b"second")
     assert peers.arrives()
     # As the engine's thread does, before the I/O thread has looked.
-    assert peers.clients.send(name, [failure("a")])
+    assert peers.clients.send(name if reached else b"nobody", [failure("a")]) == reached
     assert peers.woken
     assert list(peers.clients.heard()) == [(name, [b"second"])]
 
