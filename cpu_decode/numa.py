@@ -114,6 +114,17 @@ def choose(setting: NumaSetting, nodes: Sequence[Node]) -> tuple[Node, ...]:
     raise ConfigError(f"NUMA node {setting} cannot host a decode worker: {reason}; nodes that can: {names}")
 
 
+def filled(nodes: Sequence[Node], threads: int, batch_threads: int) -> Node | None:
+    """The host's only node, if an unbound worker computes on every core of it; 0 threads: one a core.
+
+    To pin its threads costs nothing then, for there is no other core to go to. Left to the kernel, a thread that wakes
+    while something else runs on its core comes to share one with another that computes, for as long as 30 ms.
+    """
+    if len(nodes) != 1 or any(count not in (0, len(nodes[0].cores)) for count in (threads, batch_threads)):
+        return None
+    return nodes[0]
+
+
 def compute_cpus(node: Node, threads: int) -> tuple[int, ...]:
     """The processors to pin ``threads`` threads to: a core each while there are any, then siblings; 0: every core.
 

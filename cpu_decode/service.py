@@ -32,8 +32,11 @@ def run(cluster: Cluster, node: numa.Node | None = None) -> None:
     decode = profile.apply(cluster.decode)
     os.environ.setdefault("GOMP_SPINCOUNT", str(decode.spin_count))
     gguf = Path(cluster.pair.gguf)
-    cpus = numa.compute_cpus(node, decode.threads) if node else ()
-    batch_cpus = numa.compute_cpus(node, decode.batch_threads or decode.threads) if node else ()
+    pins = node
+    if decode.numa == "auto" and node is None:
+        pins = numa.filled(numa.read_topology(), decode.threads, decode.batch_threads)
+    cpus = numa.compute_cpus(pins, decode.threads) if pins else ()
+    batch_cpus = numa.compute_cpus(pins, decode.batch_threads or decode.threads) if pins else ()
     if node:
         # Before llama.cpp is loaded: what is touched first by a bound thread lies on its node.
         binding.bind(node)

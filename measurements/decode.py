@@ -52,7 +52,7 @@ class Plan(NamedTuple):
 # The second takes 46 to 80 minutes on two cores of a shared host: most of it are prefills of llama.cpp's programs.
 QUICK = Plan(rounds=1, sequences="1,4,16", context_tokens=300, new_tokens=32)
 FULL = Plan(rounds=2, sequences="1,2,4,8,16", context_tokens=900, new_tokens=64)
-PLAIN = {"huge_pages": False, "mlock": False, "mmap": True}
+PLAIN = {"huge_pages": False, "mlock": False}
 
 
 def setting(gguf: Path | None, sequences: str, context_tokens: int, new_tokens: int) -> Setting:

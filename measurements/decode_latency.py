@@ -13,7 +13,6 @@ from measurements.decode_worker import LiveWorker, Stream
 Sample = dict[str, Any]
 
 SHORT_STEPS = 16
-AWAKE_S = 0.1
 
 
 class Load(NamedTuple):
@@ -88,8 +87,6 @@ def to_logits(worker: LiveWorker, load: Load) -> Iterator[Sample]:
         worker.land(stream, hold_back=True)
         # Everything but that frame is injected by then.
         worker.take_for(0.5)
-        # A hypervisor may give away processors that have nothing to do, and bring them back late.
-        worker.keep_awake(AWAKE_S)
         began = time.monotonic_ns()
         worker.land_rest(stream)
         worker.take_until([stream])

@@ -24,7 +24,7 @@ import httpx
 import msgspec
 import numpy as np
 
-from cpu_decode import profile
+from cpu_decode import numa, profile
 from isthmus.children import die_with_parent
 from measurements.decode_worker import LiveWorker, live_worker
 from measurements.llama_tools import Tools
@@ -67,7 +67,6 @@ class Setting(NamedTuple):
             max_sequences=self.max_sequences,
             threads=self.threads,
             prefill_batch_tokens=self.ubatch_tokens,
-            numa="off",
             pool_mib=0,
             # What follows synthetic KV goes in circles, and is guessed more easily than any text.
             speculate="off",
@@ -153,7 +152,7 @@ def bench_rate(setting: Setting, tools: Tools, counts: Sequence[int], more: Sequ
             stdout=subprocess.PIPE,
             stderr=said,
             text=True,
-            env=tools.environment | WAIT_POLICY,
+            env=tools.environment | WAIT_POLICY | _bench_pins(setting),
             preexec_fn=die_with_parent,
         )
         process.send_signal(signal.SIGSTOP)
@@ -189,7 +188,9 @@ def server_rate(
     fewer slots, the rate is that of as many sequences as there are slots.
     """
     most = max(setting.sequences)
-    flags = ["-m", str(setting.gguf), "-c", str(setting.num_cells)] if defaults else _flags(setting)
+    flags = (
+        ["-m", str(setting.gguf), "-c", str(setting.num_cells)] if defaults else _flags(setting) + _server_pins(setting)
+    )
     flags += ["-np", str(most)] if slot_for_each else []
     prompts = np.random.default_rng(0).integers(0, 10_000, (most, setting.context_tokens)).tolist()
     environment = tools.environment | ({} if defaults else WAIT_POLICY)
@@ -213,7 +214,28 @@ def _flags(setting: Setting) -> list[str]:
     return [
         *("-m", str(setting.gguf), "-c", str(setting.num_cells), "-t", threads, "-tb", threads),
         *("-b", ubatch, "-ub", ubatch, "-fa", "on", "-kvu", "-ctk", "f16", "-ctv", "f16"),
+        *("-lm", "none"),
     ]
+
+
+def _bench_pins(setting: Setting) -> dict[str, str]:
+    """What pins its threads, by way of the OpenMP runtime: it makes nothing of the flags for that."""
+    cpus = _cpus(setting)
+    return {"GOMP_CPU_AFFINITY": " ".join(map(str, cpus))} if cpus else {}
+
+
+def _server_pins(setting: Setting) -> list[str]:
+    """Its flags for pinning; by the OpenMP runtime the threads that talk to clients would come to be pinned, too."""
+    cpus = _cpus(setting)
+    return ["--cpu-mask", hex(sum(1 << cpu for cpu in cpus)), "--cpu-strict", "1"] if cpus else []
+
+
+def _cpus(setting: Setting) -> tuple[int, ...]:
+    """The processors that our worker pins its threads to."""
+    topology = numa.read_topology()
+    bound = numa.choose("auto", topology)
+    node = bound[0] if bound else numa.filled(topology, setting.threads, setting.threads)
+    return numa.compute_cpus(node, setting.threads) if node else ()
 
 
 @contextmanager

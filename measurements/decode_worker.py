@@ -158,12 +158,6 @@ class LiveWorker:
         while self.status().reserved_sequences:
             time.sleep(0.05)
 
-    def keep_awake(self, seconds: float) -> None:
-        """Ask how the worker is, again and again for so long."""
-        deadline_ns = time.monotonic_ns() + int(seconds * 1e9)
-        while time.monotonic_ns() < deadline_ns:
-            self.status()
-
     def take_until(self, streams: Iterable[Stream], num_tokens: int | None = None) -> None:
         """Take tokens until each stream has ``num_tokens`` of them, or is complete."""
         waited = list(streams)

@@ -77,13 +77,14 @@ class Decode(Section, frozen=True, kw_only=True):
     finished requests that is kept for prompts that begin the same; with 0 no prompt reuses anything.
 
     ``numa`` is the number of the NUMA node to bind the worker to, ``off``, or ``auto``: one bound worker for each node,
-    where there are several. Worker k of them adds 10 k to each port, 0 stays 0. A worker that is asked to end (SIGTERM)
-    gives the requests that run ``drain_s`` to finish. Weights are locked in memory with
-    ``mlock`` and what is allocated lies in huge pages with ``huge_pages``, where the host allows it. They are read into
-    memory of the worker's own, which decodes faster; with ``mmap`` they are the file's pages, which workers that are
-    bound to no node share. ``batch_threads`` compute batches of more than one token, 0: as many as ``threads``. Threads
-    at barriers look ``spin_count`` times before they sleep.
-    ``profile`` names a file of ``isthmus measure decode --tune``, whose settings take the place of those here.
+    where there are several; on a host of one, threads are pinned if they take every core. Worker k of several adds 10 k
+    to each port, 0 stays 0. A worker that is asked to end (SIGTERM) gives the requests that run ``drain_s`` to finish.
+
+    Weights are locked in memory with ``mlock`` and what is allocated lies in huge pages with ``huge_pages``, where the
+    host allows it. They are read into memory of the worker's own, which decodes faster; with ``mmap`` they are the
+    file's pages, which workers that are bound to no node share. ``batch_threads`` compute batches of more than one
+    token, 0: as many as ``threads``. Threads at barriers look ``spin_count`` times before they sleep. ``profile`` names
+    a file of ``isthmus measure decode --tune``, whose settings take the place of those here.
 
     With ``cell_layout`` ``unified`` every sequence takes of ``num_cells`` what it needs, KV lands in them chunk by
     chunk, and prompts share cells. With ``streams`` each of ``max_sequences`` has an equal part to itself: steps over

@@ -92,6 +92,13 @@ def worker(default_pair, folder: Path, *arguments: str, **settings: object) -> I
             assert process.wait(30) == 0
 
 
+def has_decoded(started: Started) -> bool:
+    """Whether it has: threads are pinned when they first compute."""
+    ticket = started.client.reserve([1, 2, 3], Sampling(max_tokens=4, ignore_eos=True), "local")
+    started.client.start(ticket)
+    return len(started.client.collect(ticket)[0]) == 4
+
+
 def in_a_thread(body: Callable[[], Any]) -> Any:
     """What ``body`` returns in a thread of its own: a memory policy is a thread's."""
     results: list[Any] = []
@@ -105,9 +112,7 @@ def in_a_thread(body: Callable[[], Any]) -> Any:
 def test_a_bound_worker_stays_on_its_node_with_a_core_for_each_computing_thread(default_pair, tmp_path: Path) -> None:
     node = next(node for node in NODES if node.hosts_workers)
     with worker(default_pair, tmp_path, "--numa-node", str(node.number)) as started:
-        ticket = started.client.reserve([1, 2, 3], Sampling(max_tokens=4, ignore_eos=True), "local")
-        started.client.start(ticket)
-        assert len(started.client.collect(ticket)[0]) == 4
+        assert has_decoded(started)
         affinities = started.affinities()
         assert all(cpus <= set(node.cpus) for cpus in affinities.values())
         pinned = {thread: min(cpus) for thread, cpus in affinities.items() if len(cpus) == 1}
@@ -120,12 +125,28 @@ def test_a_bound_worker_stays_on_its_node_with_a_core_for_each_computing_thread(
 
 
 @pytest.mark.skipif(len(NODES) > 1, reason="on several nodes auto binds")
-def test_a_worker_on_a_host_of_one_node_roams(default_pair, tmp_path: Path) -> None:
-    with worker(default_pair, tmp_path) as started:
+@pytest.mark.parametrize("setting", ["auto", "off"])
+def test_a_worker_on_a_host_of_one_node_roams_but_for_threads_that_take_every_core(
+    default_pair, tmp_path: Path, setting: str
+) -> None:
+    with worker(default_pair, tmp_path, "--numa-node", setting) as started:
+        assert has_decoded(started)
         affinities = started.affinities()
-        assert all(cpus == os.sched_getaffinity(0) for cpus in affinities.values())
+        usable = os.sched_getaffinity(0)
+        pinned = {thread: min(cpus) for thread, cpus in affinities.items() if cpus != usable}
+        first_cpus = [min(core) for core in numa.cores(usable)] if NODES and setting == "auto" else []
+        if len(usable) > 1:
+            assert sorted(pinned.values()) == first_cpus
         assert {started.policy(thread) for thread in affinities} == {"default"}
         assert started.logged("model loaded")["numa_node"] is None
+        assert started.logged("model loaded")["cpus"] == (first_cpus or None)
+
+
+@pytest.mark.skipif(len(NODES) > 1, reason="on several nodes auto binds")
+def test_threads_that_are_not_one_for_each_core_roam(default_pair, tmp_path: Path) -> None:
+    with worker(default_pair, tmp_path, threads=len(numa.cores(os.sched_getaffinity(0))) + 1) as started:
+        assert has_decoded(started)
+        assert {frozenset(cpus) for cpus in started.affinities().values()} == {frozenset(os.sched_getaffinity(0))}
 
 
 @pytest.mark.skipif(not HUGE_PAGES, reason="huge pages are switched off on this host")

@@ -130,6 +130,15 @@ def test_threads_go_to_one_processor_of_each_core(tmp_path: Path) -> None:
         numa.compute_cpus(second, 29)
 
 
+def test_a_host_is_filled_by_a_thread_for_each_core_of_its_only_node(tmp_path: Path) -> None:
+    nodes = host("one_node", tmp_path)
+    assert [numa.filled(nodes, *threads) for threads in ((0, 0), (4, 0), (0, 4), (4, 4))] == [nodes[0]] * 4
+    assert [numa.filled(nodes, *threads) for threads in ((3, 0), (8, 0), (0, 8), (4, 2))] == [None] * 4
+    (tmp_path / "two").mkdir()
+    assert numa.filled(host("dual_e5_2680v4", tmp_path / "two"), 0, 0) is None
+    assert numa.filled((), 0, 0) is None
+
+
 def test_a_model_that_does_not_fit_its_node_is_refused(tmp_path: Path) -> None:
     _, second = host("dual_e5_2680v4", tmp_path)
     numa.require_room(second, 29 * GIB)

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import msgspec
 import pytest
 
+from cpu_decode import numa
 from measurements import decode, decode_tune
-from measurements.decode_ways import bench_rate, steady_rate
+from measurements.decode_ways import bench_rate, server_rate, steady_rate
 from transfer.errors import EngineError
 
 
@@ -17,6 +18,7 @@ class Said(NamedTuple):
     """As much of llama.cpp's programs as is run."""
 
     batched_bench: Path
+    server: Path
     environment: dict[str, str]
 
 
@@ -24,7 +26,7 @@ def bench(folder: Path, script: str) -> Said:
     program = folder / "bench"
     program.write_text(f"#!{sys.executable}\nimport pathlib, sys, time\n{script}")
     program.chmod(0o755)
-    return Said(program, {})
+    return Said(program, program, {})
 
 
 def test_the_bench_stands_still_where_it_has_said_a_rate(tmp_path: Path) -> None:
@@ -53,6 +55,31 @@ def test_a_bench_that_fails_says_why(tmp_path: Path) -> None:
         pytest.raises(EngineError, match="llama-batched-bench failed: no memory for cells"),
     ):
         rate(1)
+
+
+def test_their_threads_are_pinned_where_ours_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = bench(tmp_path, "import os; sys.exit('pinned to ' + os.environ.get('GOMP_CPU_AFFINITY', 'none'))")
+    setting = decode.setting(None, "1", 60, 24)._replace(threads=2)
+    node = numa.Node(0, ((0, 4), (1, 5)), 1, 1, {0: 10})
+
+    def bench_says() -> str:
+        with bench_rate(setting, programs, (1,)) as rate, pytest.raises(EngineError) as failure:
+            rate(1)
+        return str(failure.value)
+
+    def server_flags(*, defaults: bool = False) -> str:
+        starting = server_rate(setting, programs, defaults=defaults)
+        with pytest.raises(EngineError, match="llama-server did not start") as failure, starting:
+            pass
+        return str(failure.value)
+
+    monkeypatch.setattr(numa, "read_topology", lambda: (node,))
+    assert "pinned to 0 1" in bench_says()
+    assert "--cpu-mask 0x3 --cpu-strict 1" in server_flags()
+    assert "--cpu" not in server_flags(defaults=True)
+    monkeypatch.setattr(numa, "read_topology", lambda: (node._replace(cores=((0,), (1,), (2,))),))
+    assert "pinned to none" in bench_says()
+    assert "--cpu" not in server_flags()
 
 
 def test_rate_counts_only_the_time_in_which_all_streams_run() -> None:
