@@ -33,7 +33,8 @@ def run(cluster: Cluster, node: numa.Node | None = None) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", str(decode.spin_count))
     gguf = Path(cluster.pair.gguf)
     pins = node
-    if decode.numa == "auto" and node is None:
+    if node is None and decode.numa == "auto":
+        # The rest of an unbound worker roams.
         pins = numa.filled(numa.read_topology(), decode.threads, decode.batch_threads)
     cpus = numa.compute_cpus(pins, decode.threads) if pins else ()
     batch_cpus = numa.compute_cpus(pins, decode.batch_threads or decode.threads) if pins else ()

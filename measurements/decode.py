@@ -34,7 +34,6 @@ OURS, TUNED = OUR_WORKER, f"{OUR_WORKER}, tuned"
 BENCH, SERVER = "llama-batched-bench", "llama-server"
 # As it comes, with few slots for all; and as it decodes most, with one for every sequence.
 DEFAULT, DEFAULT_SLOTS = "llama-server, defaults", "llama-server, defaults and slots for all"
-# The step loops are compared with tuning off, as llama.cpp's programs have none of it.
 LOAD = Load()
 MAX_SEQUENCES = 200
 Ways = dict[str, Callable[[], AbstractContextManager[Rate]]]
@@ -52,6 +51,7 @@ class Plan(NamedTuple):
 # The second takes 46 to 80 minutes on two cores of a shared host: most of it are prefills of llama.cpp's programs.
 QUICK = Plan(rounds=1, sequences="1,4,16", context_tokens=300, new_tokens=32)
 FULL = Plan(rounds=2, sequences="1,2,4,8,16", context_tokens=900, new_tokens=64)
+# The step loops are compared without what llama.cpp's programs have not got or not been told to do.
 PLAIN = {"huge_pages": False, "mlock": False}
 
 
