@@ -31,6 +31,8 @@ from transfer.errors import ConfigError
 Sample = dict[str, Any]
 
 OURS, TUNED = OUR_WORKER, f"{OUR_WORKER}, tuned"
+# Without what llama.cpp's programs have no flag for: what is left is the step loop.
+SMALL_PAGES = f"{OUR_WORKER}, small pages"
 BENCH, SERVER = "llama-batched-bench", "llama-server"
 # As it comes, with few slots for all; and as it decodes most, with one for every sequence.
 DEFAULT, DEFAULT_SLOTS = "llama-server, defaults", "llama-server, defaults and slots for all"
@@ -51,8 +53,15 @@ class Plan(NamedTuple):
 # The second takes 46 to 80 minutes on two cores of a shared host: most of it are prefills of llama.cpp's programs.
 QUICK = Plan(rounds=1, sequences="1,4,16", context_tokens=300, new_tokens=32)
 FULL = Plan(rounds=2, sequences="1,2,4,8,16", context_tokens=900, new_tokens=64)
-# The step loops are compared without what llama.cpp's programs have not got or not been told to do.
-PLAIN = {"huge_pages": False, "mlock": False}
+# Whose tokens/s are set against whose, by the name of the ratio.
+RATIOS = {
+    "vs_batched_bench": (OURS, BENCH),
+    "vs_llama_server": (OURS, SERVER),
+    "small_pages_vs_batched_bench": (SMALL_PAGES, BENCH),
+    "small_pages_vs_llama_server": (SMALL_PAGES, SERVER),
+    "tuned_vs_llama_server_default": (TUNED, DEFAULT),
+    "tuned_vs_llama_server_slots": (TUNED, DEFAULT_SLOTS),
+}
 
 
 def setting(gguf: Path | None, sequences: str, context_tokens: int, new_tokens: int) -> Setting:
@@ -142,12 +151,6 @@ def measure(setting: Setting, programs: Tools, rounds: int, profile: str) -> Ite
         "cell_layout": shape.cell_layout,
         "flash_attention": shape.flash_attention,
     }
-    plain = msgspec.structs.replace(setting.decode, **PLAIN)
-    alike: Ways = {
-        BENCH: lambda: bench_rate(setting, programs, turns(setting.sequences)),
-        OURS: lambda: worker_rate(setting, plain),
-        SERVER: lambda: server_rate(setting, programs),
-    }
     best: Ways = {
         TUNED: lambda: worker_rate(few, tuned),
         DEFAULT: lambda: server_rate(few, programs, defaults=True, slot_for_each=False),
@@ -160,10 +163,20 @@ def measure(setting: Setting, programs: Tools, rounds: int, profile: str) -> Ite
             "triad_gb_per_s": bandwidth.triad_gb_per_s(setting.threads),
             "read_gb_per_s": bandwidth.read_gb_per_s(setting.threads),
         }
-        for sample in itertools.chain(rates(setting, alike), rates(few, best)):
+        for sample in itertools.chain(rates(setting, alike(setting, programs)), rates(few, best)):
             yield sample | {"round": turn}
         yield from latency(setting, LOAD, turn)
         yield from decode_speculation.measure(setting, turn)
+
+
+def alike(setting: Setting, programs: Tools) -> Ways:
+    """Those that are told the same. Our worker is up as it comes, in huge pages, and in small ones."""
+    return {
+        BENCH: lambda: bench_rate(setting, programs, turns(setting.sequences)),
+        OURS: lambda: worker_rate(setting, setting.decode),
+        SMALL_PAGES: lambda: worker_rate(setting, msgspec.structs.replace(setting.decode, huge_pages=False)),
+        SERVER: lambda: server_rate(setting, programs),
+    }
 
 
 def rates(setting: Setting, ways: Ways) -> Iterator[Sample]:
@@ -245,12 +258,7 @@ def summarize(samples: list[Sample]) -> dict[str, Any]:
             if count in counts[other]
         }
 
-    compared = {
-        "vs_batched_bench": pairs(OURS, BENCH),
-        "vs_llama_server": pairs(OURS, SERVER),
-        "tuned_vs_llama_server_default": pairs(TUNED, DEFAULT),
-        "tuned_vs_llama_server_slots": pairs(TUNED, DEFAULT_SLOTS),
-    }
+    compared = {key: pairs(*between) for key, between in RATIOS.items()}
     to_logits = [s for s in samples if s["what"] == "handoff_to_logits"]
     memory = max((s for s in samples if s["what"] == "memory"), key=lambda s: s["resident_bytes"])
     owed = memory["weights_bytes"] + memory["cells_bytes"]
@@ -343,12 +351,7 @@ def table(summary: dict[str, Any]) -> Table:
     for way, rates in summary["tokens_per_s"].items():
         shown.add_row(way, *(f"{rates[n]:.1f}" if n in rates else "" for n in counts))
     shown.add_section()
-    for key in (
-        "vs_batched_bench",
-        "vs_llama_server",
-        "tuned_vs_llama_server_default",
-        "tuned_vs_llama_server_slots",
-    ):
+    for key in RATIOS:
         shown.add_row(key, *(f"{summary[key][n]:.3f}" if n in summary[key] else "" for n in counts))
     shown.add_row("bandwidth_vs_stream", *(f"{summary['bandwidth_vs_stream_by_sequences'][n]:.3f}" for n in counts))
     shape = summary["tuned"]

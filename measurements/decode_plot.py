@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from measurements import picture
+from measurements.decode import RATIOS
 
 
 def draw(summary: dict[str, Any], path: Path) -> None:
@@ -19,7 +20,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     rates.set(xlabel="sequences", ylabel="tokens/s", title="decode throughput, medians", ylim=(0, None))
     rates.legend()
 
-    for key in ("vs_batched_bench", "vs_llama_server", "tuned_vs_llama_server_default", "tuned_vs_llama_server_slots"):
+    for key in RATIOS:
         at, bounds = [int(n) for n in summary[key]], zip(*summary["quartiles"][key].values(), strict=True)
         ratios.plot(at, list(summary[key].values()), marker="o", label=key)
         ratios.fill_between(at, *bounds, alpha=0.15)

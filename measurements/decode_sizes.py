@@ -12,15 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from measurements import decode, result, targets
-from measurements.decode import BENCH, OURS, SERVER, Ways, rates
+from measurements.decode import OURS, RATIOS, SMALL_PAGES, alike, rates
 from measurements.decode_targets import LEAST_RATES, MOST_MEMORY
-from measurements.decode_ways import Rate, Setting, bench_rate, ours, server_rate, turns, warm_worker
+from measurements.decode_ways import Rate, Setting, ours, warm_worker
 from measurements.llama_tools import Tools, tools
 from measurements.synthetic_gguf import shape_of, synthetic_gguf
 from measurements.targets import Verdict
@@ -29,6 +28,8 @@ Sample = dict[str, Any]
 
 # For want of time: each turn of llama-batched-bench begins with a prefill, of 8b for a minute a sequence on two cores.
 SEQUENCES = {"360m": "1,2,4,8,16", "1b": "1,2,4", "8b": ""}
+# Ratios of our worker as it comes, and of the one in small pages.
+COMPARED = {key: f"small_pages_{key}" for key in LEAST_RATES}
 
 
 def run(json: Path | None, plot: Path | None, shapes: str, sequences: str | None, context: int, tokens: int) -> None:
@@ -80,16 +81,11 @@ def measure(setting: Setting, programs: Tools) -> Iterator[Sample]:
 
     @contextmanager
     def rate_of_ours() -> Iterator[Rate]:
-        with warm_worker(setting, msgspec.structs.replace(setting.decode, **decode.PLAIN)) as worker:
+        with warm_worker(setting, setting.decode) as worker:
             yield partial(ours, worker, setting=setting)
             resident.append(decode.memory(worker, setting))
 
-    ways: Ways = {
-        BENCH: lambda: bench_rate(setting, programs, turns(setting.sequences)),
-        OURS: rate_of_ours,
-        SERVER: lambda: server_rate(setting, programs),
-    }
-    yield from rates(setting, ways)
+    yield from rates(setting, alike(setting, programs) | {OURS: rate_of_ours})
     yield max(resident, key=lambda sample: sample["resident_bytes"])
 
 
@@ -101,15 +97,18 @@ def summarize(samples: list[Sample]) -> dict[str, Any]:
         if s["what"] == "rate":
             found[s["shape"]].setdefault(s["way"], {}).setdefault(s["sequences"], []).append(s["tokens_per_s"])
 
-    def pairs(shape: str, other: str) -> dict[str, list[float]]:
+    def pairs(shape: str, one: str, other: str) -> dict[str, list[float]]:
         return {
             str(count): [ours_ / theirs for ours_, theirs in zip(rates, found[shape][other][count], strict=True)]
-            for count, rates in found[shape].get(OURS, {}).items()
+            for count, rates in found[shape].get(one, {}).items()
         }
 
     def figures(shape: str) -> Sample:
-        compared = {"vs_batched_bench": pairs(shape, BENCH), "vs_llama_server": pairs(shape, SERVER)}
-        step_ms = {str(n): 1e3 * n / statistics.median(rates) for n, rates in found[shape].get(OURS, {}).items()}
+        compared = {key: pairs(shape, *RATIOS[key]) for key in (*COMPARED, *COMPARED.values())}
+        step_ms, small_pages_ms = (
+            {str(n): 1e3 * n / statistics.median(rates) for n, rates in found[shape].get(way, {}).items()}
+            for way in (OURS, SMALL_PAGES)
+        )
         return {
             "step_ms": step_ms,
             **{key: {n: statistics.median(each) for n, each in by_count.items()} for key, by_count in compared.items()},
@@ -117,7 +116,8 @@ def summarize(samples: list[Sample]) -> dict[str, Any]:
                 key: {n: decode.quartiles(each) for n, each in by_count.items()} for key, by_count in compared.items()
             },
             "beyond_batched_bench_ms": {
-                n: step_ms[n] * (1 - statistics.median(each)) for n, each in compared["vs_batched_bench"].items()
+                n: small_pages_ms[n] * (1 - statistics.median(each))
+                for n, each in compared["small_pages_vs_batched_bench"].items()
             },
             **{key: memory[shape][key] for key in ("weights_bytes", "cells_bytes", "resident_bytes")},
             "memory_overhead_fraction": memory[shape]["resident_bytes"]
@@ -139,12 +139,12 @@ def verdicts(summary: dict[str, Any]) -> Iterator[Verdict]:
 
 def table(summary: dict[str, Any]) -> Table:
     """The summary for a terminal."""
-    shown = Table(title="ours over llama.cpp's programs, medians", title_justify="left")
+    shown = Table(title="ours over llama.cpp's programs (in small pages), medians", title_justify="left")
     for column in ("shape", "sequences", "ms a step", "over bench", "over server", "beyond bench"):
         shown.add_column(column, justify="left" if column == "shape" else "right")
     for shape, figures in summary["shapes"].items():
         for count, ms in figures["step_ms"].items():
-            ratios = (f"{figures[key][count]:.3f}" for key in LEAST_RATES)
+            ratios = (f"{figures[key][count]:.3f} ({figures[small][count]:.3f})" for key, small in COMPARED.items())
             shown.add_row(shape, count, f"{ms:.1f}", *ratios, f"{figures['beyond_batched_bench_ms'][count]:.2f} ms")
         shown.add_section()
     shown.caption = "beyond weights and cells: " + "; ".join(

@@ -28,7 +28,7 @@ Text = Literal["copied", "new"]
 BLOCK_TOKENS, BLOCKS = 48, 4
 NEW_TOKENS = 240
 COUNTS = (1, 4)
-REPEATS = 4
+STARTS, TURNS_A_START = 4, 2
 MODES = ("off", "auto")
 TEXTS: tuple[Text, ...] = ("copied", "new")
 
@@ -36,11 +36,11 @@ TEXTS: tuple[Text, ...] = ("copied", "new")
 def measure(setting: Setting, turn: int) -> Iterator[Sample]:
     """Tokens/s by weights, kind of text, number of sequences and ``speculate``.
 
-    Both workers are up, and take turns: between one start and the next a host may have changed its pace. Every repeat
-    starts both anew: where a process's memory comes to lie is worth some percent for as long as it lives.
+    Both workers are up, and take turns: between one start and the next a host may have changed its pace. Both are
+    started several times: where a process's memory comes to lie is worth some percent for as long as it lives.
     """
     with bf16_weights(setting.gguf) as bf16:
-        for (weights, gguf), repeat in itertools.product((("file", setting.gguf), ("bf16", bf16)), range(REPEATS)):
+        for (weights, gguf), start in itertools.product((("file", setting.gguf), ("bf16", bf16)), range(STARTS)):
             with ExitStack() as exits:
                 workers = {
                     mode: exits.enter_context(
@@ -48,7 +48,8 @@ def measure(setting: Setting, turn: int) -> Iterator[Sample]:
                     )
                     for mode in MODES
                 }
-                for text, count in itertools.product(TEXTS, COUNTS):
+                repeats = range(start * TURNS_A_START, (start + 1) * TURNS_A_START)
+                for repeat, text, count in itertools.product(repeats, TEXTS, COUNTS):
                     for mode in MODES if (turn + repeat) % 2 == 0 else reversed(MODES):
                         yield {
                             "what": "speculation",

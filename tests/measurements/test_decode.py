@@ -26,8 +26,10 @@ def samples() -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
     for turn, speed in enumerate((90.0, 100.0)):
         made.append({"what": "bandwidth", "round": turn, "triad_gb_per_s": 8.0, "read_gb_per_s": 10.0})
-        for way in (decode.OURS, decode.BENCH, decode.SERVER, decode.TUNED, decode.DEFAULT, decode.DEFAULT_SLOTS):
-            for count in (1, 8) if way in (decode.OURS, decode.BENCH, decode.SERVER) else (8,):
+        alike = (decode.OURS, decode.SMALL_PAGES, decode.BENCH, decode.SERVER)
+        best = (decode.TUNED, decode.DEFAULT, decode.DEFAULT_SLOTS)
+        for way in (*alike, *best):
+            for count in (1, 8) if way in alike else (8,):
                 rate = speed * count if way == decode.OURS else 100.0 * count
                 made.extend(
                     {
@@ -76,6 +78,7 @@ def test_ratios_are_taken_within_a_round() -> None:
     summary = decode.summarize(samples())
     assert summary["vs_batched_bench"] == {"1": pytest.approx(0.95), "8": pytest.approx(0.95)}
     assert summary["vs_llama_server"] == {"1": pytest.approx(0.95), "8": pytest.approx(0.95)}
+    assert summary["small_pages_vs_batched_bench"] == {"1": pytest.approx(1.0), "8": pytest.approx(1.0)}
     assert summary["quartiles"]["vs_batched_bench"]["8"] == pytest.approx([0.9, 1.0])
     assert summary["tuned_vs_llama_server_default"] == {"8": pytest.approx(1.0)}
     assert summary["tuned_vs_llama_server_slots"] == {"8": pytest.approx(1.0)}
@@ -158,7 +161,7 @@ def test_a_step_reads_the_weights_once_and_every_sequences_cells() -> None:
 
 def test_the_summary_can_be_shown_and_drawn(tmp_path: Path) -> None:
     summary = decode.summarize(samples())
-    assert decode.table(summary).row_count == 11
+    assert decode.table(summary).row_count == 14
     for table in (decode.table(summary), targets.table(verdicts(summary))):
         console = Console(width=80, record=True, file=io.StringIO())
         console.print(table)

@@ -15,11 +15,14 @@ from measurements import decode, decode_sizes, targets
 from measurements.decode_ways import Rate
 from transfer.errors import ConfigError
 
-WAYS = (decode.BENCH, decode.OURS, decode.SERVER)
+WAYS = (decode.BENCH, decode.OURS, decode.SERVER, decode.SMALL_PAGES)
 
 
 def samples() -> list[dict[str, Any]]:
-    """A small model whose steps take 10 ms and ours 11, and a large one with 100 and 101; 8 sequences take as long."""
+    """A small model whose steps take 10 ms, ours 11 and in small pages 13, and a large one whose take 90 ms more.
+
+    8 sequences take as long as one.
+    """
     made: list[dict[str, Any]] = []
     for shape, step_ms, weights in (("small", 10, 100), ("large", 100, 10_000)):
         for count in (1, 8):
@@ -36,8 +39,9 @@ def test_what_a_step_costs_beside_computing_weighs_less_on_a_large_model() -> No
     assert shapes["small"]["vs_batched_bench"] == {"1": pytest.approx(10 / 11), "8": pytest.approx(10 / 11)}
     assert shapes["large"]["vs_batched_bench"] == {"1": pytest.approx(100 / 101), "8": pytest.approx(100 / 101)}
     assert shapes["large"]["vs_llama_server"]["8"] == pytest.approx(102 / 101)
+    assert shapes["large"]["small_pages_vs_batched_bench"]["8"] == pytest.approx(100 / 103)
     for figures in shapes.values():
-        assert figures["beyond_batched_bench_ms"] == {"1": pytest.approx(1.0), "8": pytest.approx(1.0)}
+        assert figures["beyond_batched_bench_ms"] == {"1": pytest.approx(3.0), "8": pytest.approx(3.0)}
         assert figures["quartiles"]["vs_llama_server"]["8"] == pytest.approx([figures["vs_llama_server"]["8"]] * 2)
     assert shapes["large"]["step_ms"]["8"] == pytest.approx(101)
     assert shapes["large"]["memory_overhead_fraction"] == pytest.approx(280 / 10_020)
@@ -61,6 +65,7 @@ def test_the_summary_can_be_shown_and_drawn(tmp_path: Path) -> None:
     said = console.export_text()
     assert "…" not in said
     assert "large 267 MiB, +2.8%" in said
+    assert "0.909 (0.769)" in said
     decode_sizes.draw(summary, tmp_path / "sizes.png")
     assert (tmp_path / "sizes.png").stat().st_size > 10_000
 
@@ -92,8 +97,8 @@ def test_a_real_worker_is_measured_beside_the_programs(default_pair, monkeypatch
 
         return up()
 
-    monkeypatch.setattr(decode_sizes, "bench_rate", program)
-    monkeypatch.setattr(decode_sizes, "server_rate", program)
+    monkeypatch.setattr(decode, "bench_rate", program)
+    monkeypatch.setattr(decode, "server_rate", program)
     setting = decode.setting(default_pair.gguf, "1,4", 40, 12)
     taken = list(decode_sizes.measure(setting, None))  # type: ignore[arg-type]
     by_way = {way: [s["sequences"] for s in taken if s.get("way") == way] for way in WAYS}

@@ -10,7 +10,9 @@ from measurements import decode, decode_speculation
 from transfer.config import Decode
 
 
-def test_every_repeat_has_workers_of_its_own_and_begins_with_the_other_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_start_has_workers_of_its_own_and_every_repeat_begins_with_the_other_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     started: list[str] = []
 
     @contextmanager
@@ -26,7 +28,8 @@ def test_every_repeat_has_workers_of_its_own_and_begins_with_the_other_one(monke
     monkeypatch.setattr(decode_speculation, "bf16_weights", bf16)
     monkeypatch.setattr(decode_speculation, "_decode", lambda worker, *_: {"by": worker})
     taken = list(decode_speculation.measure(decode.setting(None, "1", 60, 24), 0))
-    assert len(started) == len({s["by"] for s in taken}) == 2 * 2 * decode_speculation.REPEATS
+    assert len(started) == len({s["by"] for s in taken}) == 2 * 2 * decode_speculation.STARTS
+    assert len(taken) == len(started) * len(decode_speculation.TEXTS) * len(decode_speculation.COUNTS) * 2
     first = {(s["weights"], s["repeat"]): s["speculate"] for s in reversed(taken)}
     assert [first["file", repeat] for repeat in range(4)] == ["off", "auto", "off", "auto"]
 
