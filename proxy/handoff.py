@@ -271,10 +271,10 @@ def _prefilling(job: Job, vllm: Vllm, account: Account, route: Route) -> Iterato
         own = load.occupancy
         with own.working(), vllm.vllms.working(), account.watched("prefill", own, vllm.workers):
             yield
+            # While it is watched: a short prefill would be over before its own prompt counts.
+            own.prefilled(len(job.prompt) - (job.planned.seen.vllm.cached_tokens if job.planned else 0))
     finally:
         load.backlog.end(work)
-    new_tokens = len(job.prompt) - (job.planned.seen.vllm.cached_tokens if job.planned else 0)
-    load.occupancy.prefilled(new_tokens)
     load.prefixes.add(job.prompt, job.tenant)
 
 
@@ -372,9 +372,9 @@ async def _computed(conversation: Conversation, vllm: Vllm, account: Account, jo
         try:
             with own.working(), vllm.workers.working(), account.watched("prefill", own, vllm.vllms):
                 piece = await anext(pieces)
+                own.prefilled(len(job.prompt) - account.cached_tokens)
         finally:
             conversation.backlog.end(work)
-        own.prefilled(len(job.prompt) - account.cached_tokens)
         with _at_worker(conversation, vllm, account, job):
             yield piece
             async for piece in pieces:

@@ -12,6 +12,7 @@ import pytest
 from proxy.costs import Cost
 from proxy.estimates import AnswerLengths, Estimates
 from proxy.ledger import Entry
+from proxy.load import Watch
 from proxy.policy import replay
 from proxy.router import ROUTES
 from tests.proxy.conftest import Stack, make_cluster, running, wait_until
@@ -81,6 +82,14 @@ def test_what_went_on_beside_a_request_is_in_the_ledger(fresh):
         sequences, _, prefilled_tokens, crowd = entry["beside"]["decode"]
         assert (sequences, prefilled_tokens, crowd) == (1, 0, 0)
         assert entry["beside"]["prefill"][2] == entry["prompt_tokens"]
+
+
+def test_a_prompt_counts_in_its_own_prefill_and_not_in_its_own_decode_however_short_that_is(fresh, monkeypatch):
+    monkeypatch.setattr(Watch, "together_ns", 0)
+    for route in ("split", "gpu", "cpu"):
+        fresh.chat({"X-Isthmus-Route": route})
+    counted = [[entry["beside"][stage][2] for stage in ("prefill", "decode")] for entry in fresh.entries()]
+    assert counted == [[entry["prompt_tokens"], 0] for entry in fresh.entries()]
 
 
 def test_the_same_is_learned_from_a_stored_ledger(fresh):
