@@ -31,7 +31,7 @@ from transfer.errors import ConfigError
 Sample = dict[str, Any]
 
 OURS, TUNED = OUR_WORKER, f"{OUR_WORKER}, tuned"
-# Without what llama.cpp's programs have no flag for: what is left is the step loop.
+# As llama.cpp's programs are, which have no flag for huge ones.
 SMALL_PAGES = f"{OUR_WORKER}, small pages"
 BENCH, SERVER = "llama-batched-bench", "llama-server"
 # As it comes, with few slots for all; and as it decodes most, with one for every sequence.
