@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import ssl
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import zmq
 from rich.console import Console
 
 from isthmus.children import Child, Children, terminate_as_interrupt
+from isthmus.ports import free_ports
 from isthmus.progress import starting
 from transfer import keys
 from transfer.config import Cluster, Decode, Keys, Pair, Prefill, Proxy, dump
@@ -124,16 +124,6 @@ def with_keys(cluster: Cluster, folder: Path) -> Cluster:
         return cluster
     keys.make(folder)
     return msgspec.structs.replace(cluster, keys=Keys(dir=str(folder)))
-
-
-def free_ports(count: int) -> list[int]:
-    """``count`` different ports on which nothing listens now."""
-    # All are held at once, or the system could hand out the same one again.
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def _nodes(config: Path, probes: _Probes) -> list[Child]:

@@ -13,7 +13,8 @@ import msgspec
 from rich.console import Console
 
 from isthmus.children import Child, Children
-from isthmus.up import GRACE_S, START_DEADLINE_S, Stack, free_ports, with_keys
+from isthmus.ports import free_ports
+from isthmus.up import GRACE_S, START_DEADLINE_S, Stack, with_keys
 from measurements.crossover_plan import REPLICATED
 from measurements.load_generator import Target
 from transfer.config import Cluster, Pair, dump

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import subprocess
 import tempfile
 import threading
@@ -26,6 +25,7 @@ import numpy as np
 
 from cpu_decode import numa, profile
 from isthmus.children import die_with_parent
+from isthmus.ports import free_ports
 from measurements.decode_worker import LiveWorker, live_worker
 from measurements.llama_tools import Tools
 from transfer.config import Decode
@@ -58,7 +58,7 @@ class Setting(NamedTuple):
     @property
     def decode(self) -> Decode:
         """The same for our worker, on ports that are free now."""
-        control, kv, kv_control = _free_ports(3)
+        control, kv, kv_control = free_ports(3)
         return Decode(
             control_port=control,
             kv_port=kv,
@@ -240,7 +240,7 @@ def _cpus(setting: Setting) -> tuple[int, ...]:
 
 @contextmanager
 def _server(command: list[str], environment: dict[str, str]) -> Iterator[str]:
-    (port,) = _free_ports(1)
+    (port,) = free_ports(1)
     process = subprocess.Popen(  # noqa: S603 ours
         [*command, "--host", "127.0.0.1", "--port", str(port)],
         env=environment,
@@ -299,14 +299,3 @@ def _ask_all(url: str, prompts: Sequence[list[int]], slots: Sequence[int], new_t
     if failures:
         raise EngineError(f"llama-server did not answer: {failures[0]}")
     return answers
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json as jsonlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from isthmus.ports import free_ports
 from measurements import link_exposed, link_namespaces, link_receiver, link_sender, result
 from measurements.link_exposed import Prompt
 from measurements.link_sender import Peer, Sample
@@ -254,12 +254,6 @@ def _child(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
 @contextmanager
 def _local_peer() -> Iterator[Peer]:
     """A serving process on loopback."""
-    port = _free_port()
+    (port,) = free_ports(1)
     with _child(serve_command("127.0.0.1", port)), _peer(f"tcp://127.0.0.1:{port}") as peer:
         yield peer
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

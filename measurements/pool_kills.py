@@ -27,7 +27,8 @@ from rich.table import Table
 
 from isthmus.children import die_with_parent
 from isthmus.pool import verify
-from isthmus.up import START_DEADLINE_S, cluster_on_free_ports, free_ports, with_keys
+from isthmus.ports import free_ports
+from isthmus.up import START_DEADLINE_S, cluster_on_free_ports, with_keys
 from measurements import result
 from measurements.pool_stack import ANSWER_S, redis_server
 from transfer.config import Cluster, Pair, dump

@@ -22,8 +22,9 @@ from gpu_prefill import service
 from gpu_prefill.geometry import read_geometry
 from isthmus.children import Child, Children
 from isthmus.pair import default_pair
+from isthmus.ports import free_ports
 from isthmus.progress import starting
-from isthmus.up import GRACE_S, START_DEADLINE_S, cluster_on_free_ports, free_ports, with_keys
+from isthmus.up import GRACE_S, START_DEADLINE_S, cluster_on_free_ports, with_keys
 from measurements import picture, result
 from measurements.prefill_sink import Sink
 from transfer.config import Cluster

@@ -19,7 +19,8 @@ import httpx
 import msgspec
 
 from isthmus.children import Child, Children
-from isthmus.up import GRACE_S, START_DEADLINE_S, free_ports
+from isthmus.ports import free_ports
+from isthmus.up import GRACE_S, START_DEADLINE_S
 from measurements.proxy_summary import DIRECT, PROXIED
 from transfer.config import Cluster, Decode, Link, Pair, Prefill, Proxy, dump
 

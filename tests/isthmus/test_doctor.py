@@ -20,6 +20,7 @@ from isthmus.checks import kernel, network, processor
 from isthmus.checks.finding import Finding
 from isthmus.cli import cli
 from isthmus.pair import default_pair
+from isthmus.ports import free_ports
 from tests.cpu_decode.sysfs import unpack
 from transfer.config import Cluster, Decode, Pair, Prefill, Proxy, dump
 from transfer.errors import ConfigError
@@ -47,12 +48,6 @@ def host(root: Path, **files: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content + "\n")
     return root
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 def seen(finding: Finding) -> tuple[str, str]:
@@ -191,7 +186,7 @@ def test_a_hop_that_drops_large_packets_is_found(monkeypatch: pytest.MonkeyPatch
 def test_ports_that_are_free_taken_and_elsewhere() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         addresses = {
-            "free": ("127.0.0.1", free_port()),
+            "free": ("127.0.0.1", *free_ports(1)),
             "taken": ("127.0.0.1", taken.getsockname()[1]),
             "elsewhere": ("192.0.2.1", 8100),
             "nowhere": ("no-such-host.invalid", 8100),
@@ -280,11 +275,12 @@ def test_several_prefill_nodes() -> None:
 @pytest.fixture
 def cluster() -> Cluster:
     """The default pair on ports that are free."""
+    prefill, proxy = free_ports(2)
     return Cluster(
         pair=default_pair(),
-        prefill=Prefill(port=free_port()),
+        prefill=Prefill(port=prefill),
         decode=Decode(control_port=0, kv_port=0, kv_control_port=0, num_cells=512, landing_mib=16),
-        proxy=Proxy(port=free_port(), registry_port=0),
+        proxy=Proxy(port=proxy, registry_port=0),
     )
 
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import zmq
 
-from measurements.link import _free_port
+from isthmus.ports import free_ports
 from measurements.link_orders import Leave, decode_answer, encode
 from measurements.link_receiver import ReceivingAgent
 
@@ -13,7 +13,7 @@ from measurements.link_receiver import ReceivingAgent
 @contextmanager
 def serving(folder):
     """(agent, endpoint); the agent has ended afterwards."""
-    port = _free_port()
+    (port,) = free_ports(1)
     agent = ReceivingAgent("127.0.0.1", port, folder)
     thread = threading.Thread(target=agent.run)
     thread.start()
