@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
+from cpu_decode.state import is_quantized
 from transfer.config import CellLayout, Decode
 from transfer.errors import ConfigError
 
-SCHEMA = "isthmus.profile/1"
+SCHEMA = "isthmus.profile/2"
 
 
 class Tuned(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The keys of ``[decode]`` that a profile sets."""
+    """The keys of ``[decode]`` that a profile sets; ``cell_type`` not where the cluster file has cells quantized."""
 
     threads: Annotated[int, msgspec.Meta(ge=1)]
     batch_threads: Annotated[int, msgspec.Meta(ge=1)]
@@ -23,6 +24,7 @@ class Tuned(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     mmap: bool
     cell_layout: CellLayout = "unified"
     flash_attention: bool = True
+    cell_type: Literal["f16", "bf16"] = "f16"
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,7 +44,13 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
 def apply(decode: Decode) -> Decode:
     """``decode`` with the settings of its profile, if it names one; :class:`ConfigError` if that cannot be read."""
     profile = _read(decode)
-    return msgspec.structs.replace(decode, **msgspec.structs.asdict(profile.decode)) if profile else decode
+    if profile is None:
+        return decode
+    settings = msgspec.structs.asdict(profile.decode)
+    if is_quantized(decode.cell_type):
+        # Taken for its size, which is not for a profile to double.
+        del settings["cell_type"]
+    return msgspec.structs.replace(decode, **settings)
 
 
 def row_ns(decode: Decode) -> dict[int, float]:

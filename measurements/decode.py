@@ -150,6 +150,7 @@ def measure(setting: Setting, programs: Tools, rounds: int, profile: str) -> Ite
         "profile": bool(profile),
         "cell_layout": shape.cell_layout,
         "flash_attention": shape.flash_attention,
+        "cell_type": shape.cell_type,
     }
     best: Ways = {
         TUNED: lambda: worker_rate(few, tuned),
@@ -307,7 +308,7 @@ def quartiles(values: Sequence[float]) -> list[float]:
 
 def tuned_shape(sample: Sample) -> dict[str, Any]:
     """With what the tuned worker computed."""
-    return {key: sample[key] for key in ("profile", "cell_layout", "flash_attention")}
+    return {key: sample[key] for key in ("profile", "cell_layout", "flash_attention", "cell_type")}
 
 
 def p99_ratio(samples: Sequence[Sample], what: str) -> float:
@@ -357,7 +358,7 @@ def table(summary: dict[str, Any]) -> Table:
     shape = summary["tuned"]
     without = "" if shape.get("flash_attention", True) else ", no flash attention"
     shown.caption = (
-        f"tuned: {shape.get('cell_layout', 'unified')} cells{without};"
+        f"tuned: {shape.get('cell_type', 'f16')} cells, {shape.get('cell_layout', 'unified')}{without};"
         f" p99 of gaps at {LOAD.sequences} sequences: x{summary['itl_p99_handoff_ratio']:.2f} while"
         f" {LOAD.handoff_tokens} tokens land, x{summary['itl_p99_prefill_ratio']:.2f} while they prefill here;"
         f" {summary['handoff_to_logits_ms']:.1f} ms from the last frame of {LOAD.short_tokens} tokens to logits"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from cpu_decode import profile
@@ -25,6 +26,15 @@ def test_a_profile_takes_the_place_of_settings(tmp_path: Path) -> None:
     assert profile.row_ns(Decode()) == {}
 
 
+def test_a_profile_leaves_quantized_cells_alone(tmp_path: Path) -> None:
+    file = tmp_path / "profile.json"
+    profile.write(
+        file, Profile(decode=msgspec.structs.replace(TUNED, cell_type="bf16"), gguf="m.gguf", host={}, seen={})
+    )
+    for cell_type, applied in (("f16", "bf16"), ("bf16", "bf16"), ("q8_0", "q8_0")):
+        assert profile.apply(Decode(profile=str(file), cell_type=cell_type)).cell_type == applied
+
+
 def test_a_profile_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "profile.json"
     with pytest.raises(ConfigError, match=r"cannot read .*profile\.json: No such file"):
@@ -32,7 +42,7 @@ def test_a_profile_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     profile.write(file, Profile(decode=TUNED, gguf="m.gguf", host={}, seen={}))
     good = file.read_text()
     for old, new, reason in (
-        ("isthmus.profile/1", "isthmus.profile/9", "tune again"),
+        ("isthmus.profile/2", "isthmus.profile/9", "tune again"),
         ('"threads": 2', '"threads": 0', r"\$\.decode\.threads"),
         (good, "{", r"profile\.json: Input data was truncated"),
     ):

@@ -208,10 +208,10 @@ def test_the_summary_says_in_which_shape_the_tuned_worker_was(tmp_path: Path) ->
     )
     setting = decode.setting(None, "1", 60, 24)
     assert profile.apply(decode.tuned_decode(setting, str(file))).cell_layout == "streams"
-    tuned = {"profile": True, "cell_layout": "streams", "flash_attention": False}
+    tuned = {"profile": True, "cell_layout": "streams", "flash_attention": False, "cell_type": "bf16"}
     summary = decode.summarize([*samples(), {"what": "tuned", "round": 0, **tuned}])
     assert summary["tuned"] == tuned
-    assert "streams cells, no flash attention" in str(decode.table(summary).caption)
+    assert "bf16 cells, streams, no flash attention" in str(decode.table(summary).caption)
 
 
 def test_on_one_node_nothing_is_bound_and_on_several_the_first_one_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
 from cpu_decode.profile import Tuned
-from measurements import decode_tune
+from measurements import decode, decode_tune
 from measurements.decode_tune import axes, pick
+from measurements.decode_ways import Rate, Setting
 from tests.cpu_decode.test_profile import TUNED
+from transfer.config import Decode
 
 
 def test_tuning_keeps_what_is_hardly_worse() -> None:
@@ -25,6 +32,22 @@ def test_tuning_says_what_another_shape_for_each_load_would_gain() -> None:
     names = ["best cells for 1 sequences over the chosen", "best cells for 16 sequences over the chosen"]
     for chosen, gains in ((0, [1.0, 1.6]), (1, [1.25, 1.0])):
         assert decode_tune.gain_of_switching([unified, streams], chosen) == dict(zip(names, gains, strict=True))
+
+
+def test_the_fastest_type_of_cells_is_sought_in_the_fastest_shape(
+    default_pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streams are twice as fast as unified cells, and bf16 again twice as fast, but in unified cells slower."""
+
+    @contextmanager
+    def rate_of(_setting: Setting, cells: Decode) -> Iterator[Rate]:
+        bf16, streams = cells.cell_type == "bf16", cells.cell_layout == "streams"
+        yield lambda _count: (2.0 if streams else 1.0) * ((2.0 if streams else 0.1) if bf16 else 1.0)
+
+    monkeypatch.setattr(decode_tune, "worker_rate", rate_of)
+    setting = decode.setting(default_pair.gguf, "8,16", 60, 24)
+    found = decode_tune.fastest_shape(setting)
+    assert found == {"cell_layout": "streams", "flash_attention": True, "cell_type": "bf16"}
 
 
 def test_tuning_starts_every_axis_with_what_holds() -> None:
