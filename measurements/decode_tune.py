@@ -31,14 +31,14 @@ PREFILL = "prefill"
 Changes = dict[str, Any]
 # By what was measured: over the first candidate in the same round.
 Ratios = dict[str, float]
-# How cells can be laid out, and what then computes attention.
+# How cells can be laid out, what then computes attention, and in which type: vLLM's own KV is bf16. llama.cpp's flash
+# attention is slower over bf16 than over f16.
 SHAPES: dict[str, Changes] = {
-    "unified": {"cell_layout": "unified", "flash_attention": True},
-    "streams": {"cell_layout": "streams", "flash_attention": True},
-    "streams, no flash attention": {"cell_layout": "streams", "flash_attention": False},
+    "unified": {"cell_layout": "unified", "flash_attention": True, "cell_type": "f16"},
+    "streams": {"cell_layout": "streams", "flash_attention": True, "cell_type": "f16"},
+    "streams, no flash attention": {"cell_layout": "streams", "flash_attention": False, "cell_type": "f16"},
+    "streams, no flash attention, bf16": {"cell_layout": "streams", "flash_attention": False, "cell_type": "bf16"},
 }
-# Those that cost no quality: vLLM's own KV is bf16.
-CELL_TYPES: dict[str, Changes] = {"f16 cells": {"cell_type": "f16"}, "bf16 cells": {"cell_type": "bf16"}}
 # What our worker cannot do, or costs quality: looked at, not chosen.
 VARIANTS = {
     "as the worker": (),
@@ -59,7 +59,7 @@ def run(setting: Setting, path: Path, rounds: int) -> None:
     host = result.environment()
     tuned = Tuned(threads=setting.threads, batch_threads=setting.threads, spin_count=1000, huge_pages=True, mmap=False)
     seen: dict[str, float] = {}
-    for axis in [cells, CELL_TYPES, *axes(setting.threads, len(os.sched_getaffinity(0)))]:
+    for axis in [cells, *axes(setting.threads, len(os.sched_getaffinity(0)))]:
         candidates = [msgspec.structs.replace(tuned, **changes) for changes in axis.values()]
         # A shape for each load is thought of, so that they are looked at one by one.
         counts = setting.sequences if axis is cells else [n for n in COUNTS if n <= setting.sequences[-1]]
@@ -96,19 +96,16 @@ def axes(cores: int, processors: int) -> list[dict[str, Changes]]:
 
 
 def fastest_shape(setting: Setting) -> Changes:
-    """The cells that decode fastest at the setting's numbers of sequences: first their shape, then their type.
+    """The shape that decodes fastest at the setting's numbers of sequences.
 
-    Unified cells, which do more, and f16 stay unless another is clearly better.
+    Unified cells, which do more, stay unless another is clearly better.
     """
-    chosen: Changes = {}
-    for axis in (shapes(setting.gguf), CELL_TYPES):
-        candidates = [chosen | changes for changes in axis.values()]
-        with ExitStack() as up:
-            decodes = [msgspec.structs.replace(setting.decode, **changes) for changes in candidates]
-            rates = [up.enter_context(worker_rate(setting, decode)) for decode in decodes]
-            ratios = in_turns(rates, setting.sequences, SHAPE_ROUNDS)
-        chosen = pick(candidates, [statistics.geometric_mean(each.values()) for each in ratios])
-    return chosen
+    found = list(shapes(setting.gguf).values())
+    with ExitStack() as up:
+        decodes = [msgspec.structs.replace(setting.decode, **changes) for changes in found]
+        rates = [up.enter_context(worker_rate(setting, decode)) for decode in decodes]
+        ratios = in_turns(rates, setting.sequences, SHAPE_ROUNDS)
+    return pick(found, [statistics.geometric_mean(each.values()) for each in ratios])
 
 
 def compare(

@@ -34,20 +34,17 @@ def test_tuning_says_what_another_shape_for_each_load_would_gain() -> None:
         assert decode_tune.gain_of_switching([unified, streams], chosen) == dict(zip(names, gains, strict=True))
 
 
-def test_the_fastest_type_of_cells_is_sought_in_the_fastest_shape(
-    default_pair, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("gain", "chosen"), [(1.0, "unified"), (1.1, "streams, no flash attention, bf16")])
+def test_cells_are_bf16_where_that_is_faster(
+    gain: float, chosen: str, default_pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Streams are twice as fast as unified cells, and bf16 again twice as fast, but in unified cells slower."""
-
     @contextmanager
     def rate_of(_setting: Setting, cells: Decode) -> Iterator[Rate]:
-        bf16, streams = cells.cell_type == "bf16", cells.cell_layout == "streams"
-        yield lambda _count: (2.0 if streams else 1.0) * ((2.0 if streams else 0.1) if bf16 else 1.0)
+        yield lambda _count: 10 * gain if cells.cell_type == "bf16" else 10.0
 
     monkeypatch.setattr(decode_tune, "worker_rate", rate_of)
     setting = decode.setting(default_pair.gguf, "8,16", 60, 24)
-    found = decode_tune.fastest_shape(setting)
-    assert found == {"cell_layout": "streams", "flash_attention": True, "cell_type": "bf16"}
+    assert decode_tune.fastest_shape(setting) == decode_tune.SHAPES[chosen]
 
 
 def test_tuning_starts_every_axis_with_what_holds() -> None:
