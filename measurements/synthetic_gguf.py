@@ -127,8 +127,10 @@ def _add_vocabulary(writer: Any, vocab_size: int) -> None:
     writer.add_vocab_size(vocab_size)
     writer.add_tokenizer_model(known("model"))
     writer.add_tokenizer_pre(known("pre"))
-    writer.add_token_list([*tokens, *(f"<filler {number}>" for number in range(more))])
-    writer.add_token_types([*types, *[int(TokenType.UNUSED)] * more])
+    # Text, as most tokens are: a server that has none to send holds a token back until it has, and rates are of what
+    # has come.
+    writer.add_token_list([*tokens, *(f"filler{number}" for number in range(more))])
+    writer.add_token_types([*types, *[int(TokenType.NORMAL)] * more])
     writer.add_token_merges(known("merges"))
     writer.add_bos_token_id(known("bos_token_id"))
     writer.add_eos_token_id(known("eos_token_id"))

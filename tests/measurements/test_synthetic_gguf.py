@@ -21,6 +21,7 @@ def test_llama_cpp_computes_finite_logits_over_the_whole_vocabulary(monkeypatch:
         assert (geometry.num_layers, geometry.num_kv_heads, geometry.vocab_size) == (2, 2, 49_160)
         assert (geometry.head_dim_k, geometry.head_dim_v) == (32, 32)
         model = Model(gguf)
+        assert model.piece(49_159) == b"filler7"
         context = Context(model, num_cells=64, max_sequences=1, batch_tokens=8, threads=1, cell_type="f16")
         batch = Batch(8)
         batch.add(0, 0, [1, 2, 3], want_logits=1)
