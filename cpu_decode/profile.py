@@ -15,7 +15,7 @@ SCHEMA = "isthmus.profile/2"
 
 
 class Tuned(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The keys of ``[decode]`` that a profile sets; ``cell_type`` not where the cluster file has cells quantized."""
+    """The keys of ``[decode]`` that a profile sets; the last two not where the cluster file has cells quantized."""
 
     threads: Annotated[int, msgspec.Meta(ge=1)]
     batch_threads: Annotated[int, msgspec.Meta(ge=1)]
@@ -48,8 +48,8 @@ def apply(decode: Decode) -> Decode:
         return decode
     settings = msgspec.structs.asdict(profile.decode)
     if is_quantized(decode.cell_type):
-        # Taken for its size, which is not for a profile to double.
-        del settings["cell_type"]
+        # Taken for its size, which is not for a profile to double, and it needs flash attention.
+        del settings["cell_type"], settings["flash_attention"]
     return msgspec.structs.replace(decode, **settings)
 
 

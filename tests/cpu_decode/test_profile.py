@@ -28,11 +28,12 @@ def test_a_profile_takes_the_place_of_settings(tmp_path: Path) -> None:
 
 def test_a_profile_leaves_quantized_cells_alone(tmp_path: Path) -> None:
     file = tmp_path / "profile.json"
-    profile.write(
-        file, Profile(decode=msgspec.structs.replace(TUNED, cell_type="bf16"), gguf="m.gguf", host={}, seen={})
-    )
-    for cell_type, applied in (("f16", "bf16"), ("bf16", "bf16"), ("q8_0", "q8_0")):
-        assert profile.apply(Decode(profile=str(file), cell_type=cell_type)).cell_type == applied
+    tuned = msgspec.structs.replace(TUNED, cell_layout="streams", flash_attention=False, cell_type="bf16")
+    profile.write(file, Profile(decode=tuned, gguf="m.gguf", host={}, seen={}))
+    for cell_type, expected in (("f16", ("bf16", False)), ("bf16", ("bf16", False)), ("q8_0", ("q8_0", True))):
+        applied = profile.apply(Decode(profile=str(file), cell_type=cell_type))
+        assert (applied.cell_type, applied.flash_attention) == expected
+        assert (applied.cell_layout, applied.threads) == ("streams", TUNED.threads)
 
 
 def test_a_profile_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
