@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from transfer.errors import ConfigError
+from transfer.errors import ConfigError, UnsplittableError
 from transfer.geometry import KVGeometry, fingerprint_norm
 
 # Width of the window (0: none unless the file names one) and how often a layer without one comes, where the file is
@@ -23,7 +23,8 @@ _NORM_OFFSET = {"gemma2": 1.0, "gemma3": 1.0}
 def read_geometry(gguf: Path) -> KVGeometry:
     """Geometry of the model in ``gguf`` (key names: ``docs/gguf.md`` of ggml).
 
-    Raises :class:`ConfigError` if the file does not parse or its architecture keeps no plain attention KV.
+    Raises :class:`ConfigError` if the file does not parse, and its :class:`UnsplittableError` if the architecture keeps
+    no plain attention KV.
     """
     from cpu_decode.gguf_header import HeaderReader
 
@@ -35,18 +36,22 @@ def read_geometry(gguf: Path) -> KVGeometry:
     def field(key: str, default: Any = None) -> Any:
         found = reader.get_field(key)
         if found is None and default is None:
-            raise ConfigError(f"{gguf} has no {key}; it cannot be split")
+            raise UnsplittableError(f"{gguf} has no {key}; it cannot be split")
         return default if found is None else found.contents()
 
     arch = field("general.architecture")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if f"{arch}.attention.kv_lora_rank" in reader.fields or f"{arch}.ssm.state_size" in reader.fields:
-        raise ConfigError(f"{gguf}: architecture {arch} keeps latent or recurrent state, which cannot be split yet")
+        raise UnsplittableError(
+            f"{gguf}: architecture {arch} keeps latent or recurrent state, which cannot be split yet"
+        )
     num_layers = field(f"{arch}.block_count")
     heads = field(f"{arch}.attention.head_count")
     kv_heads = field(f"{arch}.attention.head_count_kv", heads)
-    if not isinstance(kv_heads, int):
-        raise ConfigError(f"{gguf}: layers with different numbers of KV heads cannot be split yet")
+    if not (isinstance(heads, int) and isinstance(kv_heads, int)):
+        raise UnsplittableError(f"{gguf}: layers with different numbers of KV heads cannot be split yet")
+    if not heads:
+        raise UnsplittableError(f"{gguf}: architecture {arch} keeps no attention KV; it cannot be split")
     head_dim = field(f"{arch}.attention.key_length", field(f"{arch}.embedding_length") // heads)
     window, window_layers = _window(arch, num_layers, field)
     return KVGeometry(
@@ -98,7 +103,7 @@ def _norm_as_bf16(tensors: dict[str, Any], gguf: Path, offset: float) -> bytes:
     """The final norm less ``offset``, rounded to bf16: exact where conversion widened bf16 weights to fp32."""
     norm = tensors.get("output_norm.weight")
     if norm is None or norm.data.dtype != np.float32:
-        raise ConfigError(f"{gguf} has no fp32 output_norm.weight; its weights cannot be identified")
+        raise UnsplittableError(f"{gguf} has no fp32 output_norm.weight; its weights cannot be identified")
     bits = (norm.data - np.float32(offset)).view(np.uint32).astype(np.uint64)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return bytes(rounded.astype("<u2").tobytes())

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import structlog
 
 from cpu_decode.state import ChunkState, StateBlob, is_quantized
-from transfer.errors import CapacityError, ConfigError, EngineError
+from transfer.errors import CapacityError, ConfigError, EngineError, UnsplittableError
 from transfer.geometry import KVGeometry
 from transfer.layout import CELL_ROWS, CellType, RopeOrder
 
@@ -82,6 +82,8 @@ class Model:
         self.handle = llama_cpp.llama_model_load_from_file(str(gguf).encode(), params)
         if not self.handle:
             raise ConfigError(f"llama.cpp cannot load {gguf}")
+        if llama_cpp.llama_model_has_encoder(self.handle) or not llama_cpp.llama_model_has_decoder(self.handle):
+            raise ConfigError(f"{gguf} does not only decode: it has an encoder, which nothing here runs")
         self.vocab = llama_cpp.llama_model_get_vocab(self.handle)
         self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(self.vocab))
         self.end_tokens = [t for t in range(self.vocab_size) if llama_cpp.llama_vocab_is_eog(self.vocab, t)]
@@ -93,22 +95,26 @@ class Model:
 
     @property
     def rope_order(self) -> RopeOrder:
-        """How this architecture pairs rotary elements; :class:`ConfigError` if its KV cannot be split."""
+        """How this architecture pairs rotary elements; :class:`UnsplittableError` if its KV cannot be split."""
         if llama_cpp.llama_model_is_recurrent(self.handle) or llama_cpp.llama_model_is_hybrid(self.handle):
-            raise ConfigError("recurrent and hybrid models keep state that is not attention KV; they cannot be split")
+            raise UnsplittableError(
+                "recurrent and hybrid models keep state that is not attention KV; they cannot be split"
+            )
         rope_type = int(llama_cpp.llama_model_rope_type(self.handle))
         if rope_type not in _ROPE_ORDER:
-            raise ConfigError(f"rope type {rope_type} of this model cannot be split yet")
+            raise UnsplittableError(f"rope type {rope_type} of this model cannot be split yet")
         return _ROPE_ORDER[rope_type]
 
-    def require_window(self, geometry: KVGeometry) -> None:
-        """Raise :class:`ConfigError` if llama.cpp slides a window over layers of which ``geometry`` knows nothing."""
+    def checked(self, geometry: KVGeometry) -> KVGeometry:
+        """``geometry``; :class:`UnsplittableError` if llama.cpp keeps KV otherwise than that says."""
+        _ = self.rope_order
         window = int(llama_cpp.llama_model_n_swa(self.handle))
         if window != geometry.sliding_window:
-            raise ConfigError(
+            raise UnsplittableError(
                 f"llama.cpp attends to a window of {window} positions in some layers of this model, where "
                 f"{geometry.sliding_window} was expected; windows of this architecture cannot be split yet"
             )
+        return geometry
 
     @property
     def size_bytes(self) -> int:

@@ -41,7 +41,7 @@ from cpu_decode.waiting import Need, steps_until_room
 from transfer import codecs
 from transfer.config import Decode, Link
 from transfer.errors import CapacityError, ConfigError, IsthmusError, ProtocolError, RequestError
-from transfer.geometry import KVGeometry
+from transfer.geometry import NO_KV, KVGeometry
 from transfer.messages import Landing, Reserve, Start, Ticket
 from transfer.receiver import KVReceiver
 
@@ -98,10 +98,12 @@ class Reservations:
         self._link = link
         self._engine = engine
         self._receiver = receiver
-        self.form = Landing(cell_type=decode.cell_type, rope_order=model.rope_order)
+        # Where no KV lands, any order will do.
+        rope_order = "half" if geometry == NO_KV else model.rope_order
+        self.form = Landing(cell_type=decode.cell_type, rope_order=rope_order)
         self._unified = cells.unified
         self.admission = Admission(cells.num_cells, decode.max_sequences, cells.sequence_cells)
-        seed, known = seed_of(decode, geometry, model.rope_order, model.gguf), BlockLog()
+        seed, known = seed_of(decode, geometry, rope_order, model.gguf), BlockLog()
         below = open_tiers(decode, seed, known)
         self.prefixes = PrefixCache(
             geometry, decode.cell_type, decode.pool_mib << 20, seed, known, below, unified=cells.unified

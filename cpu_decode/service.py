@@ -10,11 +10,11 @@ from pathlib import Path
 
 import structlog
 
-from cpu_decode import binding, memory_speed, numa, profile
+from cpu_decode import binding, memory_speed, numa, profile, unsplit
 from transfer import energy, keys
 from transfer.config import Cluster, Decode, keys_folder
 from transfer.errors import ConfigError
-from transfer.geometry import KVGeometry
+from transfer.geometry import NO_KV, KVGeometry
 
 log = structlog.get_logger()
 
@@ -52,13 +52,18 @@ def run(cluster: Cluster, node: numa.Node | None = None) -> None:
 
     folder = keys_folder(cluster)
     own_keys = keys.server(folder) if folder else None
-    geometry = read_geometry(gguf)
+    export = cluster.prefill.export
+    geometry = unsplit.geometry_or_none(lambda: read_geometry(gguf), export=export)
     if node:
         numa.require_room(node, needed_bytes(gguf, geometry, decode))
     if decode.mlock:
         _raise_lock_limit()
     # Pages of a mapped file are the page cache's, wherever they are: a bound worker reads its own copy.
     model = Model(gguf, mapped=decode.mmap and node is None, locked=decode.mlock)
+    if geometry != NO_KV:
+        geometry = unsplit.geometry_or_none(lambda: model.checked(geometry), export=export)
+    if geometry == NO_KV:
+        decode = unsplit.settings(decode)
     threads = len(cpus) or decode.threads or usable_cores()
     memory_bytes_per_s = memory_speed.read_bytes_per_s(threads)
     batch_threads = len(batch_cpus) or decode.batch_threads

@@ -82,7 +82,6 @@ class Worker:
         self.power = PowerMeter(())
         self._geometry = geometry
         self._decode = decode
-        model.require_window(geometry)
         self._outbox: queue.SimpleQueue[Event | Fetched] = queue.SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopping = threading.Event()

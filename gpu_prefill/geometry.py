@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from gpu_prefill.checkpoint import read_final_norm
-from transfer.errors import ConfigError
+from transfer.errors import ConfigError, UnsplittableError
 from transfer.geometry import KVGeometry, fingerprint_norm
 from transfer.layout import RopeOrder
 
@@ -39,7 +39,6 @@ _ROPE_ORDER: dict[str, RopeOrder] = {
 _WINDOW_PERIOD = {"Gemma2ForCausalLM": 2, "Gemma3ForCausalLM": 6, "GptOssForCausalLM": 2}
 
 _DEFAULT_ROPE_THETA = 10_000.0
-_WHOLE = "[prefill] export = false serves it by routes gpu and cpu"
 
 Config = dict[str, Any]
 
@@ -98,22 +97,22 @@ def _require_known(hf_dir: Path, config: Config) -> str:
     named = config.get("architectures") or ["unnamed"]
     name = str(named[0])
     if name not in _ROPE_ORDER:
-        raise ConfigError(f"{hf_dir}: {name} cannot be split yet; these can: {', '.join(_ROPE_ORDER)}; {_WHOLE}")
+        raise UnsplittableError(f"{hf_dir}: {name} cannot be split yet; these can: {', '.join(_ROPE_ORDER)}")
     return name
 
 
 def _require_splittable(hf_dir: Path, config: Config) -> str:
-    """The architecture's name; raises :class:`ConfigError` with the reason if its KV cannot be split."""
+    """The architecture's name; raises :class:`UnsplittableError` with the reason if its KV cannot be split."""
     name = _require_known(hf_dir, config)
     if config.get("kv_lora_rank"):
-        raise ConfigError(
-            f"{hf_dir}: {name} with kv_lora_rank caches a latent, not K and V; it cannot be split yet; {_WHOLE}"
+        raise UnsplittableError(
+            f"{hf_dir}: {name} with kv_lora_rank caches a latent, not K and V; it cannot be split yet"
         )
     window = config.get("sliding_window") or 0
     # Qwen configs carry a window that only `use_sliding_window` switches on.
     used = config.get("use_sliding_window", True) and 0 < window < config.get("max_position_embeddings", window + 1)
     if name not in _WINDOW_PERIOD and (used or "sliding_attention" in (config.get("layer_types") or ())):
-        raise ConfigError(f"{hf_dir}: sliding_window {window} is in use; {name} with one cannot be split yet; {_WHOLE}")
+        raise UnsplittableError(f"{hf_dir}: sliding_window {window} is in use; {name} with one cannot be split yet")
     return name
 
 
@@ -166,14 +165,14 @@ def _rope_scaling(hf_dir: Path, rope: Config) -> str:
             return "none"
         case "yarn" if not rope.get("truncate", True):
             # K and Q would be turned by different angles, more so with every position.
-            raise ConfigError(
+            raise UnsplittableError(
                 f"{hf_dir / 'config.json'}: llama.cpp rounds where YaRN begins and ends, rope_parameters with"
-                f" truncate = false do not; the model cannot be split; {_WHOLE}"
+                f" truncate = false do not; the model cannot be split"
             )
         case "linear" | "yarn":
             return f"{kind}:{_rope_number(hf_dir, rope, {}, 'factor'):g}"
         case "llama3" | "longrope" | "su":
             return "factors"
-    raise ConfigError(
-        f"{hf_dir / 'config.json'}: rope_type {kind!r} is unknown to llama.cpp; the model cannot be split; {_WHOLE}"
+    raise UnsplittableError(
+        f"{hf_dir / 'config.json'}: rope_type {kind!r} is unknown to llama.cpp; the model cannot be split"
     )

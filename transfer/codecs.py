@@ -49,7 +49,7 @@ import numpy.typing as npt
 from transfer import entropy, kernels, kvz, rows
 from transfer.errors import CodecError
 from transfer.frames import Element
-from transfer.geometry import KVGeometry
+from transfer.geometry import NO_KV, KVGeometry
 from transfer.kernels import BLOCK, require_finite
 from transfer.layout import Bytes, CellType, Elements, Payload, Slab
 
@@ -83,7 +83,9 @@ class Codec(NamedTuple):
     row_elements: int = 1
 
     def fits(self, cell_type: CellType, geometry: KVGeometry | None) -> bool:
-        """Whether KV of ``geometry``, None for any, can land in cells of ``cell_type``."""
+        """Whether KV of ``geometry``, None for any, can land in cells of ``cell_type``; ``NO_KV`` cannot."""
+        if geometry == NO_KV:
+            return False
         head_dims = (geometry.head_dim_k, geometry.head_dim_v) if geometry else ()
         heads = geometry.num_kv_heads if geometry else 1
         return cell_type in self.lands_in and not any(heads * dim % self.row_elements for dim in head_dims)
@@ -264,6 +266,8 @@ def by_wire_id(wire_id: int) -> Codec:
 def for_cells(name: str, cell_type: CellType, geometry: KVGeometry | None = None) -> Codec:
     """The codec called ``name``; :class:`CodecError` lists others if it cannot land in such cells."""
     codec = by_name(name)
+    if geometry == NO_KV:
+        raise CodecError("KV of this model cannot be split, by no codec")
     if not codec.fits(cell_type, geometry):
         others = ", ".join(landing_codecs(cell_type, geometry))
         of_model = "" if cell_type not in codec.lands_in else f" of rows that {codec.row_elements} does not divide"

@@ -4,6 +4,7 @@
 
     IsthmusError
     ├── ConfigError        the cluster file or a flag is wrong          CLI exit 2
+    │   └── UnsplittableError  a model's KV stays in its engine
     ├── RequestError       what the client asked for cannot be served   HTTP 400
     ├── LinkError          a peer is unreachable, silent or too late    HTTP 503
     ├── ProtocolError      a peer broke the wire format                 transfer fails
@@ -28,6 +29,14 @@ class ConfigError(IsthmusError):
     """The cluster file or a flag is wrong; the message names the key and the fix."""
 
     code = "config_error"
+
+
+class UnsplittableError(ConfigError):
+    """KV of this model cannot go from one engine to the other, for ``reason``; the message says what can be done."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}; [prefill] export = false serves it by routes gpu and cpu")
+        self.reason = reason
 
 
 class RequestError(IsthmusError):

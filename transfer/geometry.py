@@ -36,6 +36,21 @@ class KVGeometry(msgspec.Struct, frozen=True, kw_only=True):
         return self.num_layers * self.num_kv_heads * (self.head_dim_k + self.head_dim_v)
 
 
+# Of a model whose KV cannot go from one engine to the other.
+NO_KV = KVGeometry(
+    model_fingerprint="",
+    num_layers=0,
+    num_kv_heads=0,
+    head_dim_k=0,
+    head_dim_v=0,
+    rope_dims=0,
+    rope_theta=0.0,
+    rope_scaling="none",
+    sliding_window=0,
+    vocab_size=0,
+)
+
+
 def fingerprint_norm(norm_weight_bf16: bytes) -> str:
     """Identify a set of weights by its final norm vector.
 

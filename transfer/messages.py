@@ -114,7 +114,7 @@ class Welcome(Message, frozen=True, kw_only=True):
     """The worker's answer to Hello: who it is, what it holds and what it can take.
 
     ``pool_seed`` is what the names of its KV blocks begin with (``blocks.py``). One sequence may hold
-    ``sequence_cells`` of its ``num_cells``; 0: all.
+    ``sequence_cells`` of its ``num_cells``; 0: all. A worker that takes no KV has the geometry ``NO_KV`` and no codecs.
     """
 
     worker: str

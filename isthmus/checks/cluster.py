@@ -15,7 +15,7 @@ from cpu_decode import numa
 from isthmus.checks.finding import Finding, gibibytes
 from transfer.config import Cluster
 from transfer.errors import GeometryError, IsthmusError
-from transfer.geometry import KVGeometry, require_same
+from transfer.geometry import NO_KV, KVGeometry, require_same
 from transfer.messages import PROTOCOL
 
 # Less free memory than this share of what is needed leaves nothing for the page cache and other processes.
@@ -42,10 +42,12 @@ def memory_of(cluster: Cluster) -> Iterator[Finding]:
     """The same for the worker of ``cluster`` on this host."""
     from cpu_decode.geometry import read_geometry
     from cpu_decode.service import needed_bytes
+    from cpu_decode.unsplit import geometry_or_none
 
     gguf = Path(cluster.pair.gguf)
     try:
-        needed = needed_bytes(gguf, read_geometry(gguf), cluster.decode)
+        geometry = geometry_or_none(lambda: read_geometry(gguf), export=cluster.prefill.export)
+        needed = needed_bytes(gguf, geometry, cluster.decode)
         nodes = numa.choose(cluster.decode.numa, numa.read_topology())
     except IsthmusError as error:
         yield Finding("memory", "fail", str(error), "the decode worker reads the same files", "mend [pair] or [decode]")
@@ -132,7 +134,10 @@ def _same_protocol(name: str, welcome: Mapping[str, Any], why: str) -> Finding:
 def _same_model(name: str, welcome: Mapping[str, Any], ours: KVGeometry, why: str) -> Finding:
     check, fix = f"model of {name}", "put the same [pair] into every node's cluster file (`isthmus pair check`)"
     try:
-        require_same(ours, msgspec.convert(welcome.get("geometry"), KVGeometry))
+        theirs = msgspec.convert(welcome.get("geometry"), KVGeometry)
+        if theirs == NO_KV:
+            return Finding(check, "unknown", "served whole: nothing is known of its KV", why)
+        require_same(ours, theirs)
     except GeometryError as error:
         return Finding(check, "fail", str(error), why, fix)
     except msgspec.ValidationError as error:

@@ -43,12 +43,13 @@ def send_kv(running, context, ticket: Ticket, prompt: list[int], upto: int | Non
 
 def send(running, ticket: Ticket, elements: Elements, num_tokens: int, upto: int | None = None) -> None:
     """Send the KV of ``num_tokens`` tokens; with ``upto`` only that of the first ones, and no end."""
-    row = running.geometry.num_kv_heads * running.geometry.head_dim_k
-    split = num_tokens * row
+    heads, dims = running.geometry.num_kv_heads, (running.geometry.head_dim_k, running.geometry.head_dim_v)
+    k_row, v_row = (heads * dim for dim in dims)
+    split = num_tokens * k_row
     running.sender.open(ticket)
     for start in range(0, num_tokens if upto is None else upto, ticket.chunk_tokens):
         end = min(start + ticket.chunk_tokens, num_tokens)
-        k, v = slice(start * row, end * row), slice(split + start * row, split + end * row)
+        k, v = slice(start * k_row, end * k_row), slice(split + start * v_row, split + end * v_row)
         part = np.ascontiguousarray(np.concatenate([elements[:, k], elements[:, v]], axis=1))
         assert running.sender.submit(ticket.ticket, range(start, end), 0, part, Element.BF16, 0)
     if upto is None:

@@ -90,7 +90,7 @@ def judged(exports: dict[str, Exported], name: str) -> tuple[Exported, Array, li
 def worker(exports: dict[str, Exported], name: str) -> Iterator[tuple[Context, KVGeometry, RopeOrder]]:
     gguf = exports[name].pair.gguf
     geometry, model = read_geometry(gguf), Model(gguf)
-    model.require_window(geometry)
+    model.checked(geometry)
     context = Context(model, num_cells=512, max_sequences=2, batch_tokens=256, threads=1, cell_type="f16")
     yield context, geometry, model.rope_order
     context.close()

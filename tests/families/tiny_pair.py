@@ -178,7 +178,7 @@ def _write_gguf(path: Path, family: Family, config: Any, weights: dict[str, Arra
     for key, value in family.metadata.items():
         add = {float: writer.add_float32, int: writer.add_uint32, str: writer.add_string}[type(value)]
         add(f"{family.gguf_name}.{key}", value)
-    _add_vocabulary(writer)
+    add_vocabulary(writer)
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family.gguf_name)
     names = gguf.get_tensor_name_map(arch, LAYERS)
     for name, weight in _apart(weights):
@@ -219,7 +219,7 @@ def _permute(weight: Array) -> Array:
     return np.ascontiguousarray(heads.swapaxes(1, 2).reshape(weight.shape))
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
+def add_vocabulary(writer: gguf.GGUFWriter) -> None:
     pieces = ["<unk>", "<s>", "</s>", *sorted(ByteLevel.alphabet()), "Ġt"]
     pieces += [f"<{number}>" for number in range(len(pieces), VOCABULARY)]
     writer.add_vocab_size(VOCABULARY)

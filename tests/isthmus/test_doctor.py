@@ -24,7 +24,7 @@ from isthmus.ports import free_ports
 from tests.cpu_decode.sysfs import unpack
 from transfer.config import Cluster, Decode, Pair, Prefill, Proxy, dump
 from transfer.errors import ConfigError
-from transfer.geometry import KVGeometry
+from transfer.geometry import NO_KV, KVGeometry
 from transfer.messages import PROTOCOL
 
 GEOMETRY = KVGeometry(
@@ -255,6 +255,8 @@ def test_nodes_that_differ() -> None:
     assert found.level == "fail"
     assert "num_layers: 3 here, 4 there" in found.seen
     assert levels(view(geometry={"depth": 3}))["model of decode worker h:1"] == "fail"
+    whole = view(geometry=msgspec.to_builtins(NO_KV))
+    assert levels(whole)["model of decode worker h:1"] == "unknown"
 
 
 def test_several_workers() -> None:
