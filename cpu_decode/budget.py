@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
+from collections import defaultdict, deque
+from functools import partial
+
 # A step with prefill in it may take this many times as long as one without, or as long as nobody minds: 25 tokens a
 # second are more than anybody reads.
 MAX_SLOWDOWN = 1.75
@@ -10,18 +14,22 @@ STEP_NS = 40_000_000
 MIN_TOKENS = 2
 # Share of the newest sample in a running mean.
 WEIGHT = 0.2
+# Steps without prefill that are remembered: while a prompt prefills there are none, and one of the last that the host
+# held up must not count for long.
+STEPS = 15
 
 
 class PrefillBudget:
     """Learns from the duration of every step; owned by the engine's thread.
 
-    Steps without prefill are known by their number of sequences; what a prefilled token adds is measured at the number
-    of tokens that was allowed last, so that a cost that is not linear finds its own balance.
+    Steps without prefill are known by their number of sequences, as the median of the last ones; what a prefilled token
+    adds is measured at the number of tokens that was allowed last, so that a cost that is not linear finds its own
+    balance.
     """
 
     def __init__(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens
-        self._step_ns: dict[int, float] = {}
+        self._step_ns: defaultdict[int, deque[int]] = defaultdict(partial(deque, maxlen=STEPS))
         self._token_ns = 0.0
 
     def calibrate(self, prefill_tokens_per_s: float) -> None:
@@ -33,9 +41,10 @@ class PrefillBudget:
         if not decoding:
             return
         if not prefill_tokens:
-            self._step_ns[decoding] = _mean(self._step_ns.get(decoding), step_ns)
+            self._step_ns[decoding].append(step_ns)
         elif base_ns := self._base_ns(decoding):
-            self._token_ns = _mean(self._token_ns, max(step_ns - base_ns, 1.0) / prefill_tokens)
+            token_ns = max(step_ns - base_ns, 1.0) / prefill_tokens
+            self._token_ns += (WEIGHT if self._token_ns else 1.0) * (token_ns - self._token_ns)
 
     def tokens(self, decoding: int) -> int:
         """Tokens that the next step may prefill beside ``decoding`` sequences."""
@@ -48,9 +57,7 @@ class PrefillBudget:
 
     def _base_ns(self, decoding: int) -> float:
         """Duration of a step without prefill, of as many sequences or the nearest number seen; 0 if none was."""
-        nearest = min(self._step_ns, key=lambda seen: abs(seen - decoding), default=0)
-        return self._step_ns.get(nearest, 0.0)
-
-
-def _mean(before: float | None, sample: float) -> float:
-    return before + WEIGHT * (sample - before) if before else sample
+        if not self._step_ns:
+            return 0.0
+        nearest = min(self._step_ns, key=lambda seen: abs(seen - decoding))
+        return statistics.median(self._step_ns[nearest])

@@ -19,7 +19,8 @@ class Load(NamedTuple):
     """What decodes, and what disturbs it.
 
     ``sequences`` decode; ``handoffs`` times ``handoff_tokens`` tokens land, each after ``quiet_steps`` steps without;
-    then as many tokens prefill. The time to logits is that of ``short_tokens``, so many times.
+    then as many tokens prefill, after as many steps as those together: a prefill takes longer, and a host that now and
+    then holds a step up does so in both. The time to logits is that of ``short_tokens``, so many times.
     """
 
     sequences: int = 8
@@ -32,7 +33,7 @@ class Load(NamedTuple):
     @property
     def decoding_tokens(self) -> int:
         """What each of the decoding sequences may need meanwhile."""
-        return 2 * self.handoffs * self.quiet_steps
+        return 3 * self.handoffs * self.quiet_steps
 
     def cells(self, context_tokens: int) -> int:
         """Cells for all of it."""
@@ -50,7 +51,7 @@ def handoffs(worker: LiveWorker, setting: Setting, load: Load) -> Iterator[Sampl
     """Gaps of decoding sequences, quiet and while the KV of one more prompt lands, in turns."""
     streams = _decoding(worker, setting, load)
     for turn in range(load.handoffs):
-        quiet = _quiet(worker, streams, load)
+        quiet = _quiet(worker, streams, load.quiet_steps)
         landing = worker.reserve(load.handoff_tokens, 1, "kv")
         worker.start(landing)
         began = time.monotonic_ns()
@@ -63,7 +64,7 @@ def handoffs(worker: LiveWorker, setting: Setting, load: Load) -> Iterator[Sampl
 def local_prefill(worker: LiveWorker, setting: Setting, load: Load) -> Iterator[Sample]:
     """The same while one more prompt prefills here, as far as it comes before the other sequences end."""
     streams = _decoding(worker, setting, load)
-    quiet = _quiet(worker, streams, load)
+    quiet = _quiet(worker, streams, load.handoffs * load.quiet_steps)
     prompt = worker.reserve(load.handoff_tokens, 1, "local")
     began = time.monotonic_ns()
     worker.start(prompt)
@@ -122,9 +123,9 @@ def _decoding(worker: LiveWorker, setting: Setting, load: Load) -> list[Stream]:
     return streams
 
 
-def _quiet(worker: LiveWorker, streams: Sequence[Stream], load: Load) -> Window:
+def _quiet(worker: LiveWorker, streams: Sequence[Stream], steps: int) -> Window:
     began = time.monotonic_ns()
-    worker.take_until(streams, sum(streams[0].counts) + load.quiet_steps)
+    worker.take_until(streams, sum(streams[0].counts) + steps)
     return Window(began, time.monotonic_ns())
 
 

@@ -75,3 +75,11 @@ def test_a_number_of_sequences_never_seen_takes_the_nearest(seen: int, asked: in
     budget.calibrate(1000)
     budget.observe(seen, 0, 100 * MS)
     assert budget.tokens(asked) == int((MAX_SLOWDOWN - 1) * 100)
+
+
+def test_a_step_that_the_host_held_up_just_before_a_prefill_counts_for_nothing() -> None:
+    budget = PrefillBudget(512)
+    budget.calibrate(1000)
+    for step_ms in (60, 60, 60, 61, 300):
+        budget.observe(8, 0, step_ms * MS)
+    assert budget.tokens(8) == int((MAX_SLOWDOWN - 1) * 60)
