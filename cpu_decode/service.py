@@ -53,7 +53,7 @@ def run(cluster: Cluster, node: numa.Node | None = None) -> None:
     folder = keys_folder(cluster)
     own_keys = keys.server(folder) if folder else None
     export = cluster.prefill.export
-    geometry = unsplit.geometry_or_none(lambda: read_geometry(gguf), export=export)
+    geometry = unsplit.geometry_or_no_kv(lambda: read_geometry(gguf), export=export)
     if node:
         numa.require_room(node, needed_bytes(gguf, geometry, decode))
     if decode.mlock:
@@ -61,7 +61,7 @@ def run(cluster: Cluster, node: numa.Node | None = None) -> None:
     # Pages of a mapped file are the page cache's, wherever they are: a bound worker reads its own copy.
     model = Model(gguf, mapped=decode.mmap and node is None, locked=decode.mlock)
     if geometry != NO_KV:
-        geometry = unsplit.geometry_or_none(lambda: model.checked(geometry), export=export)
+        geometry = unsplit.geometry_or_no_kv(lambda: model.checked(geometry), export=export)
     if geometry == NO_KV:
         decode = unsplit.settings(decode)
     threads = len(cpus) or decode.threads or usable_cores()

@@ -18,7 +18,7 @@ from transfer.geometry import NO_KV, KVGeometry
 log = structlog.get_logger()
 
 
-def geometry_or_none(find: Callable[[], KVGeometry], *, export: bool) -> KVGeometry:
+def geometry_or_no_kv(find: Callable[[], KVGeometry], *, export: bool) -> KVGeometry:
     """What ``find`` returns; ``NO_KV`` where it raises :class:`UnsplittableError` and no node is to ``export`` KV."""
     try:
         return find()

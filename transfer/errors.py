@@ -13,7 +13,8 @@
     ├── CapacityError      no cells, slots or bytes left                HTTP 503
     └── EngineError        vLLM or llama.cpp failed                     HTTP 502
 
-``code`` is the name that travels in messages and in HTTP error bodies.
+``code`` is the name that travels in messages and in HTTP error bodies; an error without one of its own travels as its
+parent.
 """
 
 from __future__ import annotations

@@ -42,11 +42,11 @@ def memory_of(cluster: Cluster) -> Iterator[Finding]:
     """The same for the worker of ``cluster`` on this host."""
     from cpu_decode.geometry import read_geometry
     from cpu_decode.service import needed_bytes
-    from cpu_decode.unsplit import geometry_or_none
+    from cpu_decode.unsplit import geometry_or_no_kv
 
     gguf = Path(cluster.pair.gguf)
     try:
-        geometry = geometry_or_none(lambda: read_geometry(gguf), export=cluster.prefill.export)
+        geometry = geometry_or_no_kv(lambda: read_geometry(gguf), export=cluster.prefill.export)
         needed = needed_bytes(gguf, geometry, cluster.decode)
         nodes = numa.choose(cluster.decode.numa, numa.read_topology())
     except IsthmusError as error:

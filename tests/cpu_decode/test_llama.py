@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import llama_cpp
+import msgspec
 import numpy as np
 import pytest
 
@@ -10,7 +11,7 @@ from cpu_decode.llama import Batch, Context, Model
 from cpu_decode.state import ChunkState, state_bytes
 from tests.cpu_decode.native_kv import chunk_of, elements_of, prefill
 from tests.isthmus import tiny_gguf
-from transfer.errors import EngineError
+from transfer.errors import EngineError, UnsplittableError
 from transfer.layout import CELL_ROWS
 
 PROMPT = [(7 * i + 3) % 40_000 for i in range(200)]
@@ -90,6 +91,15 @@ def test_trim_frees_the_tail_and_then_everything(context):
     assert context.cached_tokens(2) == 150
     context.trim(2, 0)
     assert context.cached_tokens(2) == 0
+
+
+def test_windows_and_rope_that_the_file_did_not_announce_are_refused(model, geometry, monkeypatch):
+    assert model.checked(geometry) is geometry
+    with pytest.raises(UnsplittableError, match="a window of 0 positions in some layers of this model, where 9"):
+        model.checked(msgspec.structs.replace(geometry, sliding_window=9))
+    monkeypatch.setattr(llama_cpp, "llama_model_rope_type", lambda _: 8)
+    with pytest.raises(UnsplittableError, match="rope type 8"):
+        model.checked(geometry)
 
 
 def test_pieces_join_to_text(model):

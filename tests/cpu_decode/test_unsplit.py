@@ -74,8 +74,8 @@ def computed(model: Model, prompt: list[int], count: int) -> list[int]:
 
 def test_the_reason_is_given_where_kv_is_to_be_exported(model):
     with pytest.raises(UnsplittableError, match=r"cannot be split yet; \[prefill\] export = false serves it"):
-        unsplit.geometry_or_none(lambda: read_geometry(model.gguf), export=True)
-    assert unsplit.geometry_or_none(lambda: read_geometry(model.gguf), export=False) == NO_KV
+        unsplit.geometry_or_no_kv(lambda: read_geometry(model.gguf), export=True)
+    assert unsplit.geometry_or_no_kv(lambda: read_geometry(model.gguf), export=False) == NO_KV
 
 
 def test_what_takes_kv_apart_is_off():

@@ -194,7 +194,7 @@ def test_files_are_looked_at_before_anything_is_built(
 
 def test_cells_suffice_for_both_parts(default_pair) -> None:
     few = decode.setting(default_pair.gguf, "1", 900, 64)
-    assert few.num_cells == Load().cells(900) == 8 * 1300 + 4097
+    assert few.num_cells == Load().cells(900) == 8 * 1500 + 4097
     assert few.max_sequences == 9
     many = decode.setting(default_pair.gguf, "32", 900, 64)
     assert (many.num_cells, many.max_sequences) == (32 * 964, 33)
