@@ -106,7 +106,7 @@ def measure_link(
 @measure.command("decode")
 @json_option
 @plot_option
-@click.option("--quick", is_flag=True, help="One short round, some minutes in place of 50: for a first look.")
+@click.option("--quick", is_flag=True, help="One short round, some minutes in place of 80: for a first look.")
 @click.option("--rounds", type=click.IntRange(1, 100), help="Rounds, interleaved: 2 if left out.")
 @click.option("--gguf", type=click.Path(path_type=Path), help="The model; the default pair's if left out.")
 @click.option("--sequences", help="Numbers of sequences, ascending: 1,2,4,8,16 if left out.")
