@@ -153,13 +153,16 @@ def test_a_workers_process_serves_it_only_where_no_kv_is_to_be_exported(model, t
     assert refused.returncode == 2
     served, decode = _started(tmp_path, model.gguf, export=False)
     with served:
-        client = WorkerClient(decode.control_port, keys.client(tmp_path / "keys", "proxy"))
-        welcome = client.ask(Hello(protocol=PROTOCOL))
-        assert isinstance(welcome, Welcome)
-        assert (welcome.codecs, welcome.geometry) == ((), NO_KV)
-        ticket = client.reserve(prompt_of(9), GREEDY, "local")
-        client.start(ticket)
-        assert client.collect(ticket)[0] == computed(model, prompt_of(9), GREEDY.max_tokens)
-        client.close()
-        served.terminate()
+        try:
+            client = WorkerClient(decode.control_port, keys.client(tmp_path / "keys", "proxy"))
+            welcome = client.ask(Hello(protocol=PROTOCOL))
+            assert isinstance(welcome, Welcome)
+            assert (welcome.codecs, welcome.geometry) == ((), NO_KV)
+            ticket = client.reserve(prompt_of(9), GREEDY, "local")
+            client.start(ticket)
+            assert client.collect(ticket)[0] == computed(model, prompt_of(9), GREEDY.max_tokens)
+            client.close()
+        finally:
+            # Or leaving the block would wait for a worker that nobody has asked to end.
+            served.terminate()
     assert served.returncode == 0
