@@ -46,6 +46,13 @@ def kvs(model, geometry) -> list[Prefilled]:
     return made
 
 
+@pytest.fixture
+def reading_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is stored is read however fast KV comes over the wire here, and waited for as long as for anything."""
+    monkeypatch.setattr("cpu_decode.fetching.Fetching._tokens_per_s", lambda *_: 1.0)
+
+
+@pytest.mark.usefixtures("reading_pays")
 def test_kv_on_disk_survives_a_restart_and_damage(model, geometry, kvs, tmp_path):
     with serving(model, geometry, "bf16", **on_disk(tmp_path)) as running:
         fresh = [ask(running, kv)[0] for kv in kvs[:3]]
@@ -87,6 +94,7 @@ def names(running: Running, kv: Prefilled) -> list[bytes]:
     return running.worker._promised.prefixes._names(kv.prompt, "", "")
 
 
+@pytest.mark.usefixtures("reading_pays")
 def test_tenants_and_requests_without_reuse_find_nothing_below_and_leave_nothing(model, geometry, kvs, tmp_path):
     prompt = kvs[0].prompt
 
@@ -138,6 +146,7 @@ def empty_ram(running: Running) -> None:
         tree.discard(block)
 
 
+@pytest.mark.usefixtures("reading_pays")
 def test_another_worker_goes_on_from_the_shared_server_while_the_first_still_answers(model, geometry, kvs, tmp_path):
     with redis_server(tmp_path) as server:
         settings = {"pool_mib": 64, "shared_pool_url": server.url}

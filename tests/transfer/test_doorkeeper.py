@@ -77,6 +77,8 @@ def asking(port: int, client: ClientKeys | None) -> Iterator[zmq.Socket[bytes]]:
         dealer.linger = 0
         # Who is refused does not try again, so that refusals can be counted.
         dealer.reconnect_ivl = -1
+        # Nor can it say anything once it is refused.
+        dealer.sndtimeo = SILENCE_MS
         if client is not None:
             secure_client(dealer, client)
         dealer.connect(f"tcp://127.0.0.1:{port}")
@@ -86,7 +88,10 @@ def asking(port: int, client: ClientKeys | None) -> Iterator[zmq.Socket[bytes]]:
 def answered(port: int, client: ClientKeys | None, timeout_ms: int) -> bool:
     question = secrets.token_bytes(8)
     with asking(port, client) as dealer:
-        dealer.send(question)
+        try:
+            dealer.send(question)
+        except zmq.Again:
+            return False
         return bool(dealer.poll(timeout_ms)) and dealer.recv() == question
 
 
