@@ -153,7 +153,7 @@ def measure(setting: Setting, programs: Tools, rounds: int, profile: str) -> Ite
         "cell_type": shape.cell_type,
     }
     best: Ways = {
-        TUNED: lambda: worker_rate(few, tuned),
+        TUNED: lambda: worker_rate(few, tuned, whole=True),
         DEFAULT: lambda: server_rate(few, programs, defaults=True, slot_for_each=False),
         DEFAULT_SLOTS: lambda: server_rate(few, programs, defaults=True),
     }

@@ -35,12 +35,22 @@ START_S = 300.0
 CALIBRATION_TOKENS = 256
 RUN_S = 1800.0
 STARTS, SEQUENCES_A_START = 3, 4
+# llama-server's own word for it.
+ANY_SLOT = -1
 # Threads at barriers wait the same way in all programs, unless a way is about defaults.
 WAIT_POLICY = {"GOMP_SPINCOUNT": "1000"}
 
 Arrivals = list[tuple[int, int]]
 # Tokens/s of so many sequences.
 Rate = Callable[[int], float]
+
+
+class _Answer:
+    """What ``llama-server`` sent for a prompt, and how many tokens of that it had to compute first."""
+
+    def __init__(self) -> None:
+        self.arrivals: Arrivals = []
+        self.prompt_tokens = 0
 
 
 class Setting(NamedTuple):
@@ -100,8 +110,23 @@ def steady_rate(streams: Sequence[Arrivals]) -> float:
     return sum(n for s in streams for at, n in s if began < at <= ended) * 1e9 / (ended - began)
 
 
+def whole_rate(asked_ns: int, streams: Sequence[Arrivals]) -> float:
+    """Tokens/s of all streams from when they were asked for to the last one's end: they may have waited for others."""
+    return sum(n for s in streams for _, n in s) * 1e9 / (max(s[-1][0] for s in streams) - asked_ns)
+
+
 def ours(worker: LiveWorker, count: int, setting: Setting) -> float:
     """Tokens/s of ``count`` sequences in our worker, over its control socket; their KV is synthetic and lands first."""
+    return steady_rate(_ours(worker, count, setting)[1])
+
+
+def ours_whole(worker: LiveWorker, count: int, setting: Setting) -> float:
+    """The same from when they are asked for to the last one's end."""
+    return whole_rate(*_ours(worker, count, setting))
+
+
+def _ours(worker: LiveWorker, count: int, setting: Setting) -> tuple[int, list[Arrivals]]:
+    """When they were asked for, their KV being there, and their tokens."""
     streams = []
     for _ in range(count):
         streams.append(worker.reserve(setting.context_tokens, setting.new_tokens, "kv"))
@@ -109,18 +134,19 @@ def ours(worker: LiveWorker, count: int, setting: Setting) -> float:
         worker.land(streams[-1])
     # Else the first would be done before the last begins.
     worker.await_landing()
+    asked_ns = time.monotonic_ns()
     for stream in streams:
         worker.start(stream)
     worker.take_until(streams)
     worker.idle()
-    return steady_rate([list(zip(s.times_ns, s.counts, strict=True)) for s in streams])
+    return asked_ns, [list(zip(s.times_ns, s.counts, strict=True)) for s in streams]
 
 
 @contextmanager
-def worker_rate(setting: Setting, decode: Decode) -> Iterator[Rate]:
-    """Of a worker of ours with ``decode``."""
+def worker_rate(setting: Setting, decode: Decode, *, whole: bool = False) -> Iterator[Rate]:
+    """Of a worker of ours with ``decode``: while all sequences run, or ``whole``, from asking to the end."""
     with warm_worker(setting, decode) as worker:
-        yield partial(ours, worker, setting=setting)
+        yield partial(ours_whole if whole else ours, worker, setting=setting)
 
 
 @contextmanager
@@ -182,10 +208,11 @@ def bench_rate(setting: Setting, tools: Tools, counts: Sequence[int], more: Sequ
 def server_rate(
     setting: Setting, tools: Tools, *, defaults: bool = False, slot_for_each: bool = True
 ) -> Iterator[Rate]:
-    """Of ``llama-server`` over HTTP with our flags or its defaults, in as many slots as are needed or as it has.
+    """Of ``llama-server`` over HTTP with our flags, while all sequences run; or its defaults, from asking to the end.
 
-    Prompts are in its slots' caches before the clock starts. Sequences for which there are no slots would wait: with
-    fewer slots, the rate is that of as many sequences as there are slots.
+    It has as many slots as are needed, or as it comes with: sequences for which there are none wait, and their prompts
+    lie in its RAM meanwhile. All prompts have been computed before the clock starts; :class:`EngineError` if it does
+    not keep them.
     """
     most = max(setting.sequences)
     flags = (
@@ -195,15 +222,24 @@ def server_rate(
     prompts = np.random.default_rng(0).integers(0, 10_000, (most, setting.context_tokens)).tolist()
     environment = tools.environment | ({} if defaults else WAIT_POLICY)
     with _server([str(tools.server), *flags], environment) as url:
-        slots = int(httpx.get(f"{url}/props", trust_env=False).raise_for_status().json()["total_slots"])
+        total_slots = int(httpx.get(f"{url}/props", trust_env=False).raise_for_status().json()["total_slots"])
+        slots = list(range(most)) if total_slots >= most else [ANY_SLOT] * most
         warm = 0
 
         def rate(count: int) -> float:
             nonlocal warm
-            count = min(count, slots)
-            _ask_all(url, prompts[warm:count], range(warm, count), 1)
+            # One by one: whose slot is taken by another before it is done is not kept.
+            for each in range(warm, count):
+                _ask_all(url, prompts[each : each + 1], slots[each : each + 1], 1)
             warm = max(warm, count)
-            return steady_rate(_ask_all(url, prompts[:count], range(count), setting.new_tokens))
+            asked_ns = time.monotonic_ns()
+            answers = _ask_all(url, prompts[:count], slots[:count], setting.new_tokens)
+            streams = [answer.arrivals for answer in answers]
+            if not defaults:
+                return steady_rate(streams)
+            if sum(answer.prompt_tokens for answer in answers) >= setting.context_tokens:
+                raise EngineError("llama-server computed prompts again that it was to keep; lower --tokens")
+            return whole_rate(asked_ns, streams)
 
         yield rate
 
@@ -267,12 +303,12 @@ def _healthy(url: str) -> bool:
         return False
 
 
-def _ask_all(url: str, prompts: Sequence[list[int]], slots: Sequence[int], new_tokens: int) -> list[Arrivals]:
-    """Complete each prompt in its slot, all at once; arrivals of each."""
-    answers: list[Arrivals] = [[] for _ in prompts]
+def _ask_all(url: str, prompts: Sequence[list[int]], slots: Sequence[int], new_tokens: int) -> list[_Answer]:
+    """Complete each prompt in its slot, all at once."""
+    answers = [_Answer() for _ in prompts]
     failures: list[Exception] = []
 
-    def ask(prompt: list[int], slot: int, arrivals: Arrivals) -> None:
+    def ask(prompt: list[int], slot: int, told: _Answer) -> None:
         body: dict[str, Any] = {
             "prompt": prompt,
             "id_slot": slot,
@@ -286,8 +322,12 @@ def _ask_all(url: str, prompts: Sequence[list[int]], slots: Sequence[int], new_t
         try:
             with httpx.stream("POST", f"{url}/completion", json=body, timeout=RUN_S, trust_env=False) as answer:
                 for line in answer.raise_for_status().iter_lines():
-                    if line.startswith("data: ") and (tokens := json.loads(line[6:]).get("tokens")):
-                        arrivals.append((time.monotonic_ns(), len(tokens)))
+                    if not line.startswith("data: "):
+                        continue
+                    said = json.loads(line[6:])
+                    if tokens := said.get("tokens"):
+                        told.arrivals.append((time.monotonic_ns(), len(tokens)))
+                    told.prompt_tokens = said.get("timings", {}).get("prompt_n", 0)
         except (httpx.HTTPError, ValueError) as error:
             failures.append(error)
 

@@ -10,7 +10,7 @@ import pytest
 
 from cpu_decode import numa
 from measurements import decode, decode_tune
-from measurements.decode_ways import bench_rate, server_rate, steady_rate
+from measurements.decode_ways import bench_rate, server_rate, steady_rate, whole_rate
 from transfer.errors import EngineError
 
 
@@ -89,6 +89,56 @@ def test_rate_counts_only_the_time_in_which_all_streams_run() -> None:
     assert steady_rate([early, late]) == pytest.approx(3.0)
     with pytest.raises(EngineError, match="did not run at the same time; raise --tokens"):
         steady_rate([early[:5], late])
+
+
+def test_a_whole_rate_counts_waiting_too() -> None:
+    first = [(second * 10**9, 1) for second in range(2, 6)]
+    waited = [(second * 10**9, 2) for second in range(6, 11)]
+    assert whole_rate(10**9, [first, waited]) == pytest.approx((4 + 10) / 9)
+
+
+# One slot, tokens every 20 ms; of a prompt it computes what TOKENS says when it is asked again.
+SERVER = """
+import json, threading, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+slot, seen = threading.Lock(), set()
+class Answers(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers(); self.wfile.write(b'{"total_slots": 1}')
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert asked["id_slot"] == -1
+        self.send_response(200); self.end_headers()
+        prompt = tuple(asked["prompt"])
+        computed = TOKENS if prompt in seen else len(prompt)
+        seen.add(prompt)
+        with slot:
+            for _ in range(asked["n_predict"]):
+                time.sleep(0.02)
+                self.wfile.write(b'data: {"tokens": [7]}\\n\\n')
+            self.wfile.write(b'data: ' + json.dumps({"timings": {"prompt_n": computed}}).encode() + b'\\n\\n')
+    def log_message(self, *_):
+        pass
+ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Answers).serve_forever()
+"""
+
+
+def test_sequences_for_which_a_server_has_no_slots_take_turns(tmp_path: Path) -> None:
+    setting = decode.setting(None, "1,2", 60, 8)
+    programs = bench(tmp_path, SERVER.replace("TOKENS", "1"))
+    with server_rate(setting, programs, defaults=True, slot_for_each=False) as rate:
+        # As fast as one after the other, not as if both ran at once.
+        assert 0 < rate(2) <= 50
+
+
+def test_a_server_that_forgets_prompts_is_not_taken_for_a_slow_one(tmp_path: Path) -> None:
+    setting = decode.setting(None, "1,2", 60, 8)
+    programs = bench(tmp_path, SERVER.replace("TOKENS", "60"))
+    with (
+        server_rate(setting, programs, defaults=True, slot_for_each=False) as rate,
+        pytest.raises(EngineError, match="computed prompts again that it was to keep; lower --tokens"),
+    ):
+        rate(2)
 
 
 def test_streams_have_room_for_every_sequence(default_pair) -> None:
