@@ -22,17 +22,18 @@ class TextStream:
         if not self._stop:
             # Nothing is ever held, at every token of nearly every request.
             return self._decoder.decode(piece)
-        self._held += self._decoder.decode(piece)
-        return self._give(final=False, may_stop=may_stop)
+        return self._give(self._decoder.decode(piece), final=False, may_stop=may_stop)
 
     def flush(self) -> str:
         """What is still held at the end; bytes that complete no character become U+FFFD."""
-        self._held += self._decoder.decode(b"", final=True)
-        return self._give(final=True, may_stop=True)
+        return self._give(self._decoder.decode(b"", final=True), final=True, may_stop=True)
 
-    def _give(self, *, final: bool, may_stop: bool) -> str:
-        found = [at for stop in self._stop if may_stop and (at := self._held.find(stop)) >= 0]
-        if found:
+    def _give(self, new: str, *, final: bool, may_stop: bool) -> str:
+        before = len(self._held)
+        self._held += new
+        # One that ended earlier came when it could not stop: it is held as the beginning of a longer one.
+        starts = [self._held.find(stop, max(0, before + 1 - len(stop))) for stop in self._stop if may_stop]
+        if found := [at for at in starts if at >= 0]:
             self.stopped = True
             text, self._held = self._held[: min(found)], ""
             return text

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -80,6 +80,7 @@ def answered(vocabulary: Vocabulary, ids: list[int], seams: set[int], **sampling
     min_tokens=st.integers(0, 4),
     seams=st.sets(st.integers(0, 40), max_size=4),
 )
+@example(text="aa", stop=["a", "aa"], broken=b"", ends=False, min_tokens=2, seams={1})
 def test_a_seam_is_not_seen(vocabulary, token_of, text, stop, broken, ends, min_tokens, seams):
     ids = [token_of[byte] for byte in text.encode() + broken] + [EOS] * ends
     asked = {"stop": tuple(stop), "min_tokens": min_tokens}

@@ -57,3 +57,14 @@ def test_a_stop_string_that_comes_too_early_is_text():
     assert stream.push(b"END of EN", may_stop=False) == "END of "
     assert stream.push(b"D.") == ""
     assert stream.stopped
+
+
+def test_a_stop_string_that_came_too_early_stays_text_while_it_could_grow_into_another():
+    stream = TextStream(("a", "aa"))
+    assert [stream.push(b"a", may_stop=False), stream.push(b"a", may_stop=False)] == ["", "a"]
+    assert stream.flush() == "a"
+    assert not stream.stopped
+    stream = TextStream(("a", "ab"))
+    assert stream.push(b"a", may_stop=False) == ""
+    assert stream.push(b"c a") == "ac "
+    assert stream.stopped
