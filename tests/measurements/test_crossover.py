@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -61,6 +62,12 @@ class World:
         return [
             Request(0.0, e2e_s / 4, e2e_s, [0.01], ask.prompt_tokens, ask.output_tokens) for _ in range(ask.requests)
         ]
+
+
+@pytest.fixture(autouse=True)
+def logs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The logs of a run that fails are left where they are."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 @pytest.fixture
